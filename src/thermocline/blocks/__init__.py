@@ -1,0 +1,1 @@
+"""What is stored: keys, layouts, frames and the memory they lie in."""

@@ -1,0 +1,1 @@
+"""Where blocks lie: the `Tier` seam and its implementations."""

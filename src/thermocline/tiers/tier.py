@@ -1,0 +1,153 @@
+"""The seam between the store and a medium. One conformance suite (tests/conformance) runs on every implementation."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thermocline.blocks.key import BlockKey
+from thermocline.blocks.layout import Layout
+
+Piece = NDArray[np.uint8]
+"""One contiguous stretch of a block, one-dimensional. A block's pieces, in layout order, are its bytes."""
+
+Bitmap = list[bool]
+
+
+class Medium(enum.StrEnum):
+    """What a tier is made of."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class Outcome(enum.StrEnum):
+    """What became of one block. Values, because none of these is an error of the program."""
+
+    HIT = "hit"
+    MISS = "miss"
+    PENDING = "pending"
+    CORRUPT = "corrupt"
+    LATE = "late"
+    FAILED = "failed"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block on its way into a tier: its place in the chain and its bytes, which stay valid until the job is done."""
+
+    parent: BlockKey
+    depth: int
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a tier holds. `used_bytes <= capacity_bytes` always, headers, logs and temporary files included."""
+
+    blocks: int
+    used_bytes: int
+    capacity_bytes: int
+
+
+class Job:
+    """The progress of a save: first visible (may be matched), then durable (survives the process, or the tier cannot).
+
+    `outcomes` has one entry per block: HIT once it is stored, FULL, LATE or FAILED if it was dropped, PENDING before.
+    """
+
+    __slots__ = ("_done", "_visible", "_watchers", "_lock", "outcomes")
+
+    def __init__(self, outcomes: list[Outcome]) -> None:
+        self.outcomes = outcomes
+        self._visible = threading.Event()
+        self._done = threading.Event()
+        self._watchers: list[Callable[[Job], Any]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def visible(self) -> bool:
+        """True once the blocks that were stored may be matched."""
+        return self._visible.is_set()
+
+    @property
+    def done(self) -> bool:
+        """True once the blocks that were stored are durable, and the caller's buffers are free again."""
+        return self._done.is_set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until done; False if `seconds` passed first."""
+        return self._done.wait(seconds)
+
+    def watch(self, watcher: Callable[[Job], Any]) -> None:
+        """Call `watcher(job)` when it becomes visible and again when it is done, at once where that lies behind."""
+        with self._lock:
+            self._watchers.append(watcher)
+            passed = self.visible + self.done
+        for _ in range(passed):
+            watcher(self)
+
+    def set_visible(self) -> None:
+        """For the tier: the stored blocks may be matched from now on."""
+        self._advance(self._visible)
+
+    def set_done(self) -> None:
+        """For the tier: the stored blocks are durable."""
+        if not self.visible:
+            self.set_visible()
+        self._advance(self._done)
+
+    def _advance(self, event: threading.Event) -> None:
+        with self._lock:
+            event.set()
+            watchers = tuple(self._watchers)
+        for watcher in watchers:
+            watcher(self)
+
+
+class Tier(Protocol):
+    """A place that keeps blocks. Every verb takes many keys; no verb raises because of a block.
+
+    Keys of different layouts never meet. A tier does not decide what to evict: it answers FULL, and the store, which
+    knows the tree of blocks, removes some and asks again.
+    """
+
+    name: str
+    medium: Medium
+
+    def holds(self, layout: Layout, keys: Sequence[BlockKey]) -> Bitmap:
+        """Which of the keys are here and not known to be damaged. Touches no medium that can block."""
+
+    def load(
+        self, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
+    ) -> list[Outcome]:
+        """Copy each block into the caller's pieces, then verify that private copy.
+
+        Only pieces whose outcome is HIT hold the block; all others hold anything at all, and must not be used. Returns
+        by `deadline` (on the tier's clock), with LATE for what did not arrive; after the return nothing writes into
+        `into`. A CORRUPT block is not held any more.
+        """
+
+    def save(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
+        """Store blocks. Returns at once or after a copy; what cannot be taken now is FULL in the job's outcomes.
+
+        A key that is already held is replaced. The caller's pieces must stay as they are until the job is done.
+        """
+
+    def remove(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
+        """Forget blocks; their room is free at once. Returns how many were held."""
+
+    def usage(self) -> Usage:
+        """What is held now."""
+
+    def close(self) -> None:
+        """Finish what is in flight, make it durable, let go of files and threads. A second call does nothing."""
