@@ -8,12 +8,10 @@ the environment, the environment over the TOML file, the file over the default.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import ipaddress
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -237,7 +235,7 @@ class Settings:
         for setting in DECLARED.values():
             value = _parse(setting, getattr(self, setting.name), self.where_from(setting.name))
             object.__setattr__(self, setting.name, value)
-        if self.api_key_file is None and not _is_loopback(self.host):
+        if self.api_key_file is None and not is_loopback(self.host):
             msg = f"host {self.host} can be reached from other machines, and no API key protects it"
             raise SettingsError(msg, hint="set api_key_file, or listen on 127.0.0.1")
 
@@ -291,6 +289,8 @@ def _known(name: str, names: Iterable[str], where: str) -> str:
     names = list(names)
     if name in names:
         return name
+    import difflib
+
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else "`thermocline config` lists every setting"
     msg = f"unknown setting {name} {where}"
@@ -312,6 +312,8 @@ def _is_service_link(variable: str, raw: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
@@ -323,8 +325,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(msg, hint='write one setting a line, such as memory_bytes = "4GiB"') from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine reaches."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_key(path: Path) -> str:
+    """The API key: the first line of the file. Raises SettingsError where there is none."""
+    try:
+        key = path.read_text(encoding="ascii").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"cannot read the API key from {path}: {error}"
+        raise SettingsError(msg, hint="name a readable file whose first line is the key, in ASCII") from None
+    if not key:
+        msg = f"the first line of {path} is empty, so there is no API key"
+        raise SettingsError(msg, hint="write the key there, such as the output of `openssl rand -hex 32`")
+    return key

@@ -1,0 +1,197 @@
+"""The `thermocline` command. One verb is one function, and imports what it needs inside: `--help` loads no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+import thermocline
+from thermocline.errors import BenchError, ThermoclineError
+from thermocline.settings import CONFIG_VARIABLE, DECLARED, Settings
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = {
+    OK: "done, and what was checked holds",
+    FAILED: "an error, damage found by `check`, or a budget missed by `bench`",
+    USAGE: "a mistake in the command line or the settings",
+    INTERRUPTED: "stopped by Ctrl-C",
+}
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+_json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+_ENGINE_READY = (
+    "Wait for this file before the chapters with a model: it appears when torch is installed. FILE.failed appears "
+    "instead when that went wrong, and names the log."
+)
+
+
+class _Verbs(click.Group):
+    """A group that offers the nearest verb for a mistyped one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"did you mean `thermocline {near[0]}`?" if near else "`thermocline --help` lists the verbs"
+            msg = f"no verb {args[0]}"
+            raise _MistakeError(msg, hint)
+        return super().resolve_command(ctx, args)
+
+
+class _MistakeError(click.UsageError):
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def _settings_flags(verb: Verb) -> Verb:
+    """Give a verb one flag per setting; it takes them as `flags`, attribute to text."""
+    for setting in reversed(list(DECLARED.values())):
+        default = setting.show(setting.default)
+        text = f"{setting.doc} [default: {default}; env: {setting.variable}]"
+        verb = click.option(setting.flag, setting.name, metavar=setting.kind, help=text)(verb)
+    text = f"A TOML file of settings; environment and flags win over it. [env: {CONFIG_VARIABLE}]"
+    return click.option("--config", "config_path", type=click.Path(path_type=Path), metavar="FILE", help=text)(verb)
+
+
+def _epilog() -> str:
+    return "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
+
+
+@click.group(
+    cls=_Verbs, epilog=_epilog(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(thermocline.__version__, "-V", "--version", message="thermocline %(version)s")
+def app() -> None:
+    """Keep what a language model has computed, find it again, load it exactly.
+
+    Every verb takes --json; results go to stdout, everything else to stderr.
+    """
+
+
+@app.command()
+@_settings_flags
+@_json_flag
+def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:  # noqa: FBT001  # click passes by name
+    """Serve a model over OpenAI's HTTP API, with its KV cache in tiers.
+
+    Listens until Ctrl-C or SIGTERM, then makes what is in flight durable. --json announces the address as JSON.
+    """
+    settings = Settings.load(config_path, flags=flags)
+    from thermocline.engines import api
+
+    api.serve(settings, as_json=as_json)
+
+
+@app.command()
+@_json_flag
+@click.option("--engine-ready", type=click.Path(path_type=Path), metavar="FILE", help=_ENGINE_READY)
+def demo(as_json: bool, engine_ready: Path | None) -> int:  # noqa: FBT001  # click passes by name
+    """Show all of it on this machine: damage refused, a crash recovered, answers identical and sooner."""
+    from thermocline.demo import run
+
+    return run(json_output=as_json, engine_ready=engine_ready)
+
+
+@app.command()
+@click.argument("name")
+@click.option("--save", is_flag=True, help="Keep the result under bench/results/, where the tables come from.")
+@_json_flag
+def bench(name: str, save: bool, as_json: bool) -> int:  # noqa: FBT001  # click passes by name
+    """Measure one budget against its raw limit in the same run. `bench list` names them with their cost."""
+    checkout = Path(thermocline.__file__).resolve().parents[2]
+    if not (checkout / "bench" / "__init__.py").is_file():
+        msg = "the benches are part of the source checkout, not of the installed package"
+        raise BenchError(msg, hint="clone the repository and run `make bench` there")
+    sys.path.insert(0, str(checkout))
+    import bench as benches
+
+    status: int = benches.main(name, json_output=as_json, save=save)
+    return status
+
+
+@app.command()
+@click.argument("request_id", metavar="REQUEST", default="last")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="The server's key, where it has one."
+)
+@_json_flag
+def why(request_id: str, url: str, api_key_file: Path | None, as_json: bool) -> None:  # noqa: FBT001  # click passes by name
+    """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
+    from thermocline.lens import fetch, report
+
+    body = fetch.receipt(url, request_id, api_key_file)
+    click.echo(body.decode() if as_json else report.render(report.read(body)))
+
+
+@app.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_flag
+def check(path: Path, as_json: bool) -> int:  # noqa: FBT001  # click passes by name
+    """Read every block of a disk tier and verify it. Changes nothing; exits 1 when something is damaged."""
+    import msgspec
+
+    from thermocline.tiers.check import check_path
+
+    found = check_path(path)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+    else:
+        from thermocline.lens import report
+
+        click.echo(report.render_check(path, found))
+    return OK if found.ok else FAILED
+
+
+@app.command()
+@_settings_flags
+@_json_flag
+def config(config_path: Path | None, as_json: bool, **flags: str | None) -> None:  # noqa: FBT001  # click passes by name
+    """Print every setting's effective value and where it came from. Takes the flags of `serve`."""
+    settings = Settings.load(config_path, flags=flags)
+    values = {name: getattr(settings, name) for name in DECLARED}
+    if as_json:
+        rows = {name: {"value": value, "from": settings.where_from(name)} for name, value in values.items()}
+        click.echo(json.dumps(rows, default=str))
+        return
+    shown = {name: DECLARED[name].show(value) for name, value in values.items()}
+    width = max(map(len, shown.values()))
+    for name, value in shown.items():
+        click.echo(f"{name:18} {value:{width}}  {settings.where_from(name)}")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a verb and exit with its code. Errors go to stderr as `error:` and `hint:` lines."""
+    sys.exit(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        status = app.main(argv, prog_name="thermocline", standalone_mode=False)
+    except ThermoclineError as error:
+        return _complain(error.message, error.hint, error.exit_code)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "thermocline"
+        return _complain(error.format_message(), getattr(error, "hint", f"`{verb} --help` shows what it takes"), USAGE)
+    except click.ClickException as error:
+        return _complain(error.format_message(), "", error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    return status if isinstance(status, int) else OK
+
+
+def _complain(message: str, hint: str, exit_code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    return exit_code
