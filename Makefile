@@ -97,7 +97,9 @@ has_torch() { $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(m.
 		echo "pip has no CPU build of torch here; asking uv" >&2; \
 		$(BIN)/python -m pip install -q uv; \
 		SSL_CERT_FILE="$${SSL_CERT_FILE:-$${PIP_CERT:-}}" $(BIN)/uv pip install --python $(BIN)/python \
-			--torch-backend cpu "torch==$(TORCH)"; }
+			--torch-backend cpu "torch==$(TORCH)"; } || { \
+		echo "error: found no CPU build of torch $(TORCH)" >&2; \
+		echo "hint: give pip an index that has it (PIP_EXTRA_INDEX_URL), then run make again" >&2; exit 1; }
 endef
 
 $(DEV): pyproject.toml $(ENGINE)

@@ -112,10 +112,10 @@ def bench(name: str, save: bool, as_json: bool) -> int:  # noqa: FBT001  # click
     if not (checkout / "bench" / "__init__.py").is_file():
         msg = "the benches are part of the source checkout, not of the installed package"
         raise BenchError(msg, hint="clone the repository and run `make bench` there")
-    sys.path.insert(0, str(checkout))
-    import bench as benches
+    import importlib
 
-    status: int = benches.main(name, json_output=as_json, save=save)
+    sys.path.insert(0, str(checkout))
+    status: int = importlib.import_module("bench").main(name, json_output=as_json, save=save)
     return status
 
 

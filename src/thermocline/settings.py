@@ -12,7 +12,7 @@ import enum
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Setting:
     @property
     def variable(self) -> str:
         """The environment variable."""
-        return PREFIX + self.name.upper()
+        return _variable(self.name)
 
     @property
     def flag(self) -> str:
@@ -254,11 +254,11 @@ class Settings:
         environ = os.environ if environ is None else environ
         path = toml_path or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
         if path is not None:
-            given |= {_known(key, DECLARED, f"in {path}"): (raw, str(path)) for key, raw in _read(path).items()}
+            given |= {_known(key, f"in {path}"): (raw, str(path)) for key, raw in _read(path).items()}
         given |= _from_environment(environ)
         for key, raw in (flags or {}).items():
             if raw is not None:
-                setting = DECLARED[_known(key, DECLARED, "among the flags")]
+                setting = DECLARED[_known(key, "among the flags")]
                 given[key] = (raw, setting.flag)
         values: dict[str, Any] = {key: raw for key, (raw, _) in given.items()}
         return cls(**values, origins={key: origin for key, (_, origin) in given.items()})
@@ -285,25 +285,27 @@ def _parse(setting: Setting, raw: object, origin: str) -> Value:
         raise SettingsError(msg, hint=f"{setting.doc} Default: {setting.show(setting.default)}.") from None
 
 
-def _known(name: str, names: Iterable[str], where: str) -> str:
-    names = list(names)
-    if name in names:
+def _known(name: str, where: str, spell: Callable[[str], str] = str) -> str:
+    if name in DECLARED:
         return name
     import difflib
 
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`thermocline config` lists every setting"
-    msg = f"unknown setting {name} {where}"
+    near = difflib.get_close_matches(name, DECLARED, n=1)
+    hint = f"did you mean {spell(near[0])}?" if near else "`thermocline config` lists every setting"
+    msg = f"unknown setting {spell(name)} {where}"
     raise SettingsError(msg, hint=hint)
 
 
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
 def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    by_variable = {setting.variable: setting.name for setting in DECLARED.values()}
-    given: dict[str, tuple[object, str]] = {}
-    for variable, raw in environ.items():
-        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE and not _is_service_link(variable, raw):
-            given[by_variable[_known(variable, by_variable, "in the environment")]] = (raw, variable)
-    return given
+    return {
+        _known(variable.removeprefix(PREFIX).lower(), "in the environment", _variable): (raw, variable)
+        for variable, raw in environ.items()
+        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE and not _is_service_link(variable, raw)
+    }
 
 
 def _is_service_link(variable: str, raw: str) -> bool:

@@ -1,0 +1,43 @@
+"""What all tests share: how hypothesis runs, and the list of proven promises at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+HERE = Path(__file__).parent
+
+# A slow machine is no failure, and a failing example prints the line that replays it.
+hypothesis.settings.register_profile("thermocline", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("thermocline")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End with the promises proven, by room, and with everything that was skipped and why."""
+    passed = {report.nodeid.partition("[")[0] for report in terminalreporter.getreports("passed") if _is_call(report)}
+    failed = {report.nodeid.partition("[")[0] for report in terminalreporter.getreports("failed")}
+    rooms = Counter(_room(nodeid) for nodeid in passed - failed)
+    if rooms:
+        terminalreporter.section("promises proven")
+        for room, count in sorted(rooms.items()):
+            terminalreporter.write_line(f"{count:5}  {room}")
+        terminalreporter.write_line(f"{rooms.total():5}  in all, each stated in the docstring of its test")
+    skipped = terminalreporter.getreports("skipped")
+    if skipped:
+        terminalreporter.section("skipped, and why")
+        for report in skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            terminalreporter.write_line(f"  {report.nodeid}: {reason.removeprefix('Skipped: ')}")
+
+
+def _is_call(report: pytest.TestReport) -> bool:
+    return report.when == "call"
+
+
+def _room(nodeid: str) -> str:
+    parts = Path(nodeid.partition("::")[0]).parts
+    inside = parts[parts.index(HERE.name) + 1 :] if HERE.name in parts else parts
+    return inside[0] if len(inside) > 1 else "project"
