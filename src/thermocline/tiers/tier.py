@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thermocline.blocks.key import BlockKey
-from thermocline.blocks.layout import Layout
+from thermocline.blocks.layout import LayoutId
 
 Piece = NDArray[np.uint8]
 """One contiguous stretch of a block, one-dimensional. A block's pieces, in layout order, are its bytes."""
@@ -43,11 +43,27 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block on its way into a tier: its place in the chain and its bytes, which stay valid until the job is done."""
+    """A block on its way into a tier: its place in the chain (depth 1 is the first) and its bytes.
+
+    `sum` was computed over the engine's own bytes when they were saved and travels with the block from tier to tier, so
+    damage on the way is found, never blessed with a fresh sum.
+    """
 
     parent: BlockKey
     depth: int
     pieces: Sequence[Piece]
+    sum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Blocks of one layout that a tier already held when it was opened: columns of equal length, parents first."""
+
+    layout: LayoutId
+    keys: Sequence[BlockKey]
+    parents: Sequence[BlockKey]
+    depths: Sequence[int]
+    stored_wall_seconds: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +78,8 @@ class Usage:
 class Job:
     """The progress of a save: first visible (may be matched), then durable (survives the process, or the tier cannot).
 
-    `outcomes` has one entry per block: HIT once it is stored, FULL, LATE or FAILED if it was dropped, PENDING before.
+    `outcomes` has one entry per block: PENDING at first, HIT once it is stored. A dropped block is FULL (no room), LATE
+    (too much waits to be written already) or FAILED (the medium refused).
     """
 
     __slots__ = ("_done", "_visible", "_watchers", "_lock", "outcomes")
@@ -114,6 +131,15 @@ class Job:
             watcher(self)
 
 
+def block_length(blocks: Sequence[Block]) -> int:
+    """Bytes of each of the blocks of one save (0 for none). Raises ValueError if they differ: a layout has one size."""
+    lengths = {sum(piece.nbytes for piece in block.pieces) for block in blocks}
+    if len(lengths) > 1:
+        msg = f"blocks of one layout have one size, not {sorted(lengths)}"
+        raise ValueError(msg)
+    return lengths.pop() if lengths else 0
+
+
 class Tier(Protocol):
     """A place that keeps blocks. Every verb takes many keys; no verb raises because of a block.
 
@@ -124,11 +150,11 @@ class Tier(Protocol):
     name: str
     medium: Medium
 
-    def holds(self, layout: Layout, keys: Sequence[BlockKey]) -> Bitmap:
+    def holds(self, layout: LayoutId, keys: Sequence[BlockKey]) -> Bitmap:
         """Which of the keys are here and not known to be damaged. Touches no medium that can block."""
 
     def load(
-        self, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
+        self, layout: LayoutId, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
     ) -> list[Outcome]:
         """Copy each block into the caller's pieces, then verify that private copy.
 
@@ -137,17 +163,20 @@ class Tier(Protocol):
         `into`. A CORRUPT block is not held any more.
         """
 
-    def save(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
+    def save(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
         """Store blocks. Returns at once or after a copy; what cannot be taken now is FULL in the job's outcomes.
 
         A key that is already held is replaced. The caller's pieces must stay as they are until the job is done.
         """
 
-    def remove(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
+    def remove(self, layout: LayoutId, keys: Sequence[BlockKey]) -> int:
         """Forget blocks; their room is free at once. Returns how many were held."""
 
     def usage(self) -> Usage:
         """What is held now."""
+
+    def found(self) -> Sequence[Found]:
+        """What was held when the tier was opened, parents before children; empty for a tier that starts cold."""
 
     def close(self) -> None:
         """Finish what is in flight, make it durable, let go of files and threads. A second call does nothing."""

@@ -1,0 +1,101 @@
+"""Slab: one stretch of memory for all blocks of a host, faulted in before use and never given back.
+
+Fresh memory costs a page fault per 4 KiB, several times the price of the copy itself, so nothing is allocated per
+block. The memory is a memfd: another process can map the same pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thermocline.blocks.frame import PAGE_BYTES, padded
+from thermocline.blocks.slots import Slot, SlotMap
+
+UNIT_BYTES_MIN = 16 * 1024 * 1024
+UNITS_MAX = 64
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h, which the mmap module does not name
+
+
+class Slab:
+    """`capacity_bytes` of slots. The first unit is ready on return, the others as a thread faults them in."""
+
+    def __init__(self, capacity_bytes: int, name: str = "thermocline") -> None:
+        unit_bytes = padded(max(min(UNIT_BYTES_MIN, capacity_bytes), capacity_bytes // UNITS_MAX))
+        units = max(1, capacity_bytes // unit_bytes)
+        self.capacity_bytes = units * unit_bytes
+        self._lock = threading.Lock()
+        self._slots = SlotMap(unit_bytes)
+        self._fd = os.memfd_create(name)
+        os.ftruncate(self._fd, self.capacity_bytes)
+        self._map = mmap.mmap(self._fd, self.capacity_bytes)
+        self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self._closing = threading.Event()
+        self._fault_in(0)
+        self._thread = threading.Thread(target=self._fault_in_rest, args=(units,), name="slab", daemon=True)
+        self._thread.start()
+
+    def take(self, block_bytes: int, count: int) -> list[Slot]:
+        """Up to `count` slots for blocks of this size."""
+        with self._lock:
+            return self._slots.take(padded(block_bytes), count)
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back; a view of it stays readable but no longer means anything."""
+        with self._lock:
+            self._slots.give(slot)
+
+    def free_slots(self, block_bytes: int) -> int:
+        """How many blocks of this size fit now."""
+        with self._lock:
+            return self._slots.free_slots(padded(block_bytes))
+
+    def view(self, slot: Slot, block_bytes: int) -> NDArray[np.uint8]:
+        """The bytes of a slot, page-aligned, valid until the slab is closed."""
+        start = slot.unit * self._slots.unit_bytes + slot.index * padded(block_bytes)
+        return self._bytes[start : start + block_bytes]
+
+    def is_current(self, slot: Slot) -> bool:
+        """True while the slot has not been given back: read after a copy, it says whether the copy was of this use."""
+        return self._slots.is_current(slot)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in slots that are taken."""
+        return self._slots.used_bytes
+
+    def check_integrity(self) -> None:
+        """Free and used slots add up. Raises AssertionError."""
+        with self._lock:
+            self._slots.check_integrity()
+
+    def wait_ready(self, seconds: float | None = None) -> bool:
+        """Wait until all memory is faulted in; False if `seconds` passed first."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Let go of the memory once no view of it is left. A second call does nothing."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._thread.join()
+            os.close(self._fd)
+
+    def _fault_in_rest(self, units: int) -> None:
+        for unit in range(1, units):
+            if self._closing.is_set():
+                return
+            self._fault_in(unit)
+
+    def _fault_in(self, unit: int) -> None:
+        start = unit * self._slots.unit_bytes
+        try:
+            self._map.madvise(_POPULATE_WRITE, start, self._slots.unit_bytes)
+        except OSError:  # a kernel before 5.14: touch every page instead
+            self._bytes[start : start + self._slots.unit_bytes : PAGE_BYTES] = 0
+        with self._lock:
+            self._slots.add_unit(unit)

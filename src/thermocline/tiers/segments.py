@@ -1,0 +1,194 @@
+"""The disk tier's files and threads: preallocated segments, direct I/O, readers that cannot hold up their callers."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thermocline.tiers.tier import Piece
+
+READ_BYTES_MAX = 4 * 1024 * 1024
+"""One read. Large enough to run at the device's speed, small enough that checking one hides behind reading the next."""
+
+PIECES_MAX = 1000  # the kernel takes 1,024 pieces per call
+
+
+NAME_DIGITS = 6
+
+
+def aligned_memory(nbytes: int) -> NDArray[np.uint8]:
+    """Page-aligned memory, faulted in, as direct I/O wants it."""
+    memory = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    memory[::4096] = 0
+    return memory
+
+
+class Segments:
+    """Files of equal size below one directory, each allocated whole before it is used."""
+
+    def __init__(self, path: Path, segment_bytes: int) -> None:
+        self._path = path
+        self.segment_bytes = segment_bytes
+        self._fds: dict[int, int] = {}
+        self.direct = True
+
+    def existing(self) -> list[int]:
+        """Numbers of the segment files that are there and whole; damaged or foreign names are left alone."""
+        stems = [entry.stem for entry in self._path.glob("*.segment") if entry.stat().st_size == self.segment_bytes]
+        return sorted(int(stem) for stem in stems if stem.isdigit() and len(stem) == NAME_DIGITS)
+
+    def open(self, number: int) -> None:
+        """Open a segment, allocating it where it is new. Raises OSError, leaving no partial file behind."""
+        path = self._file(number)
+        fresh = not path.exists()
+        fd = self._open_fd(path)
+        try:
+            if os.fstat(fd).st_size != self.segment_bytes:
+                os.posix_fallocate(fd, 0, self.segment_bytes)
+                os.ftruncate(fd, self.segment_bytes)
+        except OSError:
+            os.close(fd)
+            if fresh:
+                path.unlink(missing_ok=True)
+            raise
+        self._fds[number] = fd
+
+    def remove(self, number: int) -> None:
+        """Delete a segment's file."""
+        fd = self._fds.pop(number, None)
+        if fd is not None:
+            os.close(fd)
+        self._file(number).unlink(missing_ok=True)
+
+    def fd(self, number: int) -> int:
+        """The open file of a segment."""
+        return self._fds[number]
+
+    def write(self, number: int, offset: int, pieces: Sequence[Piece]) -> None:
+        """Write adjacent aligned pieces. Raises OSError, also for a short write."""
+        fd = self._fds[number]
+        for start in range(0, len(pieces), PIECES_MAX):
+            part = pieces[start : start + PIECES_MAX]
+            wanted = sum(piece.nbytes for piece in part)
+            if os.pwritev(fd, part, offset) != wanted:
+                raise OSError(errno.ENOSPC, "short write to a segment")
+            offset += wanted
+
+    def sync(self, numbers: Sequence[int]) -> None:
+        """Make what was written to these segments durable. Raises OSError."""
+        for number in numbers:
+            os.fdatasync(self._fds[number])
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _file(self, number: int) -> Path:
+        return self._path / f"{number:0{NAME_DIGITS}d}.segment"
+
+    def _open_fd(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        if self.direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT, 0o600)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.direct = False  # a file system without direct I/O: same bytes, through the page cache
+        return os.open(path, flags, 0o600)
+
+
+class Read:
+    """One read under way. Its buffer belongs to the reader until `wait` returns True, then to the caller until `release`."""
+
+    __slots__ = ("_abandoned", "_arrived", "_buffer", "_lock", "_pool", "error", "fd", "nbytes", "offset")
+
+    def __init__(self, pool: queue.SimpleQueue[NDArray[np.uint8]], fd: int, offset: int, nbytes: int) -> None:
+        self._pool = pool
+        self.fd, self.offset, self.nbytes = fd, offset, nbytes
+        self.error: OSError | None = None
+        self._buffer: NDArray[np.uint8] | None = None
+        self._arrived = threading.Event()
+        self._abandoned = False
+        self._lock = threading.Lock()
+
+    def wait(self, seconds: float) -> bool:
+        """True once the bytes are there or the read failed (`error`); False if `seconds` passed first."""
+        return self._arrived.wait(min(max(0.0, seconds), threading.TIMEOUT_MAX))
+
+    @property
+    def bytes(self) -> NDArray[np.uint8]:
+        """What was read. Only after `wait` returned True without an error."""
+        assert self._buffer is not None
+        return self._buffer[: self.nbytes]
+
+    def release(self) -> None:
+        """Give the buffer back; if the read still runs, its reader does so when it ends."""
+        with self._lock:
+            self._abandoned = True
+            buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._give_back(buffer)
+
+    def run(self) -> None:
+        """For the reader thread: read, or record why not."""
+        if not self._abandoned:
+            buffer = self._pool.get() if self.nbytes <= READ_BYTES_MAX else aligned_memory(self.nbytes)
+            try:
+                got = os.preadv(self.fd, [buffer[: self.nbytes]], self.offset)
+                self.error = None if got == self.nbytes else OSError(errno.EIO, "short read from a segment")
+            except OSError as error:
+                self.error = error
+            self._hand_over(buffer)
+        self._arrived.set()
+
+    def _hand_over(self, buffer: NDArray[np.uint8]) -> None:
+        with self._lock:
+            if not self._abandoned:
+                self._buffer = buffer
+                return
+        self._give_back(buffer)
+
+    def _give_back(self, buffer: NDArray[np.uint8]) -> None:
+        if buffer.nbytes == READ_BYTES_MAX:
+            self._pool.put(buffer)
+
+
+class Readers:
+    """A few threads that read into their own buffers, so a device that hangs holds up nobody and overwrites nothing."""
+
+    def __init__(self, threads: int, *, name: str = "disk-reader") -> None:
+        self._queue: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
+        self._pool: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+        for _ in range(threads * 2):
+            self._pool.put(aligned_memory(READ_BYTES_MAX))
+        self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, fd: int, offset: int, nbytes: int) -> Read:
+        """Start a read; release it whatever becomes of it. Over READ_BYTES_MAX it pays for memory of its own."""
+        read = Read(self._pool, fd, offset, nbytes)
+        self._queue.put(read)
+        return read
+
+    def close(self, seconds: float) -> None:
+        """Stop the threads. One that hangs in a read is left behind; it is a daemon and owns its buffer."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(seconds)
+
+    def _serve(self) -> None:
+        while (read := self._queue.get()) is not None:
+            read.run()

@@ -1,0 +1,61 @@
+"""Frames on their way to a segment: header pages and payloads side by side, without a copy where memory is aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thermocline.blocks.frame import PAGE_BYTES, Header, copy_in, frame_bytes, padded, write_header
+from thermocline.blocks.key import BlockKey
+from thermocline.blocks.layout import LayoutId
+from thermocline.tiers.segments import Segments, aligned_memory
+from thermocline.tiers.tier import Block, Piece, block_length
+
+FRAMES_MAX = 256
+"""Frames per write call, so that headers and payloads stay below the kernel's bound on pieces."""
+
+
+class FrameWriter:
+    """Writes runs of frames. Used by one thread."""
+
+    def __init__(self, segments: Segments, epoch: int) -> None:
+        self._segments = segments
+        self._epoch = epoch
+        self._headers = aligned_memory(FRAMES_MAX * PAGE_BYTES)
+        self._bounce = aligned_memory(PAGE_BYTES)
+
+    def write(
+        self, segment: int, offset: int, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]
+    ) -> None:
+        """Write adjacent frames from `offset` on. Raises OSError; then none of them may be trusted."""
+        length = block_length(blocks)
+        for start in range(0, len(keys), FRAMES_MAX):
+            part = slice(start, start + FRAMES_MAX)
+            pieces = self._frames(layout, keys[part], blocks[part], length)
+            self._segments.write(segment, offset + start * frame_bytes(length), pieces)
+
+    def _frames(
+        self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], length: int
+    ) -> list[Piece]:
+        pieces: list[Piece] = []
+        for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
+            page = self._headers[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+            write_header(Header(key, block.parent, layout, block.depth, length, block.sum, self._epoch), page)
+            pieces.append(page)
+            if len(block.pieces) == 1 and _aligned(block.pieces[0]):
+                pieces.append(block.pieces[0])
+            else:
+                pieces.append(self._bounced(block.pieces, at, len(keys), padded(length)))
+        return pieces
+
+    def _bounced(self, pieces: Sequence[Piece], at: int, count: int, padded_bytes: int) -> Piece:
+        """The block in aligned memory of our own, padded to whole pages."""
+        if self._bounce.nbytes < count * padded_bytes:
+            self._bounce = aligned_memory(count * padded_bytes)
+        target = self._bounce[at * padded_bytes : (at + 1) * padded_bytes]
+        copy_in(pieces, target)
+        return target
+
+
+def _aligned(piece: Piece) -> bool:
+    address: int = piece.__array_interface__["data"][0]
+    return piece.nbytes % PAGE_BYTES == 0 and address % PAGE_BYTES == 0
