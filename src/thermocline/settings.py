@@ -87,18 +87,17 @@ class Setting:
             return _size_text(value)
         return f"{value:g}s" if self.kind is Kind.DURATION else str(value)
 
+    def show_bound(self, bound: float) -> str:
+        """A bound as a person would write it."""
+        return self.show(bound if self.kind is Kind.DURATION else int(bound))
+
     def _check_bounds(self, value: float) -> None:
         if not self.least <= value <= self.most:
-            most = "" if self.most == float("inf") else f" and at most {self.show(_whole(self.most, self.kind))}"
-            msg = f"must be at least {self.show(_whole(self.least, self.kind))}{most}"
+            msg = f"must be at least {self.show_bound(self.least)} and at most {self.show_bound(self.most)}"
             raise ValueError(msg)
         if self.multiple_of > 1 and value % self.multiple_of:
             msg = f"must be a multiple of {self.multiple_of}"
             raise ValueError(msg)
-
-
-def _whole(bound: float, kind: Kind) -> float:
-    return bound if kind is Kind.DURATION else int(bound)
 
 
 def _size_text(value: int) -> str:

@@ -1,0 +1,140 @@
+"""Receipts and checks in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from thermocline.errors import UnreachableError
+from thermocline.store.plan import Missing
+from thermocline.store.receipt import Reason, Receipt
+
+_WORDS = {
+    Reason.NEVER_SEEN: "was never seen before",
+    Reason.UNKNOWN: "is not remembered; it may have been here long ago",
+    Reason.DIVERGED: "differs from what is stored",
+    Reason.EVICTED: "was here, and was dropped to make room",
+    Reason.EXPIRED: "was here, and reached its age limit",
+    Reason.OTHER_LAYOUT: "is stored, but for another model, engine or block size",
+    Reason.ELSEWHERE: "is on another node",
+    Reason.PENDING: "is being written or promoted right now",
+    Reason.DECLINED: "is stored, but computing it was predicted to be quicker",
+    Reason.NOT_ADMITTED: "was seen, but not kept",
+    Reason.LATE: "did not arrive by the deadline",
+    Reason.CORRUPT: "did not verify, and was dropped",
+    Reason.TIER_DOWN: "is in a tier that is set aside after failures",
+    Reason.TAIL: "is always computed: a partial block, or the token that starts the answer",
+}
+_ADVICE = {
+    Reason.NEVER_SEEN: "The text is new here. The next prompt that begins with it loads it.",
+    Reason.UNKNOWN: "Too long ago to say more. More memory_bytes or a disk_path keeps blocks for longer.",
+    Reason.DIVERGED: (
+        "What changes with every request (a time, an id, a user's name) belongs at the end of a prompt: "
+        "everything after the first difference is computed again."
+    ),
+    Reason.EVICTED: "The tiers are too small for this traffic: raise memory_bytes or disk_bytes, or set disk_path.",
+    Reason.EXPIRED: "Raise ttl_seconds if prompts come back later than that.",
+    Reason.OTHER_LAYOUT: "Blocks load only where every byte means the same; the new ones take over as they are made.",
+    Reason.ELSEWHERE: "Send requests of one conversation to one node.",
+    Reason.PENDING: "The same prompt a moment later loads it.",
+    Reason.DECLINED: "This is as quick as it gets with the present tiers.",
+    Reason.NOT_ADMITTED: "The detail says why; a larger write_queue_bytes lets more bytes wait for the disk.",
+    Reason.LATE: "A tier is slower than load_seconds_max allows; the request went on without it.",
+    Reason.CORRUPT: "Damaged bytes were refused and computed again, the answer is right. Look after the medium.",
+    Reason.TIER_DOWN: "The tier is tried again by itself; /metrics shows which one fails.",
+    Reason.TAIL: "All that can be loaded was loaded.",
+}
+
+
+class CheckReport(Protocol):
+    """What `tiers.check` found."""
+
+    blocks: int
+    bytes: int
+    corrupt: int
+    torn_pages: int
+    orphans: int
+    ok: bool
+
+
+def read(body: bytes) -> Receipt:
+    """A receipt from the JSON that a server sends. Raises UnreachableError if it is something else."""
+    try:
+        return msgspec.json.decode(body, type=Receipt)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        msg = f"the server's answer is not a receipt: {error}"
+        raise UnreachableError(msg, hint="is it a thermocline server of this version?") from None
+
+
+def render(receipt: Receipt) -> str:
+    """A receipt in words: what was loaded, what was computed, why, and what that means."""
+    prompt = receipt.prompt_tokens
+    match, load, prefill = map(_time, (receipt.match_seconds, receipt.load_seconds, receipt.prefill_seconds))
+    lines = [
+        f"request {receipt.request}",
+        f"  prompt    {prompt:>9,} tokens",
+        f"  loaded    {receipt.loaded_tokens:>9,} tokens  {_share(receipt.loaded_tokens, prompt)}{_tiers(receipt)}",
+        f"  computed  {receipt.computed_tokens:>9,} tokens  {_share(receipt.computed_tokens, prompt)}",
+        f"  matching  {match}, loading {load}, computing {prefill}",
+    ]
+    if receipt.missing:
+        lines.append("why not more")
+        lines += [f"  {line}" for missing in receipt.missing for line in _explain(missing, receipt)]
+    lines.append(f"so: {conclude(receipt)}")
+    return "\n".join(lines)
+
+
+def conclude(receipt: Receipt) -> str:
+    """One or two sentences: what the reason behind most of the computed tokens means, and what to do about it."""
+    tokens: Counter[Reason] = Counter()
+    for missing in receipt.missing:
+        start, stop = _tokens(missing, receipt)
+        tokens[missing.reason] += max(1, stop - start)
+    avoidable = {reason: count for reason, count in tokens.items() if reason is not Reason.TAIL}
+    reason = max(avoidable, key=lambda key: avoidable[key]) if avoidable else Reason.TAIL
+    return _ADVICE[reason]
+
+
+def render_check(path: Path, found: CheckReport) -> str:
+    """What a check of a disk tier found, in words."""
+    lines = [f"{path}: {found.blocks:,} blocks, {found.bytes:,} bytes"]
+    lines += [
+        f"  {count:,} {words}"
+        for count, words in (
+            (found.corrupt, "blocks do not verify; they will never be loaded"),
+            (found.torn_pages, "pages were torn by an interrupted write; they hold no durable block"),
+            (found.orphans, "blocks lack an ancestor; they cannot be matched"),
+        )
+        if count
+    ]
+    lines.append("ok: every block that can be matched verifies" if found.ok else "damaged: what is corrupt was refused")
+    return "\n".join(lines)
+
+
+def _explain(missing: Missing, receipt: Receipt) -> list[str]:
+    start, stop = _tokens(missing, receipt)
+    what = f"token {start:,}" if stop - start == 1 else f"tokens {start:,} to {stop:,}"
+    detail = f" ({missing.detail})" if missing.detail else ""
+    return [f"{what}: {missing.reason.name} - {_WORDS[missing.reason]}{detail}"]
+
+
+def _tokens(missing: Missing, receipt: Receipt) -> tuple[int, int]:
+    size, prompt = receipt.tokens_per_block, receipt.prompt_tokens
+    stop = prompt if missing.reason is Reason.TAIL else missing.stop * size
+    return min(missing.start * size, prompt), min(stop, prompt)
+
+
+def _tiers(receipt: Receipt) -> str:
+    parts = [f"{tokens:,} from {tier}" for tier, tokens in receipt.by_tier.items() if tokens]
+    return f": {', '.join(parts)}" if parts else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:3.0f} %" if whole else "  - "
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
