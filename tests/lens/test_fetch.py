@@ -1,0 +1,76 @@
+"""Fetching a receipt: from the server that was named, and nowhere else."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+
+import pytest
+
+from thermocline.errors import SettingsError, UnreachableError
+from thermocline.lens import fetch
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    asked: list
+
+    def do_GET(self):  # the name that http.server calls
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        status = int(self.path.rpartition("/")[2]) if self.path[-1].isdigit() else 200
+        self.send_response(status)
+        self.send_header("Location", "/receipts/last")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_args):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server on loopback that notes what it is asked, and answers with the status that the id names."""
+    handler = type("Handler", (_Server,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        server.shutdown()
+        thread.join()
+
+
+def test_question(server, tmp_path, monkeypatch):
+    """The id is quoted, the key is sent as bearer token, a path before /receipts is kept, and no proxy is asked."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    url, asked = server
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    assert fetch.receipt(url + "/prefix/", "a/../b?c", key) == b"{}"
+    assert asked == [("/prefix/receipts/a%2F..%2Fb%3Fc", "Bearer secret")]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, "has no receipt"), (401, "wants an API key"), (302, "status 302"), (500, "status 500")]
+)
+def test_failures(server, status, words):
+    """Another status than 200 is an error with a hint; a redirect is not followed."""
+    url, asked = server
+    with pytest.raises(UnreachableError, match=words) as caught:
+        fetch.receipt(url, str(status))
+    assert caught.value.hint
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("url", ["http://example.org", "http://192.0.2.1:8000", "http://127.0.0.1.example.org"])
+def test_plain_http_stays_here(url):
+    """Plain HTTP to another machine is refused before anything is sent."""
+    with pytest.raises(SettingsError, match="readable over the network"):
+        fetch.receipt(url, "last")
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://127.0.0.1:port"])
+def test_not_an_address(url):
+    """Something that is not the address of a server is refused with an example of one."""
+    with pytest.raises(SettingsError, match="not the address") as caught:
+        fetch.receipt(url, "last")
+    assert "http://127.0.0.1:8000" in caught.value.hint

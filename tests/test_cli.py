@@ -1,0 +1,145 @@
+"""The command line: exit codes, hints, JSON, and manners."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+import thermocline
+from thermocline import cli
+from thermocline.settings import DECLARED
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process; gives its exit code, stdout and stderr."""
+    for setting in DECLARED.values():
+        monkeypatch.delenv(setting.variable, raising=False)
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_version(run):
+    """`--version` prints the package's version."""
+    assert run("--version") == (0, f"thermocline {thermocline.__version__}\n", "")
+
+
+def test_help_lists_every_verb(run):
+    """`--help` and `-h` list every verb and every exit code."""
+    code, out, _ = run("--help")
+    assert code == 0
+    assert run("-h")[1] == out
+    assert set(re.findall(r"^  (\w+)  +[A-Z]", out, re.MULTILINE)) == set(cli.app.commands)
+    assert all(re.search(rf"\b{code} {meaning.split()[0]}", out) for code, meaning in cli.EXIT_CODES.items())
+
+
+@pytest.mark.parametrize("verb", cli.app.commands)
+def test_every_verb_speaks_json(verb):
+    """Every verb has `--json`, and an explanation."""
+    command = cli.app.commands[verb]
+    assert "--json" in {option for param in command.params for option in param.opts}
+    assert command.help
+    assert all(param.help for param in command.params if isinstance(param, click.Option))
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["srve"], "hint: did you mean `thermocline serve`?"),
+        (["xyzzy"], "hint: `thermocline --help` lists the verbs"),
+        (["serve", "--prot", "1"], "hint: `thermocline serve --help` shows what it takes"),
+        (["check"], "hint: `thermocline check --help` shows what it takes"),
+        (["config", "--port", "99999"], "hint: The port to listen on"),
+        (["config", "--config", "missing.toml"], "hint: name a readable TOML file with --config"),
+        (["config", "--host", "0.0.0.0"], "hint: set api_key_file, or listen on 127.0.0.1"),  # noqa: S104  # is refused
+        (["why", "--url", "ftp://127.0.0.1"], "hint: write it as http://127.0.0.1:8000"),
+        (["why", "--url", "http://192.0.2.1"], "hint: use https"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes(run, argv, hint):
+    """A mistake in the command line or the settings exits 2, says nothing on stdout, and hints at the next action."""
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert hint in err
+    assert err.count("\n") == 2
+
+
+def test_config(run, monkeypatch, tmp_path):
+    """`config` prints every setting, its effective value and where it came from, as text and as JSON."""
+    path = tmp_path / "thermocline.toml"
+    path.write_text('memory_bytes = "2GiB"\nport = 1')
+    monkeypatch.setenv("THERMOCLINE_THREADS", "2")
+    argv = ("config", "--config", str(path), "--port", "9")
+    code, out, err = run(*argv)
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert (code, err, list(rows)) == (0, "", list(DECLARED))
+    assert rows["port"] == ["9", "--port"]
+    assert rows["threads"] == ["2", "THERMOCLINE_THREADS"]
+    assert rows["memory_bytes"] == ["2GiB", str(path)]
+    assert rows["model"] == ["tiny", "default"]
+    rows = json.loads(run(*argv, "--json")[1])
+    assert rows["memory_bytes"] == {"value": 2 << 30, "from": str(path)}
+    assert rows["disk_path"] == {"value": None, "from": "default"}
+
+
+def test_bench_outside_a_checkout(run, monkeypatch, tmp_path):
+    """Without a source checkout `bench` says what to do instead of failing to import."""
+    monkeypatch.setattr(thermocline, "__file__", str(tmp_path / "lib" / "python" / "thermocline" / "__init__.py"))
+    code, _, err = run("bench", "list")
+    assert code == 1
+    assert "hint: clone the repository" in err
+
+
+def test_no_server(run):
+    """Asking a server that is not there exits 1 with a hint that names the command to start one."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    code, out, err = run("why", "--url", f"http://127.0.0.1:{port}")
+    assert (code, out) == (1, "")
+    assert "no server answers" in err
+    assert "thermocline serve" in err
+
+
+def test_interrupt():
+    """Ctrl-C exits 130 and prints nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        argv = [sys.executable, "-m", "thermocline", "why", "--url", url]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            connection, _ = silent.accept()
+            with connection:  # which stays unanswered
+                child.send_signal(signal.SIGINT)
+                out, err = child.communicate(timeout=30)
+    assert (out, err.strip()) == (b"", b"")
+    assert child.returncode == cli.INTERRUPTED
+
+
+def test_closed_pipe():
+    """A reader that goes away early causes no traceback."""
+    command = f"{sys.executable} -m thermocline config | true"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_script():
+    """The installed `thermocline` is this command."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"thermocline": "thermocline.cli:main"}
