@@ -9,8 +9,7 @@ from typing import Protocol
 import msgspec
 
 from thermocline.errors import UnreachableError
-from thermocline.store.plan import Missing
-from thermocline.store.receipt import Reason, Receipt
+from thermocline.store.receipt import Missing, Reason, Receipt
 
 _WORDS = {
     Reason.NEVER_SEEN: "was never seen before",
@@ -79,10 +78,11 @@ def render(receipt: Receipt) -> str:
         f"  loaded    {receipt.loaded_tokens:>9,} tokens  {_share(receipt.loaded_tokens, prompt)}{_tiers(receipt)}",
         f"  computed  {receipt.computed_tokens:>9,} tokens  {_share(receipt.computed_tokens, prompt)}",
         f"  matching  {match}, loading {load}, computing {prefill}",
+        f"  predicted {_time(receipt.planned_cold_seconds)} to compute all of it",
     ]
     if receipt.missing:
         lines.append("why not more")
-        lines += [f"  {line}" for missing in receipt.missing for line in _explain(missing, receipt)]
+        lines += [f"  {_explain(missing, receipt)}" for missing in receipt.missing]
     lines.append(f"so: {conclude(receipt)}")
     return "\n".join(lines)
 
@@ -93,9 +93,8 @@ def conclude(receipt: Receipt) -> str:
     for missing in receipt.missing:
         start, stop = _tokens(missing, receipt)
         tokens[missing.reason] += max(1, stop - start)
-    avoidable = {reason: count for reason, count in tokens.items() if reason is not Reason.TAIL}
-    reason = max(avoidable, key=lambda key: avoidable[key]) if avoidable else Reason.TAIL
-    return _ADVICE[reason]
+    del tokens[Reason.TAIL]
+    return _ADVICE[tokens.most_common(1)[0][0] if tokens else Reason.TAIL]
 
 
 def render_check(path: Path, found: CheckReport) -> str:
@@ -114,11 +113,11 @@ def render_check(path: Path, found: CheckReport) -> str:
     return "\n".join(lines)
 
 
-def _explain(missing: Missing, receipt: Receipt) -> list[str]:
+def _explain(missing: Missing, receipt: Receipt) -> str:
     start, stop = _tokens(missing, receipt)
-    what = f"token {start:,}" if stop - start == 1 else f"tokens {start:,} to {stop:,}"
-    detail = f" ({missing.detail})" if missing.detail else ""
-    return [f"{what}: {missing.reason.name} - {_WORDS[missing.reason]}{detail}"]
+    what = f"token {start:,}" if stop - start == 1 else f"tokens {start:,} to {stop - 1:,}"
+    detail = f" ({missing.detail})" if missing.detail and missing.reason is not Reason.TAIL else ""
+    return f"{what}: {missing.reason.name} - {_WORDS[missing.reason]}{detail}"
 
 
 def _tokens(missing: Missing, receipt: Receipt) -> tuple[int, int]:

@@ -1,0 +1,76 @@
+"""Receipts in words: each reason explained, and a conclusion that says what to do."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from thermocline.errors import UnreachableError
+from thermocline.lens import report
+from thermocline.store.receipt import Missing, Reason, Receipt
+
+
+def _receipt(*missing, loaded=2048, prompt=2064):
+    return Receipt(
+        request="cmpl-1",
+        prompt_tokens=prompt,
+        tokens_per_block=32,
+        loaded_tokens=loaded,
+        computed_tokens=prompt - loaded,
+        by_tier={"memory": loaded - 32, "disk": 32} if loaded else {},
+        missing=missing,
+        match_seconds=0.0004,
+        load_seconds=0.0123,
+        prefill_seconds=0.03,
+        planned_load_seconds=0.01,
+        planned_recompute_seconds=0.02,
+        planned_cold_seconds=1.5,
+    )
+
+
+def test_a_hit():
+    """A receipt in words gives tokens by tier, times, and the last stretch that is always computed."""
+    text = report.render(_receipt(Missing(64, 65, Reason.TAIL, "anything")))
+    assert text.splitlines() == [
+        "request cmpl-1",
+        "  prompt        2,064 tokens",
+        "  loaded        2,048 tokens   99 %: 2,016 from memory, 32 from disk",
+        "  computed         16 tokens    1 %",
+        "  matching  0.4 ms, loading 12.3 ms, computing 30.0 ms",
+        "  predicted 1.50 s to compute all of it",
+        "why not more",
+        ("  tokens 2,048 to 2,063: TAIL - is always computed: a partial block, or the token that starts the answer"),
+        "so: All that can be loaded was loaded.",
+    ]
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason(reason):
+    """Every reason of the closed set has words, its detail is shown, and it leads to its own conclusion."""
+    receipt = _receipt(Missing(1, 64, reason, "a detail"), Missing(64, 65, Reason.TAIL), loaded=32)
+    line = report.render(receipt).splitlines()[7]
+    assert line.startswith(f"  tokens 32 to {2063 if reason is Reason.TAIL else 2047:,}: {reason.name} - ")
+    assert line.endswith(" (a detail)") == (reason is not Reason.TAIL)
+    others = [report.conclude(_receipt(Missing(1, 64, other))) for other in Reason if other is not reason]
+    assert report.conclude(receipt) not in others
+
+
+def test_conclusion_follows_the_tokens():
+    """The conclusion is about the reason behind most of the computed tokens, whatever comes first."""
+    few, most = Missing(0, 2, Reason.CORRUPT), Missing(2, 64, Reason.EVICTED)
+    assert report.conclude(_receipt(few, most, loaded=0)) == report.conclude(_receipt(most, loaded=0))
+
+
+def test_empty_prompt():
+    """A receipt without any token is still readable."""
+    assert "0 tokens" in report.render(_receipt(loaded=0, prompt=0))
+
+
+def test_read():
+    """A receipt read from JSON is the one that was written; anything else is an error with a hint."""
+    receipt = _receipt(Missing(64, 65, Reason.TAIL))
+    assert report.read(msgspec.json.encode(receipt)) == receipt
+    for body in (b"", b"{}", b"[1]", b"\xff", b"<html>"):
+        with pytest.raises(UnreachableError, match="not a receipt") as caught:
+            report.read(body)
+        assert caught.value.hint
