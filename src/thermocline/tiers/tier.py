@@ -6,7 +6,7 @@ import enum
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,13 +82,14 @@ class Job:
     (too much waits to be written already) or FAILED (the medium refused).
     """
 
-    __slots__ = ("_done", "_visible", "_watchers", "_lock", "outcomes")
+    __slots__ = ("_done", "_lock", "_visible", "_when_done", "_when_visible", "outcomes")
 
     def __init__(self, outcomes: list[Outcome]) -> None:
         self.outcomes = outcomes
         self._visible = threading.Event()
         self._done = threading.Event()
-        self._watchers: list[Callable[[Job], Any]] = []
+        self._when_visible: list[Watcher] = []
+        self._when_done: list[Watcher] = []
         self._lock = threading.Lock()
 
     @property
@@ -105,30 +106,38 @@ class Job:
         """Block until done; False if `seconds` passed first."""
         return self._done.wait(seconds)
 
-    def watch(self, watcher: Callable[[Job], Any]) -> None:
-        """Call `watcher(job)` when it becomes visible and again when it is done, at once where that lies behind."""
-        with self._lock:
-            self._watchers.append(watcher)
-            passed = self.visible + self.done
-        for _ in range(passed):
-            watcher(self)
+    def watch(self, *, visible: Watcher | None = None, done: Watcher | None = None) -> None:
+        """Call `visible(job)` and `done(job)` once each, in this order, in the thread that gets there; at once if there."""
+        if visible is not None:
+            self._watch(self._visible, self._when_visible, visible)
+        if done is not None:
+            self._watch(self._done, self._when_done, done)
 
     def set_visible(self) -> None:
         """For the tier: the stored blocks may be matched from now on."""
-        self._advance(self._visible)
+        self._advance(self._visible, self._when_visible)
 
     def set_done(self) -> None:
         """For the tier: the stored blocks are durable."""
-        if not self.visible:
-            self.set_visible()
-        self._advance(self._done)
+        self.set_visible()
+        self._advance(self._done, self._when_done)
 
-    def _advance(self, event: threading.Event) -> None:
+    def _watch(self, event: threading.Event, watchers: list[Watcher], watcher: Watcher) -> None:
+        with self._lock:
+            if not event.is_set():
+                watchers.append(watcher)
+                return
+        watcher(self)
+
+    def _advance(self, event: threading.Event, watchers: list[Watcher]) -> None:
         with self._lock:
             event.set()
-            watchers = tuple(self._watchers)
-        for watcher in watchers:
-            watcher(self)
+            calls, watchers[:] = tuple(watchers), ()
+        for call in calls:
+            call(self)
+
+
+Watcher = Callable[[Job], object]
 
 
 def block_length(blocks: Sequence[Block]) -> int:
@@ -178,5 +187,15 @@ class Tier(Protocol):
     def found(self) -> Sequence[Found]:
         """What was held when the tier was opened, parents before children; empty for a tier that starts cold."""
 
+    def check_integrity(self) -> None:
+        """Conservation laws hold: what is free and what is used adds up. Raises AssertionError."""
+
     def close(self) -> None:
         """Finish what is in flight, make it durable, let go of files and threads. A second call does nothing."""
+
+
+class LendingTier(Tier, Protocol):
+    """A tier in this process's memory, whose blocks can be written elsewhere without a copy."""
+
+    def block(self, layout: LayoutId, key: BlockKey) -> tuple[Piece, bytes] | None:
+        """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""

@@ -1,0 +1,1 @@
+"""What loading and recomputing cost, in seconds."""

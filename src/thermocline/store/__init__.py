@@ -1,0 +1,1 @@
+"""The tiered store: match, plan, load, save, evict, and say why."""

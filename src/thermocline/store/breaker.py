@@ -1,0 +1,37 @@
+"""A breaker per tier: after failures in a row the tier is left alone for a while, then one request tries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FAILURES_MAX = 3
+OPEN_SECONDS_MIN = 1.0
+OPEN_SECONDS_MAX = 60.0
+
+
+@dataclass(slots=True)
+class Breaker:
+    """A state machine over times that it is given; it reads no clock."""
+
+    failures: int = 0
+    open_until: float = float("-inf")
+    open_seconds: float = OPEN_SECONDS_MIN
+
+    def allows(self, now: float) -> bool:
+        """False while the tier is left alone."""
+        return now >= self.open_until
+
+    def succeeded(self) -> None:
+        """The tier answered: forget its failures."""
+        self.failures = 0
+        self.open_seconds = OPEN_SECONDS_MIN
+
+    def failed(self, now: float) -> bool:
+        """The tier failed or was late. True if that opened the breaker; each time it stays open twice as long."""
+        self.failures += 1
+        if self.failures < FAILURES_MAX:
+            return False
+        self.open_until = now + self.open_seconds
+        self.open_seconds = min(2 * self.open_seconds, OPEN_SECONDS_MAX)
+        self.failures = FAILURES_MAX - 1  # the one request that tries again may fail once
+        return True

@@ -1,0 +1,288 @@
+"""The union index: one node per block, with the tiers that hold it. The tree of prefixes lives here and only here.
+
+Every tier is prefix-closed: a block is entered for a tier only while its parent is (or it is a first block), and leaves
+it only when none of its children is there. So the longest match is a bisection, and the blocks that may be evicted are
+the leaves. A lease counts as one more child, which keeps a whole path in place by its deepest block. A block found
+damaged while children depend on it stays entered as *broken*: it ends every match, until a save brings it back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from thermocline.blocks.key import NO_PARENT, BlockKey
+from thermocline.blocks.layout import LayoutId
+from thermocline.store.evict import Candidate, Eviction
+
+NO_NODE = -1
+
+
+class Place(NamedTuple):
+    """What a node names."""
+
+    layout: LayoutId
+    key: BlockKey
+
+
+@dataclass(slots=True)
+class _TierColumns:
+    """One tier's view of the tree: children per node, and its leaves ordered by the eviction policy."""
+
+    children: array[int] = field(default_factory=lambda: array("i"))
+    queued: bytearray = field(default_factory=bytearray)
+    heap: list[tuple[float, int, int]] = field(default_factory=list)
+    broken: set[int] = field(default_factory=set)
+    blocks: int = 0
+
+
+class Index:
+    """Nodes in columns, by number. Not thread-safe: the store holds its lock."""
+
+    def __init__(self, tiers: Sequence[str], policy: Eviction) -> None:
+        self._policy = policy
+        self._bits = {tier: 1 << at for at, tier in enumerate(tiers)}
+        self._tiers = {tier: _TierColumns() for tier in tiers}
+        self._by_key: dict[LayoutId, dict[BlockKey, int]] = {}
+        self._places: list[Place | None] = []
+        self._parents = array("q")
+        self._depths = array("i")
+        self._held = bytearray()
+        self._used = array("d")
+        self._births = array("q")
+        self._free: list[int] = []
+        self._born = 0
+
+    def __len__(self) -> int:
+        return len(self._places) - len(self._free)
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    def covered(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
+        """How many leading blocks the tier holds, by bisection."""
+        low = self.covered_or_broken(layout, keys, tier)
+        return self._unbroken(keys, low, tier) if self._tiers[tier].broken else low
+
+    def covered_or_broken(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
+        """The same, counting blocks that are broken or hidden behind a broken one."""
+        nodes = self._by_key.get(layout)
+        if not nodes:
+            return 0
+        bit, held, get = self._bits[tier], self._held, nodes.get
+        low, high = 0, len(keys)
+        while low < high:
+            middle = (low + high) // 2
+            node = get(keys[middle])
+            if node is not None and held[node] & bit:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def node(self, layout: LayoutId, key: BlockKey) -> int:
+        """The number of a block, or NO_NODE."""
+        return self._by_key.get(layout, {}).get(key, NO_NODE)
+
+    def place(self, node: int) -> Place:
+        """What the node names."""
+        place = self._places[node]
+        assert place is not None
+        return place
+
+    def parent(self, node: int) -> int:
+        """The parent's number, or NO_NODE for a first block."""
+        return self._parents[node]
+
+    def depth(self, node: int) -> int:
+        """1 for a first block."""
+        return self._depths[node]
+
+    def holds(self, node: int, tier: str) -> bool:
+        """True if the tier holds the block undamaged."""
+        return self._has(node, tier) and node not in self._tiers[tier].broken
+
+    def is_broken(self, node: int, tier: str) -> bool:
+        """True if the tier lost the block and holds descendants of it."""
+        return node in self._tiers[tier].broken
+
+    def blocks(self, tier: str) -> int:
+        """How many blocks are entered for the tier."""
+        return self._tiers[tier].blocks
+
+    def broken(self, tier: str) -> int:
+        """How many of them are broken."""
+        return len(self._tiers[tier].broken)
+
+    def layouts(self) -> Sequence[LayoutId]:
+        """Layouts of which at least one block is known."""
+        return [layout for layout, nodes in self._by_key.items() if nodes]
+
+    def only_in(self, tier: str) -> Iterator[int]:
+        """Nodes that no other tier holds."""
+        bit = self._bits[tier]
+        return (node for node, held in enumerate(self._held) if held == bit and self._places[node] is not None)
+
+    def leaves_only_in(self, tier: str, count: int) -> list[int]:
+        """Up to `count` leaves that no other tier holds, from those that the policy would lose early on."""
+        bit, children = self._bits[tier], self._tiers[tier].children
+        early = heapq.nsmallest(2 * count, self._tiers[tier].heap)
+        nodes = [node for _, birth, node in early if self._births[node] == birth]
+        return [node for node in nodes if self._held[node] == bit and not children[node]][:count]
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    def add(self, layout: LayoutId, key: BlockKey, parent: BlockKey, depth: int, tier: str, now: float) -> int:
+        """Enter a block for a tier, or mend it where it is broken. NO_NODE if its parent is not there: closure first."""
+        nodes = self._by_key.setdefault(layout, {})
+        above = NO_NODE if parent == NO_PARENT else nodes.get(parent, NO_NODE)
+        if (parent == NO_PARENT) != (depth == 1) or (depth > 1 and not self._has(above, tier)):
+            return NO_NODE
+        node = nodes.get(key, NO_NODE)
+        if node == NO_NODE:
+            node = nodes[key] = self._new(Place(layout, key), above, depth)
+        columns, bit = self._tiers[tier], self._bits[tier]
+        self._used[node] = max(self._used[node], now)
+        columns.broken.discard(node)
+        if not self._held[node] & bit:
+            self._held[node] |= bit
+            columns.blocks += 1
+            if above != NO_NODE:
+                columns.children[above] += 1
+            self._queue(node, tier)
+        return node
+
+    def remove(self, node: int, tier: str) -> None:
+        """Take a leaf out of a tier. Its parent inherits its recency, and may be a leaf now."""
+        columns = self._tiers[tier]
+        assert self._has(node, tier), "remove of a block that is not there"
+        assert not columns.children[node], "remove of a block with children"
+        self._held[node] &= ~self._bits[tier] & 0xFF
+        columns.broken.discard(node)
+        columns.blocks -= 1
+        parent = self._parents[node]
+        if parent != NO_NODE:
+            self._used[parent] = max(self._used[parent], self._used[node])
+            columns.children[parent] -= 1
+            self._queue(parent, tier)
+        if not self._held[node]:
+            self._delete(node)
+
+    def lost(self, node: int, tier: str) -> None:
+        """A tier does not have the block's bytes any more: drop it, or mark it broken where descendants depend on it."""
+        if self._tiers[tier].children[node]:
+            self._tiers[tier].broken.add(node)
+        else:
+            self.remove(node, tier)
+
+    def touch(self, node: int, now: float) -> None:
+        """The path that ends here was used."""
+        self._used[node] = max(self._used[node], now)
+
+    def pin(self, node: int, tier: str) -> None:
+        """Keep the block, and so its path, in a tier: one more child."""
+        self._tiers[tier].children[node] += 1
+
+    def unpin(self, node: int, tier: str) -> None:
+        """End one pin."""
+        self._tiers[tier].children[node] -= 1
+        assert self._tiers[tier].children[node] >= 0, "unpin without pin"
+        self._queue(node, tier)
+
+    def victim(self, tier: str, *, used_before: float = float("inf")) -> int:
+        """The leaf that the policy would lose first, or NO_NODE; it stays until `remove`. Only leaves not used since
+        `used_before` count, which is how a time to live is enforced."""
+        columns, bit = self._tiers[tier], self._bits[tier]
+        heap = columns.heap
+        while heap:
+            priority, birth, node = heap[0]
+            if self._births[node] != birth or not columns.queued[node]:
+                heapq.heappop(heap)
+                continue
+            if columns.children[node] or not self._held[node] & bit:
+                heapq.heappop(heap)
+                columns.queued[node] = 0
+                continue
+            current = self._priority(node)
+            if current > priority:
+                heapq.heapreplace(heap, (current, birth, node))
+                continue
+            return node if self._used[node] < used_before else NO_NODE
+        return NO_NODE
+
+    def check_integrity(self) -> None:
+        """Closure, child counts and totals hold; O(nodes). Raises AssertionError."""
+        for tier, columns in self._tiers.items():
+            counts = [0] * len(self._places)
+            total = 0
+            for node, place in enumerate(self._places):
+                if place is None or not self._has(node, tier):
+                    continue
+                total += 1
+                parent = self._parents[node]
+                if parent != NO_NODE:
+                    assert self._has(parent, tier), f"{tier}: a block without its parent"
+                    assert self._depths[parent] + 1 == self._depths[node], "depths do not follow"
+                    counts[parent] += 1
+                if not columns.children[node]:
+                    assert columns.queued[node], f"{tier}: a leaf that can never be evicted"
+            assert total == columns.blocks, f"{tier}: {total} blocks, {columns.blocks} counted"
+            pins = [have - want for have, want in zip(columns.children, counts, strict=True)]
+            assert all(pin >= 0 for pin in pins), f"{tier}: child counts are wrong"
+
+    def pins(self, tier: str) -> int:
+        """How many pins there are; O(nodes)."""
+        bit = self._bits[tier]
+        inside = sum(1 for node, held in enumerate(self._held) if held & bit and self._parents[node] != NO_NODE)
+        return sum(self._tiers[tier].children) - inside
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _has(self, node: int, tier: str) -> bool:
+        return node != NO_NODE and bool(self._held[node] & self._bits[tier])
+
+    def _unbroken(self, keys: Sequence[BlockKey], covered: int, tier: str) -> int:
+        """A broken block hides its descendants: cut the match before the first one on this path."""
+        for node in self._tiers[tier].broken:
+            at = self._depths[node] - 1
+            if at < covered and self.place(node).key == keys[at]:
+                covered = at
+        return covered
+
+    def _priority(self, node: int) -> float:
+        return self._policy.priority(Candidate(self._used[node], self._depths[node]))
+
+    def _queue(self, node: int, tier: str) -> None:
+        columns = self._tiers[tier]
+        if not columns.children[node] and not columns.queued[node] and self._held[node] & self._bits[tier]:
+            columns.queued[node] = 1
+            heapq.heappush(columns.heap, (self._priority(node), self._births[node], node))
+
+    def _new(self, place: Place, parent: int, depth: int) -> int:
+        self._born += 1
+        if self._free:
+            node = self._free.pop()
+            self._places[node], self._parents[node], self._depths[node] = place, parent, depth
+            self._births[node], self._used[node] = self._born, 0.0
+            return node
+        self._places.append(place)
+        self._parents.append(parent)
+        self._depths.append(depth)
+        self._births.append(self._born)
+        self._used.append(0.0)
+        self._held.append(0)
+        for columns in self._tiers.values():
+            columns.children.append(0)
+            columns.queued.append(0)
+        return len(self._places) - 1
+
+    def _delete(self, node: int) -> None:
+        place = self.place(node)
+        del self._by_key[place.layout][place.key]
+        self._places[node] = None
+        self._births[node] = 0
+        for columns in self._tiers.values():
+            columns.queued[node] = 0
+        self._free.append(node)

@@ -1,0 +1,90 @@
+"""Likeness: which recent prompt this one resembles, and the token where they part.
+
+A timestamp at the top of a prompt changes every key behind it, so keys alone say "never seen". Prompts are compared by a
+sample of their windows of eight tokens, chosen by content (winnowing by hash value: Schleimer, Wilkerson, Aiken, 2003),
+so that inserted tokens do not hide what follows them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_TOKENS = 8
+SAMPLE_ONE_IN = 8
+PROMPTS_KEPT = 64
+TOKENS_KEPT_MAX = 4_000_000
+SHARE_MIN = 0.5
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in Fibonacci hashing
+
+
+@dataclass(frozen=True, slots=True)
+class Resemblance:
+    """This prompt equals `request` up to token `at`, and `share` of the rest of it occurs there too."""
+
+    request: str
+    at: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    tokens: NDArray[np.uint32]
+    sample: NDArray[np.uint64]
+
+
+class Likeness:
+    """The last prompts, in memory only, bounded in number and tokens. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
+        self._tokens = 0
+
+    def closest(self, tokens: NDArray[np.uint32]) -> Resemblance | None:
+        """The recent prompt that holds most of what follows the token at which this one parts from it, or None.
+
+        A prompt that goes on where an earlier one ended, or asks another question behind the same text, does not part.
+        """
+        hashes, positions = _sample(tokens)
+        best: Resemblance | None = None
+        for request, prompt in reversed(self._prompts.items()):
+            at = _parting(tokens, prompt.tokens)
+            rest = hashes[positions >= at]
+            if at == min(len(tokens), len(prompt.tokens)) or not len(rest):
+                continue
+            share = float(np.isin(rest, prompt.sample).mean())
+            if share >= SHARE_MIN and (best is None or share > best.share):
+                best = Resemblance(request, at, share)
+        return best
+
+    def note(self, request: str, tokens: NDArray[np.uint32]) -> None:
+        """Remember a prompt."""
+        if len(tokens) > TOKENS_KEPT_MAX:
+            return
+        self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens)[0]))
+        self._tokens += len(tokens)
+        while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
+            self._tokens -= len(self._prompts.popitem(last=False)[1].tokens)
+
+
+def _sample(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Hashes of about one window in `SAMPLE_ONE_IN`, and where the windows begin."""
+    if len(tokens) < WINDOW_TOKENS:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    wide = tokens.astype(np.uint64)
+    count = len(tokens) - WINDOW_TOKENS + 1
+    hashes = np.zeros(count, np.uint64)
+    for at in range(WINDOW_TOKENS):
+        hashes = (hashes ^ wide[at : at + count]) * _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    positions = np.flatnonzero(hashes % np.uint64(SAMPLE_ONE_IN) == 0)
+    return hashes[positions], positions
+
+
+def _parting(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> int:
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length

@@ -1,0 +1,302 @@
+"""The store: match, load, save. It decides with pure functions (plan, evict), and has the tiers move the bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from thermocline.blocks.frame import payload_sum
+from thermocline.blocks.key import NO_PARENT, BlockKey
+from thermocline.blocks.layout import Layout
+from thermocline.clock import Clock, SystemClock
+from thermocline.costs.model import LearnedCosts
+from thermocline.metrics import Metrics
+from thermocline.store.books import Books
+from thermocline.store.evict import Eviction, LeastRecent
+from thermocline.store.index import NO_NODE
+from thermocline.store.mover import Mover
+from thermocline.store.plan import Plan, make_plan
+from thermocline.store.receipt import Missing, Reason, merged
+from thermocline.store.receipts import RECEIPTS_KEPT, Loaded, Receipts
+from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, Tier, Usage
+
+LOG = logging.getLogger("thermocline.store")
+LEASE_SECONDS = 30.0
+LOAD_SECONDS_MAX = 10.0
+EVICT_ROUNDS_MAX = 4
+
+
+class Store:
+    """Keeps blocks in tiers from warm to cold, each prefix-closed. Any thread may call any verb.
+
+    The warm tier is memory of this process and takes every save; what it holds is written on to the colder ones behind
+    the caller's back. The store owns its tiers and closes them.
+    """
+
+    def __init__(
+        self,
+        warm: LendingTier,
+        cold: Sequence[Tier] = (),
+        *,
+        clock: Clock | None = None,
+        policy: Eviction | None = None,
+        ttl_seconds: float | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        load_seconds_max: float = LOAD_SECONDS_MAX,
+        receipts_kept: int = RECEIPTS_KEPT,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._load_seconds_max = load_seconds_max
+        self._warm = warm
+        self._closed = False
+        self.costs = LearnedCosts()
+        self.receipts = Receipts(receipts_kept)
+        self.metrics = Metrics()
+        self._books = Books(
+            [warm, *cold],
+            clock=self._clock,
+            policy=policy or LeastRecent(),
+            metrics=self.metrics,
+            ttl_seconds=ttl_seconds,
+            lease_seconds=lease_seconds,
+        )
+        self._mover = Mover(self._books, warm, cold, self._save_at)
+        for tier in cold:
+            self._books.restore(tier)
+
+    # -- match ---------------------------------------------------------------------------------------------------------
+
+    def match(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Plan:
+        """The plan for a prompt whose full blocks have these keys. Touches no medium; takes a lease if it loads anything.
+
+        With several layouts (ranks, groups) only blocks that all of them have count. Release the plan's lease when the
+        load is over, whatever became of it.
+        """
+        books, now = self._books, self._clock.now()
+        with books.lock:
+            books.expire(now)
+            held = books.covered(layouts, keys)
+            up = [tier for tier in held if books.allows(tier.tier)]
+            plan = make_plan(layouts, keys, prompt_tokens, up, self.costs)
+            matched = max((tier.blocks for tier in up), default=0)
+            missing = books.explain(layouts[0], keys, matched, held, now)
+            books.touch(layouts, keys, held, now)
+            lease = books.leases.take(books.pins_for(plan), now)
+        seconds = self._clock.now() - now
+        self.metrics.count("matches_total")
+        self.metrics.count("match_seconds_total", seconds)
+        return replace(
+            plan,
+            missing=merged((*plan.missing, *missing)),
+            lease=lease,
+            load_seconds_max=min(plan.load_seconds_max, self._load_seconds_max),
+            match_seconds=seconds,
+        )
+
+    def release(self, lease: int) -> None:
+        """The blocks of a plan may go. A second call does nothing."""
+        with self._books.lock:
+            self._books.leases.release(lease)
+
+    def unsaved(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks a save could leave out, as they are in the warm tier."""
+        with self._books.lock:
+            return self._books.index.covered(layout.id, keys, self._warm.name)
+
+    # -- load ----------------------------------------------------------------------------------------------------------
+
+    def load(self, plan: Plan, rank: int, into: Sequence[Sequence[Piece]]) -> Loaded:
+        """Carry out a plan for one of its layouts: copy into the caller's pieces, verify there, and stop at the first
+        block that no tier has intact and in time. Returns within the plan's time; nothing writes into `into` afterwards.
+        """
+        started = self._clock.now()
+        layout = plan.layouts[rank]
+        deadline = started + plan.load_seconds_max
+        by_tier: dict[str, int] = {}
+        at = 0
+        for run in plan.runs:
+            untried = [run.tier, *(name for name in self._books.tiers if name != run.tier)]
+            why = (Reason.EVICTED, "left between match and load")
+            while at < run.stop and untried:
+                name = untried.pop(0)
+                outcomes = self._load_from(name, layout, plan.keys[at : run.stop], into[at : run.stop], deadline)
+                hits = _leading_hits(outcomes)
+                by_tier[name] = by_tier.get(name, 0) + hits
+                at += hits
+                if at < run.stop and (name == run.tier or outcomes[hits] is not Outcome.MISS):
+                    why = _why_not(outcomes[hits], name)
+            if at < run.stop:
+                missing = Missing(at, plan.blocks, *why)
+                return Loaded(at, _positive(by_tier), (missing,), self._clock.now() - started)
+        return Loaded(at, by_tier, (), self._clock.now() - started)
+
+    def _load_from(
+        self, name: str, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
+    ) -> list[Outcome]:
+        """Ask one tier, and learn from its answer: its speed, its failures, which blocks it does not have after all."""
+        tier, started = self._books.tiers[name], self._clock.now()
+        try:
+            outcomes = tier.load(layout.id, keys, into, deadline)
+        except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not loaded
+            LOG.exception("tier %s raised while loading", name)
+            outcomes = [Outcome.FAILED] * len(keys)
+        seconds = self._clock.now() - started
+        hits = outcomes.count(Outcome.HIT)
+        for outcome in set(outcomes):
+            self.metrics.count("load_blocks_total", outcomes.count(outcome), (("tier", name), ("outcome", outcome)))
+        self.metrics.count("load_bytes_total", hits * layout.block_bytes, (("tier", name),))
+        self.metrics.count("load_seconds_total", seconds, (("tier", name),))
+        with self._books.lock:
+            if hits == len(outcomes):
+                self.costs.transferred(name, hits * layout.block_bytes, seconds)
+                self._books.succeeded(name)
+            elif Outcome.LATE in outcomes or Outcome.FAILED in outcomes:
+                self._books.failed(name)
+            for key, outcome in zip(keys, outcomes, strict=True):
+                if outcome in {Outcome.CORRUPT, Outcome.MISS}:
+                    self._books.lost(layout.id, key, name, outcome)
+        return outcomes
+
+    # -- save ----------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], *, start: int = 0
+    ) -> Job:
+        """Take in blocks[i], whose key is keys[start + i]; `keys` is the whole chain from the first block on.
+
+        The bytes are copied before this returns. Blocks that are held already or being saved are left out, and so is
+        everything behind a block that cannot be taken. The job is visible at once and done when the colder tiers are.
+        """
+        books = self._books
+        with books.lock:
+            wanted = [] if self._closed else self._wanted(layout, keys, start, start + len(blocks))
+            names = {(layout.id, keys[at]) for at in wanted}
+            books.saving |= names
+            guard = self._guard(layout, keys, wanted)
+        try:
+            taken = self._take_in(layout, keys, [(at, blocks[at - start]) for at in wanted])
+        finally:
+            with books.lock:
+                books.saving -= names
+                if guard != NO_NODE:
+                    books.index.unpin(guard, self._warm.name)
+        refused = wanted[taken:]
+        books.not_admitted(layout.id, [keys[at] for at in refused])
+        self._count_saved(layout, taken, len(refused))
+        outcomes = [Outcome.FULL if start + i in refused else Outcome.HIT for i in range(len(blocks))]
+        return self._mover.write_down(layout.id, [keys[at] for at in wanted[:taken]], Job(outcomes))
+
+    def _save_at(
+        self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int
+    ) -> Job:
+        return self.save(layout, keys, blocks, start=start)
+
+    def _wanted(self, layout: Layout, keys: Sequence[BlockKey], start: int, stop: int) -> list[int]:
+        """Positions to take in: not held, not being saved by another thread, and with a parent that will be there."""
+        index, warm = self._books.index, self._warm.name
+        covered = index.covered(layout.id, keys[:stop], warm)
+        wanted: list[int] = []
+        for at in range(covered, stop if covered >= start else covered):
+            if (layout.id, keys[at]) in self._books.saving:
+                break
+            if not index.holds(index.node(layout.id, keys[at]), warm):
+                wanted.append(at)
+        return wanted
+
+    def _guard(self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[int]) -> int:
+        """Pin the parent of the first wanted block, so that making room does not take the path's own beginning."""
+        if not wanted or wanted[0] == 0:
+            return NO_NODE
+        node = self._books.index.node(layout.id, keys[wanted[0] - 1])
+        self._books.index.pin(node, self._warm.name)
+        return node
+
+    def _take_in(
+        self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[tuple[int, Sequence[Piece]]]
+    ) -> int:
+        """Copy blocks into the warm tier, evicting as needed; returns how many are in now."""
+        warm = self._warm.name
+        names = [keys[at] for at, _ in wanted]
+        blocks = [Block(keys[at - 1] if at else NO_PARENT, at + 1, pieces, payload_sum(pieces)) for at, pieces in wanted]
+        done = 0
+        for _ in range(EVICT_ROUNDS_MAX):
+            if done == len(wanted):
+                break
+            hits = _leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
+            entered = self._books.enter(layout.id, names[done : done + hits], blocks[done : done + hits], warm)
+            done += entered
+            if entered < hits or done == len(wanted):
+                break
+            self._mover.hand_down(warm, len(wanted) - done)
+            if not self._books.evict(warm, len(wanted) - done):
+                break
+        return done
+
+    def _count_saved(self, layout: Layout, taken: int, refused: int) -> None:
+        tier = ("tier", self._warm.name)
+        self.metrics.count("save_blocks_total", taken, (tier, ("outcome", Outcome.HIT)))
+        self.metrics.count("save_blocks_total", refused, (tier, ("outcome", Outcome.FULL)))
+        self.metrics.count("save_bytes_total", taken * layout.block_bytes, (tier,))
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], deadline: float) -> Job:
+        """Promote what colder tiers hold of this path into the warm one, in the background, until `deadline`.
+
+        The job is done when it was promoted, or when that failed or time was up; outcomes say which, per key.
+        """
+        return self._mover.prefetch(layouts, keys, deadline)
+
+    def usage(self) -> dict[str, Usage]:
+        """What every tier holds."""
+        return {name: tier.usage() for name, tier in self._books.tiers.items()}
+
+    def measure(self) -> None:
+        """Bring the gauges up to date; a scrape calls this first."""
+        for name, usage in self.usage().items():
+            label = (("tier", name),)
+            self.metrics.gauge("tier_blocks", usage.blocks, label)
+            self.metrics.gauge("tier_used_bytes", usage.used_bytes, label)
+            self.metrics.gauge("tier_capacity_bytes", usage.capacity_bytes, label)
+            self.metrics.gauge("breaker_open", not self._books.allows(name), label)
+        self.metrics.gauge("leases", len(self._books.leases))
+
+    def flush(self, seconds: float | None = None) -> bool:
+        """Wait until everything that was saved is durable or dropped; False if `seconds` passed first."""
+        return self._mover.flush(seconds)
+
+    def check_integrity(self) -> None:
+        """Closure, counts and room add up, and index and tiers agree. Call it when nothing is under way.
+
+        Raises AssertionError.
+        """
+        self._books.check_integrity()
+
+    def close(self, seconds: float = 30.0) -> None:
+        """Hand down what only memory holds, wait until it is durable, close the tiers. A second call does nothing."""
+        with self._books.lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._mover.close(seconds)
+        for tier in self._books.tiers.values():
+            tier.close()
+
+
+def _leading_hits(outcomes: Sequence[Outcome]) -> int:
+    return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
+
+
+def _positive(by_tier: dict[str, int]) -> dict[str, int]:
+    return {tier: blocks for tier, blocks in by_tier.items() if blocks}
+
+
+def _why_not(outcome: Outcome, tier: str) -> tuple[Reason, str]:
+    if outcome is Outcome.CORRUPT:
+        return Reason.CORRUPT, f"a block on {tier} did not verify"
+    if outcome is Outcome.LATE:
+        return Reason.LATE, f"{tier} did not answer in time"
+    if outcome is Outcome.FAILED:
+        return Reason.TIER_DOWN, f"{tier} failed"
+    return Reason.EVICTED, f"left {tier} between match and load"
