@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
 from thermocline import metrics
 from thermocline.metrics import DECLARED, Metrics
 
+SOURCE = Path(metrics.__file__).parent
 LINE = re.compile(
     r'(# (HELP|TYPE) thermocline_[a-z_]+ .+|thermocline_[a-z_]+(\{([a-z]+="([^"\\]|\\.)*",?)+\})? [0-9.e+-]+)'
 )
@@ -53,6 +56,21 @@ def test_undeclared():
         Metrics().count("nonsense_total")
     with pytest.raises(KeyError):
         Metrics().count("load_bytes_total", 1, (("user", "x"),))
+
+
+def test_what_is_counted_is_declared():
+    """Every metric that the source counts is declared, and every declared one is counted somewhere."""
+    counted = {
+        node.args[0].value
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"count", "gauge"}
+        and ast.unparse(node.func.value).endswith("metrics")
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert counted | {"series_refused_total"} == set(DECLARED)
 
 
 def test_escaping():

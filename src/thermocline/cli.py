@@ -42,8 +42,7 @@ class _Verbs(click.Group):
 
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f"did you mean `thermocline {near[0]}`?" if near else "`thermocline --help` lists the verbs"
-            msg = f"no verb {args[0]}"
-            raise _MistakeError(msg, hint)
+            raise _MistakeError(f"no verb {args[0]}", hint)
         return super().resolve_command(ctx, args)
 
 
@@ -81,7 +80,7 @@ def app() -> None:
 @app.command()
 @_settings_flags
 @_json_flag
-def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:  # noqa: FBT001  # click passes by name
+def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
     """Serve a model over OpenAI's HTTP API, with its KV cache in tiers.
 
     Listens until Ctrl-C or SIGTERM, then makes what is in flight durable. --json announces the address as JSON.
@@ -95,7 +94,7 @@ def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
 @app.command()
 @_json_flag
 @click.option("--engine-ready", type=click.Path(path_type=Path), metavar="FILE", help=_ENGINE_READY)
-def demo(as_json: bool, engine_ready: Path | None) -> int:  # noqa: FBT001  # click passes by name
+def demo(as_json: bool, engine_ready: Path | None) -> int:
     """Show all of it on this machine: damage refused, a crash recovered, answers identical and sooner."""
     from thermocline.demo import run
 
@@ -106,12 +105,14 @@ def demo(as_json: bool, engine_ready: Path | None) -> int:  # noqa: FBT001  # cl
 @click.argument("name")
 @click.option("--save", is_flag=True, help="Keep the result under bench/results/, where the tables come from.")
 @_json_flag
-def bench(name: str, save: bool, as_json: bool) -> int:  # noqa: FBT001  # click passes by name
+def bench(name: str, save: bool, as_json: bool) -> int:
     """Measure one budget against its raw limit in the same run. `bench list` names them with their cost."""
     checkout = Path(thermocline.__file__).resolve().parents[2]
     if not (checkout / "bench" / "__init__.py").is_file():
-        msg = "the benches are part of the source checkout, not of the installed package"
-        raise BenchError(msg, hint="clone the repository and run `make bench` there")
+        raise BenchError(
+            "the benches are part of the source checkout, not of the installed package",
+            hint="clone the repository and run `make bench` there",
+        )
     import importlib
 
     sys.path.insert(0, str(checkout))
@@ -126,7 +127,7 @@ def bench(name: str, save: bool, as_json: bool) -> int:  # noqa: FBT001  # click
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="The server's key, where it has one."
 )
 @_json_flag
-def why(request_id: str, url: str, api_key_file: Path | None, as_json: bool) -> None:  # noqa: FBT001  # click passes by name
+def why(request_id: str, url: str, api_key_file: Path | None, as_json: bool) -> None:
     """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
     from thermocline.lens import fetch, report
 
@@ -137,7 +138,7 @@ def why(request_id: str, url: str, api_key_file: Path | None, as_json: bool) -> 
 @app.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @_json_flag
-def check(path: Path, as_json: bool) -> int:  # noqa: FBT001  # click passes by name
+def check(path: Path, as_json: bool) -> int:
     """Read every block of a disk tier and verify it. Changes nothing; exits 1 when something is damaged."""
     import msgspec
 
@@ -156,7 +157,7 @@ def check(path: Path, as_json: bool) -> int:  # noqa: FBT001  # click passes by 
 @app.command()
 @_settings_flags
 @_json_flag
-def config(config_path: Path | None, as_json: bool, **flags: str | None) -> None:  # noqa: FBT001  # click passes by name
+def config(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
     """Print every setting's effective value and where it came from. Takes the flags of `serve`."""
     settings = Settings.load(config_path, flags=flags)
     values = {name: getattr(settings, name) for name in DECLARED}

@@ -104,8 +104,7 @@ class Metrics:
             return series
         metric = DECLARED[name]
         if tuple(label for label, _ in labels) != metric.labels:
-            msg = f"{name} has the labels {metric.labels}, not {labels}"
-            raise KeyError(msg)
+            raise KeyError(f"{name} has the labels {metric.labels}, not {labels}")
         return series if len(self._series) < SERIES_MAX else ("series_refused_total", ())
 
 

@@ -93,11 +93,9 @@ class Setting:
 
     def _check_bounds(self, value: float) -> None:
         if not self.least <= value <= self.most:
-            msg = f"must be at least {self.show_bound(self.least)} and at most {self.show_bound(self.most)}"
-            raise ValueError(msg)
+            raise ValueError(f"must be at least {self.show_bound(self.least)} and at most {self.show_bound(self.most)}")
         if self.multiple_of > 1 and value % self.multiple_of:
-            msg = f"must be a multiple of {self.multiple_of}"
-            raise ValueError(msg)
+            raise ValueError(f"must be a multiple of {self.multiple_of}")
 
 
 def _size_text(value: int) -> str:
@@ -109,15 +107,13 @@ def _size_text(value: int) -> str:
 
 def _text(raw: object) -> str:
     if not isinstance(raw, str) or not raw.strip():
-        msg = "must be a text that is not empty"
-        raise ValueError(msg)
+        raise ValueError("must be a text that is not empty")
     return raw
 
 
 def _path(raw: object) -> Path:
     if not isinstance(raw, str | Path) or not str(raw).strip():
-        msg = "must be a path"
-        raise ValueError(msg)
+        raise ValueError("must be a path")
     return Path(raw).expanduser()
 
 
@@ -126,8 +122,7 @@ def _count(raw: object) -> int:
         return raw
     if isinstance(raw, str) and re.fullmatch(r"\s*-?\d+\s*", raw):
         return int(raw)
-    msg = "must be a whole number"
-    raise ValueError(msg)
+    raise ValueError("must be a whole number")
 
 
 def _size(raw: object) -> int:
@@ -137,8 +132,7 @@ def _size(raw: object) -> int:
     match = _NUMBER_AND_UNIT.fullmatch(raw) if isinstance(raw, str) else None
     unit = _unit(match[2], _SIZE_UNITS) if match else None
     if match is None or unit is None:
-        msg = 'must be a size such as "512MiB", "2GB" or a number of bytes'
-        raise ValueError(msg)
+        raise ValueError('must be a size such as "512MiB", "2GB" or a number of bytes')
     return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * int(unit)
 
 
@@ -149,8 +143,7 @@ def _duration(raw: object) -> float:
     match = _NUMBER_AND_UNIT.fullmatch(raw) if isinstance(raw, str) else None
     unit = _unit(match[2], _DURATION_UNITS) if match else None
     if match is None or unit is None:
-        msg = 'must be a duration such as "90s", "15m", "24h", "7d" or a number of seconds'
-        raise ValueError(msg)
+        raise ValueError('must be a duration such as "90s", "15m", "24h", "7d" or a number of seconds')
     return float(match[1]) * unit
 
 
@@ -235,8 +228,10 @@ class Settings:
             value = _parse(setting, getattr(self, setting.name), self.where_from(setting.name))
             object.__setattr__(self, setting.name, value)
         if self.api_key_file is None and not is_loopback(self.host):
-            msg = f"host {self.host} can be reached from other machines, and no API key protects it"
-            raise SettingsError(msg, hint="set api_key_file, or listen on 127.0.0.1")
+            raise SettingsError(
+                f"host {self.host} can be reached from other machines, and no API key protects it",
+                hint="set api_key_file, or listen on 127.0.0.1",
+            )
 
     @classmethod
     def load(
@@ -280,8 +275,10 @@ def _parse(setting: Setting, raw: object, origin: str) -> Value:
         return setting.parse(raw)
     except ValueError as error:
         source = "" if origin == "default" else f" (from {origin})"
-        msg = f"{setting.name} = {raw!s}{source}: {error}"
-        raise SettingsError(msg, hint=f"{setting.doc} Default: {setting.show(setting.default)}.") from None
+        raise SettingsError(
+            f"{setting.name} = {raw!s}{source}: {error}",
+            hint=f"{setting.doc} Default: {setting.show(setting.default)}.",
+        ) from None
 
 
 def _known(name: str, where: str, spell: Callable[[str], str] = str) -> str:
@@ -291,8 +288,7 @@ def _known(name: str, where: str, spell: Callable[[str], str] = str) -> str:
 
     near = difflib.get_close_matches(name, DECLARED, n=1)
     hint = f"did you mean {spell(near[0])}?" if near else "`thermocline config` lists every setting"
-    msg = f"unknown setting {spell(name)} {where}"
-    raise SettingsError(msg, hint=hint)
+    raise SettingsError(f"unknown setting {spell(name)} {where}", hint=hint)
 
 
 def _variable(name: str) -> str:
@@ -319,11 +315,13 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        msg = f"cannot read {path}: {error.strerror}"
-        raise SettingsError(msg, hint="name a readable TOML file with --config") from None
+        raise SettingsError(
+            f"cannot read {path}: {error.strerror}", hint="name a readable TOML file with --config"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{path} is not TOML: {error}"
-        raise SettingsError(msg, hint='write one setting a line, such as memory_bytes = "4GiB"') from None
+        raise SettingsError(
+            f"{path} is not TOML: {error}", hint='write one setting a line, such as memory_bytes = "4GiB"'
+        ) from None
 
 
 def is_loopback(host: str) -> bool:
@@ -339,9 +337,13 @@ def read_key(path: Path) -> str:
     try:
         key = path.read_text(encoding="ascii").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"cannot read the API key from {path}: {error}"
-        raise SettingsError(msg, hint="name a readable file whose first line is the key, in ASCII") from None
+        raise SettingsError(
+            f"cannot read the API key from {path}: {error}",
+            hint="name a readable file whose first line is the key, in ASCII",
+        ) from None
     if not key:
-        msg = f"the first line of {path} is empty, so there is no API key"
-        raise SettingsError(msg, hint="write the key there, such as the output of `openssl rand -hex 32`")
+        raise SettingsError(
+            f"the first line of {path} is empty, so there is no API key",
+            hint="write the key there, such as the output of `openssl rand -hex 32`",
+        )
     return key

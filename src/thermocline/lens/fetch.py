@@ -28,8 +28,9 @@ def receipt(url: str, request_id: str, api_key_file: Path | None = None) -> byte
         response = connection.getresponse()
         body = response.read(BODY_BYTES_MAX)
     except (OSError, http.client.HTTPException) as error:
-        msg = f"no server answers at {url}: {error}"
-        raise UnreachableError(msg, hint="start one with `thermocline serve`, or name it with --url") from None
+        raise UnreachableError(
+            f"no server answers at {url}: {error}", hint="start one with `thermocline serve`, or name it with --url"
+        ) from None
     finally:
         connection.close()
     _refuse_failure(response.status, url, request_id)
@@ -43,13 +44,14 @@ def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
     except ValueError:
         port = -1
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
-        msg = f"{url} is not the address of a server"
-        raise SettingsError(msg, hint="write it as http://127.0.0.1:8000")
+        raise SettingsError(f"{url} is not the address of a server", hint="write it as http://127.0.0.1:8000")
     if parts.scheme == "https":
         return http.client.HTTPSConnection(parts.hostname, port, timeout=TIMEOUT_SECONDS), parts.path.rstrip("/")
     if not is_loopback(parts.hostname):
-        msg = f"{url} would send the receipt readable over the network"
-        raise SettingsError(msg, hint="use https, or run `thermocline why` on the server's own machine")
+        raise SettingsError(
+            f"{url} would send the receipt readable over the network",
+            hint="use https, or run `thermocline why` on the server's own machine",
+        )
     return http.client.HTTPConnection(parts.hostname, port, timeout=TIMEOUT_SECONDS), parts.path.rstrip("/")
 
 
@@ -57,10 +59,10 @@ def _refuse_failure(status: int, url: str, request_id: str) -> None:
     if status == HTTPStatus.OK:
         return
     if status == HTTPStatus.NOT_FOUND:
-        msg = f"{url} has no receipt of {request_id}"
-        raise UnreachableError(msg, hint="ids are in the answers; `receipts_kept` says how many it remembers")
+        raise UnreachableError(
+            f"{url} has no receipt of {request_id}",
+            hint="ids are in the answers; `receipts_kept` says how many it remembers",
+        )
     if status == HTTPStatus.UNAUTHORIZED:
-        msg = f"{url} wants an API key"
-        raise UnreachableError(msg, hint="name its file with --api-key-file")
-    msg = f"{url} answered with status {status}"
-    raise UnreachableError(msg, hint="is it a thermocline server?")
+        raise UnreachableError(f"{url} wants an API key", hint="name its file with --api-key-file")
+    raise UnreachableError(f"{url} answered with status {status}", hint="is it a thermocline server?")

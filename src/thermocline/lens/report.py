@@ -64,8 +64,9 @@ def read(body: bytes) -> Receipt:
     try:
         return msgspec.json.decode(body, type=Receipt)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        msg = f"the server's answer is not a receipt: {error}"
-        raise UnreachableError(msg, hint="is it a thermocline server of this version?") from None
+        raise UnreachableError(
+            f"the server's answer is not a receipt: {error}", hint="is it a thermocline server of this version?"
+        ) from None
 
 
 def render(receipt: Receipt) -> str:
