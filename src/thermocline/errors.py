@@ -57,7 +57,9 @@ class ModelError(ThermoclineError):
 class RequestError(ThermoclineError):
     """A request is malformed. The API answers with `status` and an OpenAI error object."""
 
-    def __init__(self, message: str, *, hint: str = "", status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.param = param

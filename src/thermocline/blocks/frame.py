@@ -23,7 +23,7 @@ VERSION = 1
 CODEC_RAW = 0
 SUM_BYTES = 16
 TILE_BYTES = 512 * 1024
-"""Copy and hash in tiles that fit a core's own cache: hashing a block that just left it costs a second trip to memory."""
+"""Copy and hash in tiles that fit a core's own cache: hashing what just left it costs a second trip to memory."""
 
 _FIELDS = struct.Struct("<8sHBBIQQ32s32s32s16s16s")
 _SUM_AT = PAGE_BYTES - SUM_BYTES
@@ -58,15 +58,16 @@ def write_header(header: Header, page: NDArray[np.uint8]) -> None:
     """Fill a 4,096-byte page with the header and its sum."""
     page[_FIELDS.size : _SUM_AT] = 0
     fields = (header.depth, header.length_bytes, header.epoch, header.key, header.parent, header.layout)
-    _FIELDS.pack_into(page, 0, MAGIC, VERSION, header.codec, 0, *fields, header.tenant, header.payload_sum)
-    page[_SUM_AT:] = np.frombuffer(xxh3_128_digest(page[:_SUM_AT]), np.uint8)
+    _FIELDS.pack_into(page.data, 0, MAGIC, VERSION, header.codec, 0, *fields, header.tenant, header.payload_sum)
+    page[_SUM_AT:] = np.frombuffer(xxh3_128_digest(page[:_SUM_AT].data), np.uint8)
 
 
 def read_header(page: NDArray[np.uint8]) -> Header | None:
     """The header in a 4,096-byte page, or None if any bit of the page is not as it was written."""
-    if page.nbytes != PAGE_BYTES or xxh3_128_digest(page[:_SUM_AT]) != page[_SUM_AT:].tobytes():
+    if page.nbytes != PAGE_BYTES or xxh3_128_digest(page[:_SUM_AT].data) != page[_SUM_AT:].tobytes():
         return None
-    magic, version, codec, flags, depth, length, epoch, key, parent, layout, tenant, payload_sum = _FIELDS.unpack_from(page)
+    magic, version, codec, flags, *rest = _FIELDS.unpack_from(page.data)
+    depth, length, epoch, key, parent, layout, tenant, payload_sum = rest
     if (magic, version, codec, flags) != (MAGIC, VERSION, CODEC_RAW, 0):
         return None
     return Header(key, parent, layout, depth, length, payload_sum, epoch, tenant, codec)
@@ -76,7 +77,7 @@ def payload_sum(pieces: Iterable[NDArray[np.uint8]]) -> bytes:
     """XXH3-128 over the pieces in order: the same value however the bytes are cut."""
     state = xxh3_128()
     for piece in pieces:
-        state.update(piece)
+        state.update(piece.data)
     return state.digest()
 
 
@@ -87,7 +88,7 @@ def copy_out(source: NDArray[np.uint8], pieces: Sequence[NDArray[np.uint8]]) -> 
     """
     if len(pieces) == 1 and source.nbytes <= TILE_BYTES:
         np.copyto(pieces[0], source)
-        return xxh3_128_digest(pieces[0])
+        return xxh3_128_digest(pieces[0].data)
     state = xxh3_128()
     update = state.update
     copyto = np.copyto
@@ -96,12 +97,12 @@ def copy_out(source: NDArray[np.uint8], pieces: Sequence[NDArray[np.uint8]]) -> 
         length = piece.nbytes
         if length <= TILE_BYTES:
             copyto(piece, source[start : start + length])
-            update(piece)
+            update(piece.data)
         else:
             for tile in range(0, length, TILE_BYTES):
                 part = piece[tile : tile + TILE_BYTES]
                 copyto(part, source[start + tile : start + tile + part.nbytes])
-                update(part)
+                update(part.data)
         start += length
     if start != source.nbytes:
         msg = f"pieces of {start} bytes for a block of {source.nbytes} bytes"

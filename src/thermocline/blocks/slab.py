@@ -56,7 +56,7 @@ class Slab:
 
     def view(self, slot: Slot, block_bytes: int) -> NDArray[np.uint8]:
         """The bytes of a slot, page-aligned, valid until the slab is closed."""
-        start = slot.unit * self._slots.unit_bytes + slot.index * padded(block_bytes)
+        start = slot.unit * self._slots.unit_bytes + slot.number * padded(block_bytes)
         return self._bytes[start : start + block_bytes]
 
     def is_current(self, slot: Slot) -> bool:

@@ -18,7 +18,7 @@ class Slot(NamedTuple):
     """A place. `generation` tells this use of the place from every earlier and later one."""
 
     unit: int
-    index: int
+    number: int
     generation: int
 
 
@@ -73,11 +73,11 @@ class SlotMap:
     def give(self, slot: Slot) -> None:
         """Take a slot back. Raises ValueError for one that is not in use: a double free is a defect."""
         unit = self._units.get(slot.unit)
-        if unit is None or unit.free[slot.index] == _FREE or unit.generations[slot.index] != slot.generation:
+        if unit is None or unit.free[slot.number] == _FREE or unit.generations[slot.number] != slot.generation:
             msg = f"slot {slot} is not in use"
             raise ValueError(msg)
-        unit.free[slot.index] = _FREE
-        unit.generations[slot.index] += 1
+        unit.free[slot.number] = _FREE
+        unit.generations[slot.number] += 1
         unit.free_count += 1
         self.used_bytes -= unit.slot_bytes
         if unit.free_count == len(unit.free):
@@ -103,7 +103,7 @@ class SlotMap:
     def is_current(self, slot: Slot) -> bool:
         """True while the slot has not been given back since it was taken."""
         unit = self._units.get(slot.unit)
-        return unit is not None and unit.generations[slot.index] == slot.generation
+        return unit is not None and unit.generations[slot.number] == slot.generation
 
     def check_integrity(self) -> None:
         """Free and used slots add up in every unit. Raises AssertionError."""

@@ -8,17 +8,19 @@ The last factor is the mean context of the new tokens, so `c` is the price of at
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-OBSERVATIONS_KEPT = 64
-PRIOR_WEIGHT = 0.05
-"""How much one line of the prior counts beside one observation: it decides only what no observation speaks about."""
+FORGETTING = 0.97
+"""An observation counts half after 23 further ones: machines change their speed, and the plan should follow."""
+
+PRIOR_WEIGHT = 1e-3
+"""How much the prior counts beside one observation: it decides only what no observation speaks about."""
 
 TRANSFER_PRIORS = {"memory": (20e-6, 1 / 5e9), "disk": (1e-3, 1 / 0.5e9)}
 TRANSFER_PRIOR = (2e-3, 1 / 0.2e9)
@@ -36,66 +38,64 @@ class Costs(Protocol):
 
 
 class Fit:
-    """Least squares over the last observations, relative to their size, with weights that cannot be negative.
+    """Least squares with forgetting, relative to the size of what was measured, with weights that cannot be negative.
 
-    Negative weights are set to zero and the rest is fitted again (the first steps of Lawson and Hanson's NNLS, 1974,
-    which for two or three terms is all of it in practice).
+    Every observation asks that weights . terms / seconds = 1, so small and large transfers count alike; only the sums
+    of products are kept. A negative weight is set to zero and the rest is fitted again (the first steps of Lawson and
+    Hanson's NNLS, 1974, which for two or three terms is all of it in practice).
     """
 
     def __init__(self, prior: Sequence[float], typical: Sequence[Sequence[float]]) -> None:
-        self._prior = np.array(prior)
         rows = np.array(typical, float)
-        self._prior_rows = PRIOR_WEIGHT * rows / (rows @ self._prior)[:, None]
-        self._rows: deque[tuple[Sequence[float], float]] = deque(maxlen=OBSERVATIONS_KEPT)
-        self._weights: NDArray[np.float64] | None = self._prior
+        rows /= (rows @ np.array(prior))[:, None]
+        self._scale = 1 / np.abs(rows).max(axis=0)
+        self._prior = PRIOR_WEIGHT * _products(rows * self._scale)
+        self._sums = np.zeros_like(self._prior)
+        self._weights: list[float] | None = [float(weight) for weight in prior]
         self._lock = threading.Lock()
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
         """One measurement. Non-positive seconds say nothing and are passed over."""
         if seconds > 0:
+            row = np.array(terms)[None] * self._scale / seconds
             with self._lock:
-                self._rows.append((terms, seconds))
+                self._sums = FORGETTING * self._sums + _products(row)
                 self._weights = None
 
     def predict(self, terms: Sequence[float]) -> float:
         """Seconds for these terms."""
         weights = self._weights
         if weights is None:
-            weights = self._solve()
-        return float(sum(weight * term for weight, term in zip(weights.tolist(), terms, strict=True)))
-
-    @property
-    def observations(self) -> int:
-        """How many measurements are in the fit."""
-        return len(self._rows)
-
-    def _solve(self) -> NDArray[np.float64]:
-        with self._lock:
-            measured = np.array([np.divide(terms, seconds) for terms, seconds in self._rows])
-            left = np.vstack([measured, self._prior_rows])
-            right = np.concatenate([np.ones(len(measured)), np.full(len(self._prior_rows), PRIOR_WEIGHT)])
-            self._weights = _non_negative(left, right)
-            return self._weights
+            with self._lock:
+                weights = [float(weight) for weight in _non_negative(self._sums + self._prior) * self._scale]
+                self._weights = weights
+        return math.fsum(weight * term for weight, term in zip(weights, terms, strict=True))
 
 
-def _non_negative(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    scale = np.abs(left).max(axis=0)
-    active = np.arange(left.shape[1])
+def _products(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sums that least squares needs of rows whose right side is 1: products of columns, then the columns."""
+    return np.vstack([rows.T @ rows, rows.sum(axis=0)])
+
+
+def _non_negative(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    products, right = sums[:-1], sums[-1]
+    weights = np.zeros(len(right))
+    active = np.arange(len(right))
     while len(active):
-        solved = np.linalg.lstsq(left[:, active] / scale[active], right, rcond=None)[0] / scale[active]
+        solved = np.linalg.solve(products[np.ix_(active, active)], right[active])
         if (solved >= 0).all():
-            weights = np.zeros(left.shape[1])
             weights[active] = solved
-            return weights
+            break
         active = active[solved > 0]
-    return np.zeros(left.shape[1])
+    return weights
 
 
 class LearnedCosts:
     """`Costs` that start from rough priors and follow what the engine and the tiers report."""
 
     def __init__(self) -> None:
-        self._prefill = Fit(PREFILL_PRIOR, [_prefill_terms(64, 0), _prefill_terms(2048, 0), _prefill_terms(16384, 16384)])
+        typical = [_prefill_terms(64, 0), _prefill_terms(2048, 0), _prefill_terms(16384, 16384)]
+        self._prefill = Fit(PREFILL_PRIOR, typical)
         self._transfers: dict[str, Fit] = {}
 
     def recompute(self, tokens: int, cached: int) -> float:

@@ -1,5 +1,7 @@
-"""The store's books: who holds what, who keeps it there, what left and why. Bookkeeping only: nothing here touches bytes
-(a tier's `remove` frees room, it does no I/O)."""
+"""The store's books: who holds what, who keeps it there, what left and why.
+
+Bookkeeping only: nothing here touches bytes (a tier's `remove` frees room, it does no I/O).
+"""
 
 from __future__ import annotations
 

@@ -76,4 +76,4 @@ def _ago(seconds: float) -> str:
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= unit:
             return f"{seconds / unit:.0f} {name}"
-    return "under a minute" if seconds >= 10 else "a few seconds"
+    return "less than a minute"

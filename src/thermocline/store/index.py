@@ -135,7 +135,7 @@ class Index:
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def add(self, layout: LayoutId, key: BlockKey, parent: BlockKey, depth: int, tier: str, now: float) -> int:
-        """Enter a block for a tier, or mend it where it is broken. NO_NODE if its parent is not there: closure first."""
+        """Enter a block for a tier, or mend it where it is broken. NO_NODE if its parent is not there."""
         nodes = self._by_key.setdefault(layout, {})
         above = NO_NODE if parent == NO_PARENT else nodes.get(parent, NO_NODE)
         if (parent == NO_PARENT) != (depth == 1) or (depth > 1 and not self._has(above, tier)):
@@ -171,7 +171,7 @@ class Index:
             self._delete(node)
 
     def lost(self, node: int, tier: str) -> None:
-        """A tier does not have the block's bytes any more: drop it, or mark it broken where descendants depend on it."""
+        """A tier lost the block's bytes: drop it, or mark it broken where descendants depend on it."""
         if self._tiers[tier].children[node]:
             self._tiers[tier].broken.add(node)
         else:
@@ -192,8 +192,10 @@ class Index:
         self._queue(node, tier)
 
     def victim(self, tier: str, *, used_before: float = float("inf")) -> int:
-        """The leaf that the policy would lose first, or NO_NODE; it stays until `remove`. Only leaves not used since
-        `used_before` count, which is how a time to live is enforced."""
+        """The leaf that the policy would lose first, or NO_NODE; it stays until `remove`.
+
+        Only a leaf not used since `used_before` counts, which is how a time to live is enforced.
+        """
         columns, bit = self._tiers[tier], self._bits[tier]
         heap = columns.heap
         while heap:

@@ -1,8 +1,8 @@
 """Likeness: which recent prompt this one resembles, and the token where they part.
 
-A timestamp at the top of a prompt changes every key behind it, so keys alone say "never seen". Prompts are compared by a
-sample of their windows of eight tokens, chosen by content (winnowing by hash value: Schleimer, Wilkerson, Aiken, 2003),
-so that inserted tokens do not hide what follows them.
+A timestamp at the top of a prompt changes every key behind it, so keys alone say "never seen". Prompts are compared by
+a sample of their windows of eight tokens, chosen by content (winnowing by hash value: Schleimer, Wilkerson, Aiken,
+2003), so that inserted tokens do not hide what follows them.
 """
 
 from __future__ import annotations

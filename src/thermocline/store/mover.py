@@ -38,7 +38,7 @@ class Mover:
     # -- down ----------------------------------------------------------------------------------------------------------
 
     def write_down(self, layout: LayoutId, keys: Sequence[BlockKey], job: Job) -> Job:
-        """Start writing the path that ends with the last of `keys` to every colder tier. `job` is done when they are."""
+        """Start writing the path that ends with the last of `keys` to the colder tiers; `job` is done when they are."""
         jobs = [self._write_path(tier, layout, keys[-1]) for tier in self._cold] if keys else []
         waiting = [started for started in jobs if started is not None]
         job.set_visible()

@@ -115,7 +115,7 @@ def _declined(runs: Sequence[Run], recompute_seconds: float) -> tuple[Missing, .
             run.start,
             run.stop,
             Reason.DECLINED,
-            f"loading from {run.tier} would take {run.seconds:.4f} s, computing all that is left {recompute_seconds:.4f} s",
+            f"loading from {run.tier} would take {run.seconds:.4f} s, computing what is left {recompute_seconds:.4f} s",
         )
         for run in runs
     )

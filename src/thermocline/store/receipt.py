@@ -1,4 +1,4 @@
-"""Receipts: what one request matched, loaded and computed, with exactly one reason for every block that was not loaded."""
+"""Receipts: what one request matched, loaded and computed, with one reason for every block that was not loaded."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ class Missing(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """The account of one request. `missing` covers every block from the first that was computed to the last, TAIL
-    being the partial block or the block of the one token that must be computed."""
+    """The account of one request.
+
+    `missing` covers every block from the first that was computed to the last; TAIL is the partial block at the end, or
+    the block of the one token that must be computed.
+    """
 
     request: str
     prompt_tokens: int

@@ -18,7 +18,7 @@ RECEIPTS_KEPT = 1024
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load brought: the first `blocks` blocks are verified and may be used, all later ones hold anything at all."""
+    """What a load brought: the first `blocks` blocks are verified and may be used, later ones hold anything at all."""
 
     blocks: int
     by_tier: dict[str, int]

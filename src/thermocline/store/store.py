@@ -68,7 +68,7 @@ class Store:
     # -- match ---------------------------------------------------------------------------------------------------------
 
     def match(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Plan:
-        """The plan for a prompt whose full blocks have these keys. Touches no medium; takes a lease if it loads anything.
+        """The plan for a prompt whose full blocks have these keys. Touches no medium; takes a lease if it loads.
 
         With several layouts (ranks, groups) only blocks that all of them have count. Release the plan's lease when the
         load is over, whatever became of it.
@@ -107,8 +107,10 @@ class Store:
     # -- load ----------------------------------------------------------------------------------------------------------
 
     def load(self, plan: Plan, rank: int, into: Sequence[Sequence[Piece]]) -> Loaded:
-        """Carry out a plan for one of its layouts: copy into the caller's pieces, verify there, and stop at the first
-        block that no tier has intact and in time. Returns within the plan's time; nothing writes into `into` afterwards.
+        """Carry out a plan for one of its layouts: copy into the caller's pieces, and verify there.
+
+        Stops at the first block that no tier has intact and in time. Returns within the plan's time; after that nothing
+        writes into `into`.
         """
         started = self._clock.now()
         layout = plan.layouts[rank]
@@ -218,7 +220,8 @@ class Store:
         """Copy blocks into the warm tier, evicting as needed; returns how many are in now."""
         warm = self._warm.name
         names = [keys[at] for at, _ in wanted]
-        blocks = [Block(keys[at - 1] if at else NO_PARENT, at + 1, pieces, payload_sum(pieces)) for at, pieces in wanted]
+        parents = [keys[at - 1] if at else NO_PARENT for at, _ in wanted]
+        blocks = [Block(parents[i], at + 1, pieces, payload_sum(pieces)) for i, (at, pieces) in enumerate(wanted)]
         done = 0
         for _ in range(EVICT_ROUNDS_MAX):
             if done == len(wanted):

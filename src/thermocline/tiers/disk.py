@@ -138,9 +138,9 @@ class DiskTier:
         with self._lock:
             room = max(0, self._queue_bytes_max - self._queued_bytes) // size
             taken = [] if self._closing else self._slots.take(size, min(len(blocks), room))
-            job.outcomes[len(taken) :] = [self._refusal(len(taken) == room)] * (len(blocks) - len(taken))
+            job.outcomes[len(taken) :] = [self._refusal(queue_full=len(taken) == room)] * (len(blocks) - len(taken))
             if taken:
-                places = [slot.unit << 32 | slot.index for slot in taken]
+                places = [slot.unit << 32 | slot.number for slot in taken]
                 self._shelves.setdefault(layout, _Shelf(length))
                 self._writes.append(_Write(layout, keys[: len(taken)], blocks[: len(taken)], places, length, job))
                 self._queued_bytes += size * len(taken)
@@ -202,7 +202,7 @@ class DiskTier:
             self._segments.close()
             os.close(self._lock_fd)
 
-    def _refusal(self, queue_full: bool) -> Outcome:
+    def _refusal(self, *, queue_full: bool) -> Outcome:
         """Why a block was not taken: what waits to be written, or a segment that is still to come, makes it LATE."""
         if self._closing:
             return Outcome.FAILED
@@ -261,7 +261,8 @@ class DiskTier:
         unsynced: list[_Write] = []
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._writes or self._forgotten or unsynced or self._closing)
+                if not unsynced:
+                    self._lock.wait_for(lambda: self._writes or self._forgotten or self._closing)
                 batch = self._next_group()
                 forgotten, self._forgotten = self._forgotten, []
                 finished = self._closing and not batch and not forgotten
@@ -375,8 +376,18 @@ class DiskTier:
         wall = self._clock.wall()
         return journal.make(
             [
-                (key, block.parent, write.layout, journal.ADD, block.depth, place >> 32, place & 0xFFFFFFFF)
-                + (frame_bytes(write.length_bytes) // PAGE_BYTES, write.length_bytes, wall)
+                journal.Row(
+                    key,
+                    block.parent,
+                    write.layout,
+                    journal.ADD,
+                    block.depth,
+                    place >> 32,
+                    place & 0xFFFFFFFF,
+                    frame_bytes(write.length_bytes) // PAGE_BYTES,
+                    write.length_bytes,
+                    wall,
+                )
                 for write in writes
                 for key, block, place in zip(write.keys, write.blocks, write.places, strict=True)
             ]
@@ -386,7 +397,7 @@ class DiskTier:
         nothing = bytes(32)
         return journal.make(
             [
-                (key, nothing, layout, journal.REMOVE, 0, place >> 32, place & 0xFFFFFFFF, 0, 0, 0.0)
+                journal.Row(key, nothing, layout, journal.REMOVE, 0, place >> 32, place & 0xFFFFFFFF, 0, 0, 0.0)
                 for layout, key, place in forgotten
             ]
         )
@@ -436,7 +447,8 @@ class DiskTier:
         size[live["segment"]] = live["slot_pages"]
         inside = (live["slot"].astype(np.uint64) + 1) * live["slot_pages"] * PAGE_BYTES <= self._slots.unit_bytes
         whole = -(-live["length"].astype(np.int64) // PAGE_BYTES) + 1 == live["slot_pages"]
-        return live[inside & whole & (size[live["segment"]] == live["slot_pages"])]
+        credible: Records = live[inside & whole & (size[live["segment"]] == live["slot_pages"])]
+        return credible
 
     def _shelve(self, layout: LayoutId, part: Records) -> Found:
         part = part[part["length"] == part["length"][-1]]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,9 @@ RECORD = np.dtype(
 )
 """128 bytes. `stored` is seconds since 1970; a slot's offset in its segment is `slot * slot_pages * 4096`."""
 
-_HEAD = np.dtype([("sum", "V16"), ("magic", "<u8"), ("count", "<u4"), ("version", "<u4"), ("epoch", "<u8"), ("rest", "V88")])
+_HEAD = np.dtype(
+    [("sum", "V16"), ("magic", "<u8"), ("count", "<u4"), ("version", "<u4"), ("epoch", "<u8"), ("rest", "V88")]
+)
 _PAGE = np.dtype([("head", _HEAD), ("records", RECORD, (31,))])
 RECORDS_PER_PAGE = 31
 VERSION = 1
@@ -78,7 +80,7 @@ def pack(records: Records, epoch: int) -> bytes:
 
 
 def read(path: Path) -> Recovered:
-    """Everything in the log that is intact. An absent log is an empty one; a damaged page costs only its own records."""
+    """All of the log that is intact. An absent log is an empty one; a damaged page costs only its own records."""
     raw = path.read_bytes() if path.exists() else b""
     view = memoryview(raw)[: len(raw) - len(raw) % PAGE_BYTES]
     good = [
@@ -101,8 +103,9 @@ def _live(records: Records) -> Records:
     """The last word about every slot, where that word is ADD, in the order they were written."""
     place = records["segment"].astype(np.uint64) << np.uint64(32) | records["slot"]
     _, from_end = np.unique(place[::-1], return_index=True)
-    last = records[np.sort(len(place) - 1 - from_end)]
-    return last[last["kind"] == ADD]
+    last: Records = records[np.sort(len(place) - 1 - from_end)]
+    live: Records = last[last["kind"] == ADD]
+    return live
 
 
 class Journal:
@@ -122,7 +125,7 @@ class Journal:
         return self._end
 
     def append(self, records: Records) -> None:
-        """Write records behind the last page; they survive the process from here on. Raises OSError, changing nothing."""
+        """Write records behind the last page; from then on they survive the process. Raises OSError."""
         raw = pack(records, self.epoch)
         written = os.pwrite(self._fd, raw, self._end)
         if written != len(raw):  # a full disk may take a part: what it took is torn pages, which are skipped
@@ -170,8 +173,23 @@ def split(records: Records, field: str) -> Iterator[bytes]:
     return (raw[at : at + 32] for at in range(0, len(raw), 32))
 
 
-def make(rows: Sequence[tuple[bytes, bytes, bytes, int, int, int, int, int, int, float]]) -> Records:
-    """Records from rows in the order of `RECORD`'s fields."""
+class Row(NamedTuple):
+    """One record, in the order of `RECORD`'s fields."""
+
+    key: bytes
+    parent: bytes
+    layout: bytes
+    kind: int
+    depth: int
+    segment: int
+    slot: int
+    slot_pages: int
+    length: int
+    stored: float
+
+
+def make(rows: Sequence[Row]) -> Records:
+    """Rows as records."""
     return np.array(rows, RECORD)
 
 

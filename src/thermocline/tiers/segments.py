@@ -78,7 +78,7 @@ class Segments:
         for start in range(0, len(pieces), PIECES_MAX):
             part = pieces[start : start + PIECES_MAX]
             wanted = sum(piece.nbytes for piece in part)
-            if os.pwritev(fd, part, offset) != wanted:
+            if os.pwritev(fd, [piece.data for piece in part], offset) != wanted:
                 raise OSError(errno.ENOSPC, "short write to a segment")
             offset += wanted
 
@@ -109,7 +109,7 @@ class Segments:
 
 
 class Read:
-    """One read under way. Its buffer belongs to the reader until `wait` returns True, then to the caller until `release`."""
+    """One read under way. Its buffer is the reader's until `wait` returns True, then the caller's until `release`."""
 
     __slots__ = ("_abandoned", "_arrived", "_buffer", "_lock", "_pool", "error", "fd", "nbytes", "offset")
 
@@ -145,7 +145,7 @@ class Read:
         if not self._abandoned:
             buffer = self._pool.get() if self.nbytes <= READ_BYTES_MAX else aligned_memory(self.nbytes)
             try:
-                got = os.preadv(self.fd, [buffer[: self.nbytes]], self.offset)
+                got = os.preadv(self.fd, [buffer[: self.nbytes].data], self.offset)
                 self.error = None if got == self.nbytes else OSError(errno.EIO, "short read from a segment")
             except OSError as error:
                 self.error = error

@@ -107,7 +107,7 @@ class Job:
         return self._done.wait(seconds)
 
     def watch(self, *, visible: Watcher | None = None, done: Watcher | None = None) -> None:
-        """Call `visible(job)` and `done(job)` once each, in this order, in the thread that gets there; at once if there."""
+        """Call `visible(job)`, then `done(job)`, once each, in the thread that gets there; at once if that is past."""
         if visible is not None:
             self._watch(self._visible, self._when_visible, visible)
         if done is not None:
