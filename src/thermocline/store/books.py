@@ -9,6 +9,8 @@ import logging
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.clock import Clock
@@ -117,13 +119,8 @@ class Books:
         """Enter what a tier held when it was opened; a block whose parent is gone can never match, so it goes too."""
         now, wall = self.clock.now(), self.clock.wall()
         for found in tier.found():
-            orphans = []
-            rows = zip(found.keys, found.parents, found.depths, found.stored_wall_seconds, strict=True)
-            for key, parent, depth, stored in rows:
-                used = now - max(0.0, wall - stored)
-                if self.index.add(found.layout, key, parent, depth, tier.name, used) == NO_NODE:
-                    orphans.append(key)
-            tier.remove(found.layout, orphans)
+            used = (now - np.maximum(0.0, wall - np.array(found.stored_wall_seconds))).tolist()
+            tier.remove(found.layout, self.index.restore(found, tier.name, used))
 
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""
