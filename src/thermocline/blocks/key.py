@@ -35,8 +35,9 @@ class Tokens(Protocol):
 
 
 def root_key(salt: bytes = b"") -> BlockKey:
-    """The key before any token. Different salts never share a block."""
-    return BlockKey(hmac.digest(salt, FORMAT_VERSION, "sha256"))
+    """The key before any token: HMAC-SHA-256 under the salt's SHA-256. Different salts never share a block."""
+    # HMAC pads a short key with zeros, so b"a" and b"a\0" would be one salt; their digests differ
+    return BlockKey(hmac.digest(hashlib.sha256(salt).digest(), FORMAT_VERSION, "sha256"))
 
 
 def block_keys(

@@ -25,7 +25,8 @@ class Slab:
     """`capacity_bytes` of slots. The first unit is ready on return, the others as a thread faults them in."""
 
     def __init__(self, capacity_bytes: int, name: str = "thermocline") -> None:
-        unit_bytes = padded(max(min(UNIT_BYTES_MIN, capacity_bytes), capacity_bytes // UNITS_MAX))
+        pages = max(1, capacity_bytes // PAGE_BYTES)
+        unit_bytes = PAGE_BYTES * max(min(UNIT_BYTES_MIN // PAGE_BYTES, pages), pages // UNITS_MAX)
         units = max(1, capacity_bytes // unit_bytes)
         self.capacity_bytes = units * unit_bytes
         self._lock = threading.Lock()

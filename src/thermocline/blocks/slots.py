@@ -72,8 +72,8 @@ class SlotMap:
 
     def give(self, slot: Slot) -> None:
         """Take a slot back. Raises ValueError for one that is not in use: a double free is a defect."""
-        unit = self._units.get(slot.unit)
-        if unit is None or unit.free[slot.number] == _FREE or unit.generations[slot.number] != slot.generation:
+        unit = self._unit_of(slot)
+        if unit is None or unit.free[slot.number] == _FREE:
             msg = f"slot {slot} is not in use"
             raise ValueError(msg)
         unit.free[slot.number] = _FREE
@@ -87,6 +87,9 @@ class SlotMap:
 
     def claim(self, unit_number: int, slot_bytes: int, indices: Sequence[int]) -> None:
         """Take particular slots of an empty unit, as recovery does. Raises ValueError if one cannot be taken."""
+        if not 0 <= min(indices) <= max(indices) < self.unit_bytes // slot_bytes:
+            msg = f"unit {unit_number} has no slots {min(indices)} to {max(indices)} of {slot_bytes} bytes"
+            raise ValueError(msg)
         self._empty.remove(unit_number)
         unit = self._start(unit_number, slot_bytes)
         for index in indices:
@@ -102,8 +105,7 @@ class SlotMap:
 
     def is_current(self, slot: Slot) -> bool:
         """True while the slot has not been given back since it was taken."""
-        unit = self._units.get(slot.unit)
-        return unit is not None and unit.generations[slot.number] == slot.generation
+        return self._unit_of(slot) is not None
 
     def check_integrity(self) -> None:
         """Free and used slots add up in every unit. Raises AssertionError."""
@@ -111,6 +113,13 @@ class SlotMap:
             assert unit.free.count(_FREE) == unit.free_count, f"unit {unit.number}: free count is wrong"
         used = sum((len(unit.free) - unit.free_count) * unit.slot_bytes for unit in self._units.values())
         assert used == self.used_bytes, f"{used} bytes in use, {self.used_bytes} accounted"
+
+    def _unit_of(self, slot: Slot) -> _Unit | None:
+        """The unit in which this use of a place is the present or the next one; a changed unit may have fewer slots."""
+        unit = self._units.get(slot.unit)
+        if unit is None or not slot.number < len(unit.free) or unit.generations[slot.number] != slot.generation:
+            return None
+        return unit
 
     def _take_run(self, slot_bytes: int, run: int) -> list[Slot]:
         pattern = b"\x01" * run
