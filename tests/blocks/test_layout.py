@@ -26,7 +26,7 @@ BASE = Layout(
 )
 
 
-def changed(value):
+def _changed(value):
     """Another value of the same type."""
     return value + 1 if isinstance(value, int) else value + type(value)(b"x" if isinstance(value, bytes) else "x")
 
@@ -39,7 +39,7 @@ def test_golden_id():
 @pytest.mark.parametrize("field", Layout.__struct_fields__)
 def test_every_field_counts(field):
     """Changing any single field changes the fingerprint."""
-    other = msgspec.structs.replace(BASE, **{field: changed(getattr(BASE, field))})
+    other = msgspec.structs.replace(BASE, **{field: _changed(getattr(BASE, field))})
     assert other.id != BASE.id
     assert msgspec.structs.replace(other, **{field: getattr(BASE, field)}).id == BASE.id
 

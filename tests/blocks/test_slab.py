@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ BLOCK = 256 * 1024
 
 @pytest.fixture
 def slab():
+    """Four MiB, all faulted in."""
     slab = Slab(4 * MIB)
     assert slab.wait_ready(60)
     yield slab
@@ -83,7 +84,7 @@ def test_ready_while_it_grows():
 
 def test_close():
     """Closing twice is closing once: the thread ends, and the memory goes with the last view of it."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     slab = Slab(2 * UNIT_BYTES_MIN, name="closing")
     (slot,) = slab.take(BLOCK, 1)
     view = slab.view(slot, BLOCK)
@@ -94,7 +95,7 @@ def test_close():
     assert np.all(view == 7)
     del view, slab
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_threads_never_share_a_slot(slab):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -79,7 +81,7 @@ class SlotMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_overlaps(self):
         places = sorted((slot.unit, slot.number * size, (slot.number + 1) * size) for slot, size in self.used.items())
-        for one, two in zip(places, places[1:], strict=False):
+        for one, two in pairwise(places):
             assert one[0] != two[0] or one[2] <= two[1], "two slots share bytes"
         assert all(stop <= UNIT for _, _, stop in places)
 
@@ -109,7 +111,7 @@ TestSlotMap = SlotMachine.TestCase
 TestSlotMap.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-def fresh(units=1):
+def _fresh(units=1):
     slots = SlotMap(UNIT)
     for number in range(units):
         slots.add_unit(number)
@@ -118,7 +120,7 @@ def fresh(units=1):
 
 def test_side_by_side():
     """Slots taken together lie side by side as long as there is a stretch, so that they load in one read."""
-    slots = fresh()
+    slots = _fresh()
     first = slots.take(1, 12)
     assert [slot.number for slot in first] == list(range(12))
     for slot in (first[0], first[4], first[5], first[6]):
@@ -129,7 +131,7 @@ def test_side_by_side():
 
 def test_larger_than_a_unit():
     """A block that no unit can hold finds no room, instead of an error."""
-    slots = fresh()
+    slots = _fresh()
     assert slots.take(UNIT + 1, 3) == []
     assert slots.free_slots(UNIT + 1) == 0
     slots.check_integrity()
@@ -137,7 +139,7 @@ def test_larger_than_a_unit():
 
 def test_a_forged_slot_is_refused():
     """Giving back a place that was never taken, or another use of one, is an error and changes nothing."""
-    slots = fresh()
+    slots = _fresh()
     (slot,) = slots.take(4, 1)
     for forged in (Slot(7, 0, 1), slot._replace(number=1), slot._replace(generation=slot.generation + 1)):
         with pytest.raises(ValueError, match="not in use"):
@@ -148,7 +150,7 @@ def test_a_forged_slot_is_refused():
 
 def test_claims_that_cannot_be():
     """Recovery cannot claim a unit in use, an unknown one, or slots behind its end, and a refusal changes nothing."""
-    slots = fresh(2)
+    slots = _fresh(2)
     (slot,) = slots.take(4, 1)
     other = 1 - slot.unit
     for unit, indices in ((slot.unit, [1]), (9, [0]), (other, [4]), (other, [0, -1])):
