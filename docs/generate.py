@@ -65,7 +65,7 @@ def cli_page() -> str:
             _unwrapped(verb.help),
             "",
         ]
-        takes_settings = settings.DECLARED.keys() <= {param.name for param in verb.params}
+        takes_settings = type(verb) is not click.Command
         hidden = settings.DECLARED if takes_settings else {}
         options = [param for param in _params(verb, click.Option) if param.name not in hidden]
         lines += [
@@ -80,7 +80,8 @@ def cli_page() -> str:
 
 
 def _params(verb: click.Command, kind: type[click.Parameter]) -> list:
-    return [param for param in verb.params if isinstance(param, kind)]
+    params = verb.get_params(click.Context(verb, help_option_names=[]))
+    return [param for param in params if isinstance(param, kind)]
 
 
 def _spelling(option: click.Option) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+import bench
 import thermocline
 from thermocline import cli
 from thermocline.settings import CONFIG_VARIABLE, DECLARED, Settings
@@ -63,11 +64,12 @@ def test_commands(path):
 
 def _check_verb(words: list[str], command: str) -> None:
     assert words[0] in cli.app.commands, command
-    options = {
-        opt for param in cli.app.commands[words[0]].params for opt in param.opts if isinstance(param, click.Option)
-    }
+    verb = cli.app.commands[words[0]]
+    options = {opt for param in verb.get_params(click.Context(verb)) for opt in param.opts}
     used = {word.partition("=")[0] for word in words if word.startswith("-")} - {"--help", "--SETTING"}
     assert used <= options, command
+    if words[0] == "bench" and words[1:]:
+        assert words[1] in {"NAME", "list", *bench.BENCHES}, command
 
 
 @pytest.mark.parametrize("path", PAGES, ids=_page)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 import thermocline
 from thermocline.errors import BenchError, ThermoclineError
-from thermocline.settings import CONFIG_VARIABLE, DECLARED, Settings
+
+if TYPE_CHECKING:
+    from thermocline.settings import Settings
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
@@ -22,7 +23,6 @@ EXIT_CODES = {
     INTERRUPTED: "stopped by Ctrl-C",
 }
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
 _json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 _ENGINE_READY = (
@@ -52,14 +52,31 @@ class _MistakeError(click.UsageError):
         self.hint = hint
 
 
-def _settings_flags(verb: Verb) -> Verb:
-    """Give a verb one flag per setting; it takes them as `flags`, attribute to text."""
-    for setting in reversed(list(DECLARED.values())):
-        default = setting.show(setting.default)
-        text = f"{setting.doc} [default: {default}; env: {setting.variable}]"
-        verb = click.option(setting.flag, setting.name, metavar=setting.kind, help=text)(verb)
+class _VerbWithSettings(click.Command):
+    """A verb with one flag per setting; it takes them as `flags`, attribute to text. Made when asked for them only."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*_settings_flags(), *super().get_params(ctx)]
+
+
+@functools.cache
+def _settings_flags() -> list[click.Option]:
+    from thermocline.settings import CONFIG_VARIABLE, DECLARED
+
     text = f"A TOML file of settings; environment and flags win over it. [env: {CONFIG_VARIABLE}]"
-    return click.option("--config", "config_path", type=click.Path(path_type=Path), metavar="FILE", help=text)(verb)
+    flags = [click.Option(["--config", "config_path"], metavar="FILE", help=text)]
+    for setting in DECLARED.values():
+        text = f"{setting.doc} [default: {setting.show(setting.default)}; env: {setting.variable}]"
+        flags.append(click.Option([setting.flag, setting.name], metavar=setting.kind, help=text))
+    return flags
+
+
+def _load_settings(config_path: str | None, flags: Mapping[str, str | None]) -> Settings:
+    from pathlib import Path
+
+    from thermocline.settings import Settings
+
+    return Settings.load(Path(config_path) if config_path else None, flags=flags)
 
 
 def _epilog() -> str:
@@ -77,15 +94,14 @@ def app() -> None:
     """
 
 
-@app.command()
-@_settings_flags
+@app.command(cls=_VerbWithSettings)
 @_json_flag
-def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
+def serve(config_path: str | None, as_json: bool, **flags: str | None) -> None:
     """Serve a model over OpenAI's HTTP API, with its KV cache in tiers.
 
     Listens until Ctrl-C or SIGTERM, then makes what is in flight durable. --json announces the address as JSON.
     """
-    settings = Settings.load(config_path, flags=flags)
+    settings = _load_settings(config_path, flags)  # first: a mistake there is told before torch is loaded
     from thermocline.engines import api
 
     api.serve(settings, as_json=as_json)
@@ -93,12 +109,14 @@ def serve(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
 
 @app.command()
 @_json_flag
-@click.option("--engine-ready", type=click.Path(path_type=Path), metavar="FILE", help=_ENGINE_READY)
-def demo(as_json: bool, engine_ready: Path | None) -> int:
+@click.option("--engine-ready", metavar="FILE", help=_ENGINE_READY)
+def demo(as_json: bool, engine_ready: str | None) -> int:
     """Show all of it on this machine: damage refused, a crash recovered, answers identical and sooner."""
+    from pathlib import Path
+
     from thermocline.demo import run
 
-    return run(json_output=as_json, engine_ready=engine_ready)
+    return run(json_output=as_json, engine_ready=Path(engine_ready) if engine_ready else None)
 
 
 @app.command()
@@ -107,6 +125,8 @@ def demo(as_json: bool, engine_ready: Path | None) -> int:
 @_json_flag
 def bench(name: str, save: bool, as_json: bool) -> int:
     """Measure one budget against its raw limit in the same run. `bench list` names them with their cost."""
+    from pathlib import Path
+
     checkout = Path(thermocline.__file__).resolve().parents[2]
     if not (checkout / "bench" / "__init__.py").is_file():
         raise BenchError(
@@ -123,45 +143,50 @@ def bench(name: str, save: bool, as_json: bool) -> int:
 @app.command()
 @click.argument("request_id", metavar="REQUEST", default="last")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
-@click.option(
-    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="The server's key, where it has one."
-)
+@click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @_json_flag
-def why(request_id: str, url: str, api_key_file: Path | None, as_json: bool) -> None:
+def why(request_id: str, url: str, api_key_file: str | None, as_json: bool) -> None:
     """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
+    from pathlib import Path
+
     from thermocline.lens import fetch, report
 
-    body = fetch.receipt(url, request_id, api_key_file)
+    body = fetch.receipt(url, request_id, Path(api_key_file) if api_key_file else None)
     click.echo(body.decode() if as_json else report.render(report.read(body)))
 
 
 @app.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @_json_flag
-def check(path: Path, as_json: bool) -> int:
+def check(path: str, as_json: bool) -> int:
     """Read every block of a disk tier and verify it. Changes nothing; exits 1 when something is damaged."""
+    from pathlib import Path
+
     import msgspec
 
     from thermocline.tiers.check import check_path
 
-    found = check_path(path)
+    found = check_path(Path(path))
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
     else:
         from thermocline.lens import report
 
-        click.echo(report.render_check(path, found))
+        click.echo(report.render_check(Path(path), found))
     return OK if found.ok else FAILED
 
 
-@app.command()
-@_settings_flags
+@app.command(cls=_VerbWithSettings)
 @_json_flag
-def config(config_path: Path | None, as_json: bool, **flags: str | None) -> None:
+def config(config_path: str | None, as_json: bool, **flags: str | None) -> None:
     """Print every setting's effective value and where it came from. Takes the flags of `serve`."""
-    settings = Settings.load(config_path, flags=flags)
+    from thermocline.settings import DECLARED
+
+    settings = _load_settings(config_path, flags)
     values = {name: getattr(settings, name) for name in DECLARED}
     if as_json:
+        import json
+
         rows = {name: {"value": value, "from": settings.where_from(name)} for name, value in values.items()}
         click.echo(json.dumps(rows, default=str))
         return
