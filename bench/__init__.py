@@ -1,0 +1,68 @@
+"""Every budget is a bench: it measures our figure and its raw limit in the same run, and fails where we fall short.
+
+`thermocline bench list` names them. `main` is all that the command line knows of this folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from dataclasses import dataclass
+
+from bench import harness
+from thermocline.errors import BenchError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What `bench list` says of a bench. Its module is `bench.NAME` and has `run(progress) -> Report`."""
+
+    name: str
+    answers: str
+    cost_seconds: int
+    engine: bool = False
+
+
+BENCHES = {
+    entry.name: entry
+    for entry in (
+        Entry("keys", "naming 131,072 tokens: our keys over the bare hash loop; and only the new tokens of a turn", 10),
+        Entry("match", "the longest match among a million blocks: bisection, and the whole plan with its lease", 35),
+        Entry("tiers", "verified loads over plain copies; disk over raw direct I/O, fresh and 95 % full", 150),
+        Entry("start", "`import thermocline` and `thermocline --help` over bare python", 15),
+        Entry("ttft", "first token: no cache, memory, new process on the same disk, retained cache", 180, engine=True),
+        Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 300, engine=True),
+    )
+}
+
+
+def main(name: str, json_output: bool, save: bool) -> int:  # noqa: FBT001  # the command line passes both by name
+    """Run one bench, or `list` them. Returns 0 where every check holds, else 1. Raises BenchError if it cannot run."""
+    if name == "list":
+        return _list(json_output=json_output)
+    entry = BENCHES.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, BENCHES, n=1)
+        hint = f"did you mean `thermocline bench {near[0]}`?" if near else "`thermocline bench list` names them"
+        raise BenchError(f"no bench {name}", hint=hint)
+    if entry.engine and importlib.util.find_spec("torch") is None:
+        raise BenchError(f"bench {name} runs a model, and torch is not installed", hint="run `make engine` first")
+    result = harness.measure(name, importlib.import_module(f"bench.{name}").run)
+    if save:
+        harness.save(result)
+    print(harness.to_json(result) if json_output else harness.to_text(result))
+    return 0 if harness.holds(result) else 1
+
+
+def _list(*, json_output: bool) -> int:
+    rows = [
+        {"name": entry.name, "cost_seconds": entry.cost_seconds, "engine": entry.engine, "answers": entry.answers}
+        for entry in BENCHES.values()
+    ]
+    if json_output:
+        print(json.dumps({"benches": rows}))
+        return 0
+    for row in rows:
+        print(f"{row['name']:10}{row['cost_seconds']:>5} s  {row['answers']}")
+    return 0
