@@ -23,6 +23,9 @@ from thermocline.store.evict import Candidate, Eviction
 from thermocline.tiers.tier import Found
 
 NO_NODE = -1
+LOOK_AHEAD = 4
+"""How many leaves are looked at for each that is wanted."""
+NEVER_USED = float("-inf")
 
 
 class Place(NamedTuple):
@@ -69,8 +72,8 @@ class Index:
 
     def covered(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
         """How many leading blocks the tier holds, by bisection."""
-        low = self.covered_or_broken(layout, keys, tier)
-        return self._unbroken(keys, low, tier) if self._tiers[tier].broken else low
+        covered = self.covered_or_broken(layout, keys, tier)
+        return self._unbroken(layout, keys[:covered], tier) if self._tiers[tier].broken else covered
 
     def covered_or_broken(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
         """The same, counting blocks that are broken or hidden behind a broken one."""
@@ -132,11 +135,17 @@ class Index:
         return (node for node, held in enumerate(self._held) if held == bit)
 
     def leaves_only_in(self, tier: str, count: int) -> list[int]:
-        """Up to `count` leaves that no other tier holds, from those that the policy would lose early on."""
-        bit, children = self._bits[tier], self._tiers[tier].children
-        early = heapq.nsmallest(2 * count, self._tiers[tier].heap)
-        nodes = [node for _, birth, node in early if self._births[node] == birth]
-        return [node for node in nodes if self._held[node] == bit and not children[node]][:count]
+        """Up to `count` leaves that no other tier holds, from among the next ones that the policy would lose."""
+        heap, bit = self._tiers[tier].heap, self._bits[tier]
+        passed: list[tuple[float, int, int]] = []
+        nodes: list[int] = []
+        while len(nodes) < count and len(passed) < LOOK_AHEAD * count and (node := self.victim(tier)) != NO_NODE:
+            passed.append(heapq.heappop(heap))
+            if self._held[node] == bit:
+                nodes.append(node)
+        for entry in passed:
+            heapq.heappush(heap, entry)
+        return nodes
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -217,22 +226,14 @@ class Index:
 
     def remove(self, node: int, tier: str) -> None:
         """Take a leaf out of a tier. Its parent inherits its recency, and may be a leaf now."""
-        columns = self._tiers[tier]
         assert self._has(node, tier), "remove of a block that is not there"
-        assert not columns.children[node], "remove of a block with children"
-        self._held[node] &= ~self._bits[tier] & 0xFF
-        columns.broken.discard(node)
-        columns.blocks -= 1
-        parent = self._parents[node]
-        if parent != NO_NODE:
-            self._used[parent] = max(self._used[parent], self._used[node])
-            columns.children[parent] -= 1
-            self._queue(parent, tier)
-        if not self._held[node]:
-            self._delete(node)
+        assert not self._tiers[tier].children[node], "remove of a block with children"
+        while node != NO_NODE:
+            parent = self._take_out(node, tier)
+            node = parent if self._is_broken_leaf(parent, tier) else NO_NODE
 
     def lost(self, node: int, tier: str) -> None:
-        """A tier lost the block's bytes: drop it, or mark it broken where descendants depend on it."""
+        """A tier lost the block's bytes: drop it, or mark it broken for as long as descendants depend on it."""
         if self._tiers[tier].children[node]:
             self._tiers[tier].broken.add(node)
         else:
@@ -251,6 +252,8 @@ class Index:
         self._tiers[tier].children[node] -= 1
         assert self._tiers[tier].children[node] >= 0, "unpin without pin"
         self._queue(node, tier)
+        if self._is_broken_leaf(node, tier):
+            self.remove(node, tier)
 
     def victim(self, tier: str, *, used_before: float = float("inf")) -> int:
         """The leaf that the policy would lose first, or NO_NODE; it stays until `remove`.
@@ -276,24 +279,34 @@ class Index:
         return NO_NODE
 
     def check_integrity(self) -> None:
-        """Closure, child counts and totals hold; O(nodes). Raises AssertionError."""
-        for tier, columns in self._tiers.items():
-            counts = [0] * len(self._keys)
-            total = 0
-            for node, key in enumerate(self._keys):
-                if key is None or not self._has(node, tier):
-                    continue
-                total += 1
-                parent = self._parents[node]
-                if parent != NO_NODE:
-                    assert self._has(parent, tier), f"{tier}: a block without its parent"
-                    assert self._depths[parent] + 1 == self._depths[node], "depths do not follow"
-                    counts[parent] += 1
-                if not columns.children[node]:
-                    assert columns.queued[node], f"{tier}: a leaf that can never be evicted"
-            assert total == columns.blocks, f"{tier}: {total} blocks, {columns.blocks} counted"
-            pins = [have - want for have, want in zip(columns.children, counts, strict=True)]
-            assert all(pin >= 0 for pin in pins), f"{tier}: child counts are wrong"
+        """Closure, child counts and totals hold, and every leaf can be evicted; O(nodes). Raises AssertionError."""
+        named = {node for nodes in self._by_key.values() for node in nodes.values()}
+        assert sum(map(len, self._by_key.values())) == len(named) == len(self), "two keys have one node"
+        assert not named & set(self._free), "a node is free and in use"
+        for node in named:
+            place = self.place(node)
+            assert self._by_key[place.layout][place.key] == node, "a key is filed under another node"
+            assert self._held[node], "a node that no tier holds"
+        for tier in self._tiers:
+            self._check_tier(tier)
+
+    def _check_tier(self, tier: str) -> None:
+        columns = self._tiers[tier]
+        inside = [node for node in range(len(self._keys)) if self._has(node, tier)]
+        assert len(inside) == columns.blocks, f"{tier}: {len(inside)} blocks, {columns.blocks} counted"
+        assert columns.broken <= set(inside), f"{tier}: a broken block that is not entered"
+        counts = [0] * len(self._keys)
+        for node in inside:
+            parent = self._parents[node]
+            if parent != NO_NODE:
+                assert self._has(parent, tier), f"{tier}: a block without its parent"
+                assert self._depths[parent] + 1 == self._depths[node], "depths do not follow"
+                counts[parent] += 1
+        assert all(have >= want for have, want in zip(columns.children, counts, strict=True)), f"{tier}: child counts"
+        waiting = {node for _, birth, node in columns.heap if self._births[node] == birth and columns.queued[node]}
+        leaves = {node for node in inside if not columns.children[node]}
+        assert leaves <= waiting, f"{tier}: a leaf that can never be evicted"
+        assert not leaves & columns.broken, f"{tier}: a broken block that nothing depends on"
 
     def pins(self, tier: str) -> int:
         """How many pins there are; O(nodes)."""
@@ -306,13 +319,35 @@ class Index:
     def _has(self, node: int, tier: str) -> bool:
         return node != NO_NODE and bool(self._held[node] & self._bits[tier])
 
-    def _unbroken(self, keys: Sequence[BlockKey], covered: int, tier: str) -> int:
-        """A broken block hides its descendants: cut the match before the first one on this path."""
-        for node in self._tiers[tier].broken:
+    def _unbroken(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
+        """A broken block hides its descendants: where the first one is on this path, which is held as a whole."""
+        nodes, broken = self._by_key[layout], self._tiers[tier].broken
+        if len(broken) > len(keys):
+            return next((at for at, key in enumerate(keys) if nodes[key] in broken), len(keys))
+        covered = len(keys)
+        for node in broken:
             at = self._depths[node] - 1
-            if at < covered and self.place(node).key == keys[at]:
+            if at < covered and nodes[keys[at]] == node:
                 covered = at
         return covered
+
+    def _is_broken_leaf(self, node: int, tier: str) -> bool:
+        columns = self._tiers[tier]
+        return node in columns.broken and not columns.children[node]
+
+    def _take_out(self, node: int, tier: str) -> int:
+        """Take one leaf out of a tier; returns its parent."""
+        columns, parent = self._tiers[tier], self._parents[node]
+        self._held[node] &= ~self._bits[tier] & 0xFF
+        columns.broken.discard(node)
+        columns.blocks -= 1
+        if parent != NO_NODE:
+            self._used[parent] = max(self._used[parent], self._used[node])
+            columns.children[parent] -= 1
+            self._queue(parent, tier)
+        if not self._held[node]:
+            self._delete(node)
+        return parent
 
     def _priority(self, node: int) -> float:
         return self._policy.priority(Candidate(self._used[node], self._depths[node]))
@@ -330,7 +365,7 @@ class Index:
         self._keys[node], self._layout_of[node] = key, self._layout_number(layout)
         self._parents[node], self._depths[node] = parent, depth
         self._born += 1
-        self._births[node], self._used[node] = self._born, 0.0
+        self._births[node], self._used[node] = self._born, NEVER_USED
         return node
 
     def _layout_number(self, layout: LayoutId) -> int:
