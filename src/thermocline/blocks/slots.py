@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+FIRST_GENERATION = 1
 _FREE = 1
 
 
@@ -50,7 +51,7 @@ class SlotMap:
     def add_unit(self, number: int) -> None:
         """A new empty unit is ready for use."""
         self._empty.append(number)
-        self._generation_next.setdefault(number, 1)
+        self._generation_next.setdefault(number, FIRST_GENERATION)
 
     def take(self, slot_bytes: int, count: int) -> list[Slot]:
         """Up to `count` slots, side by side where possible; fewer, or none, if there is no more room."""

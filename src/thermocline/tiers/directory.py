@@ -15,10 +15,15 @@ from thermocline.tiers.journal import sync_directory
 FORMAT_VERSION = 1
 MIB = 1024 * 1024
 SEGMENT_BYTES_MAX = 256 * MIB
+SEGMENT_BYTES_WANTED = 16 * MIB
 SEGMENTS_WANTED = 32
 FORMAT_FILE = "thermocline-disk.json"
+FRESH_FORMAT_FILE = "thermocline-disk.new"
 LOG_FILE = "index.log"
 LOCK_FILE = "lock"
+SMALL_FILES_BYTES = 8 * PAGE_BYTES
+"""The directory itself, the lock and the format file: reserved, so that the quota holds for all of the folder."""
+_BEFORE_FORMAT = frozenset({LOCK_FILE, FRESH_FORMAT_FILE, "lost+found"})
 
 
 class _Format(msgspec.Struct, forbid_unknown_fields=True):
@@ -29,14 +34,21 @@ class _Format(msgspec.Struct, forbid_unknown_fields=True):
 def claim(path: Path) -> int:
     """Create the directory where needed and lock it; returns the open lock, which the tier closes at its end.
 
-    Raises TierError where it cannot be created or written, DiskInUseError where another process has it.
+    Raises TierError where it cannot be created or written, DiskFormatError where it holds something else (and then
+    nothing in it is touched), DiskInUseError where another process has it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(path)
         fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         hint = "name a directory that this user may create and write, with --disk-path"
         raise TierError(f"cannot use {path} as a disk tier: {error.strerror}", hint=hint) from error
+    return lock(path, fd)
+
+
+def lock(path: Path, fd: int) -> int:
+    """Lock an open lock file. Raises DiskInUseError, having closed it, where another process holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -44,6 +56,16 @@ def claim(path: Path) -> int:
         hint = "stop the other server, or give this one its own --disk-path"
         raise DiskInUseError(f"{path} is in use by another process", hint=hint) from error
     return fd
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises DiskFormatError where a directory holds something, but no disk tier. A crash at its making is none."""
+    if (path / FORMAT_FILE).exists():
+        return
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _BEFORE_FORMAT)
+    if foreign and not (path / FORMAT_FILE).exists():  # another process may have made it just now
+        hint = "name an empty directory, or one that thermocline made"
+        raise DiskFormatError(f"{path} is not empty and holds no thermocline data (found {foreign[0]!r})", hint=hint)
 
 
 def log_bytes(capacity_bytes: int) -> int:
@@ -54,24 +76,32 @@ def log_bytes(capacity_bytes: int) -> int:
 def segment_bytes(path: Path, room_bytes: int) -> int:
     """Size of a segment here: what the format file says, or a fitting size, which is then written there.
 
-    Raises DiskFormatError where the directory holds something else, and TierError where the quota is too small.
+    Raises DiskFormatError where that file is of another format, and TierError where the quota is too small.
     """
     file = path / FORMAT_FILE
     if file.exists():
-        return _read_format(file).segment_bytes
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in {LOCK_FILE, "lost+found"})
-    if foreign:
-        hint = "name an empty directory, or one that thermocline made"
-        raise DiskFormatError(f"{path} is not empty and holds no thermocline data (found {foreign[0]!r})", hint=hint)
-    size = min(SEGMENT_BYTES_MAX, room_bytes // SEGMENTS_WANTED // MIB * MIB) or min(MIB, room_bytes)
+        size = _read_format(file).segment_bytes
+        if size > room_bytes:
+            hint = f"give --disk-bytes at least {size * 2 // MIB + 1}MiB, or an empty --disk-path"
+            raise TierError(f"the disk quota is below one segment of {path}, which has {size} bytes", hint=hint)
+        return size
+    size = _fitting(room_bytes)
     if size < 2 * PAGE_BYTES:
         raise TierError("the disk quota is too small to hold anything", hint="give --disk-bytes at least 8MiB")
-    size -= size % PAGE_BYTES
-    fresh = file.with_suffix(".new")
-    fresh.write_bytes(msgspec.json.encode(_Format(FORMAT_VERSION, size)))
+    fresh = path / FRESH_FORMAT_FILE
+    with fresh.open("wb") as out:
+        out.write(msgspec.json.encode(_Format(FORMAT_VERSION, size)))
+        out.flush()
+        os.fsync(out.fileno())
     fresh.rename(file)
     sync_directory(path)
     return size
+
+
+def _fitting(room_bytes: int) -> int:
+    """A 32nd of the room, but enough for a block of any common model, and never less than four segments."""
+    size = min(SEGMENT_BYTES_MAX, max(room_bytes // SEGMENTS_WANTED, min(SEGMENT_BYTES_WANTED, room_bytes // 4)))
+    return size - size % (MIB if size > MIB else PAGE_BYTES)
 
 
 def read_segment_bytes(path: Path) -> int:

@@ -7,11 +7,14 @@ asked for, so the worst outcome is a miss.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -22,28 +25,20 @@ from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.blocks.slots import SlotMap
 from thermocline.clock import Clock, SystemClock
-from thermocline.tiers import directory, journal
+from thermocline.errors import DiskFormatError, TierError
+from thermocline.tiers import directory, journal, shelves
 from thermocline.tiers.journal import Journal, Records
 from thermocline.tiers.segments import READ_BYTES_MAX, Read, Readers, Segments
+from thermocline.tiers.shelves import Recorded, Shelf, place_of, position, slot_at
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage, block_length
 from thermocline.tiers.writer import FrameWriter
 
+LOG = logging.getLogger("thermocline.tiers")
 MIB = 1024 * 1024
 GROUP_BYTES_MAX = 32 * MIB
 GROW_RETRY_SECONDS = 30.0
+CLOSE_SECONDS_MAX = 10.0
 READER_THREADS = 2
-
-
-@dataclass(slots=True)
-class _Shelf:
-    """Blocks of one layout: all have one length, so a location is just (segment << 32 | slot)."""
-
-    length_bytes: int
-    entries: dict[BlockKey, int] = field(default_factory=dict)
-
-    @property
-    def frame_bytes(self) -> int:
-        return frame_bytes(self.length_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +49,10 @@ class _Write:
     places: Sequence[int]
     length_bytes: int
     job: Job
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.places) * frame_bytes(self.length_bytes)
 
 
 class DiskTier:
@@ -70,28 +69,32 @@ class DiskTier:
         clock: Clock | None = None,
         queue_bytes_max: int = 64 * MIB,
     ) -> None:
-        """Open or create. Raises DiskInUseError, DiskFormatError, or TierError where the path cannot be written."""
+        """Open or create. Raises DiskInUseError, DiskFormatError, or TierError where the path cannot be used."""
         self.name = name
         self._clock = clock or SystemClock()
-        self._path = path
         self.capacity_bytes = capacity_bytes
         self._queue_bytes_max = queue_bytes_max
         self._lock = threading.Condition()
-        self._lock_fd = directory.claim(path)
-        log_bytes = directory.log_bytes(capacity_bytes)
-        room_bytes = capacity_bytes - 2 * log_bytes  # the log, and its successor while it is being written
-        self._segments = Segments(path, directory.segment_bytes(path, room_bytes))
-        self._segments_max = room_bytes // self._segments.segment_bytes
-        self._slots = SlotMap(self._segments.segment_bytes)
-        self._shelves: dict[LayoutId, _Shelf] = {}
+        self._shelves: dict[LayoutId, Shelf] = {}
         self._writes: deque[_Write] = deque()
         self._forgotten: list[tuple[LayoutId, BlockKey, int]] = []
-        self._queued_bytes = 0
-        self._grow_at = 0.0
-        self._closing = False
-        self._busy = False
-        self._journal = Journal(path / "index.log", bytes_max=log_bytes)
-        self._found = self._recover(self._journal.recovered.live)
+        self._queued_bytes = 0  # from save to durable
+        self._unpublished = 0  # blocks from save to visible
+        self._unpublished_bytes = 0
+        self._quarantined_bytes = 0
+        self._starved = False
+        self._grow_at = float("-inf")
+        self._closing = self._stopped = self._busy = False
+        self._files = ExitStack()
+        self._files.callback(os.close, directory.claim(path))
+        try:
+            self._found = self._open(path)
+        except BaseException as error:
+            self._files.close()
+            if not isinstance(error, OSError):
+                raise
+            hint = "see whether this user may read and write all of it, and whether the medium is well"
+            raise TierError(f"cannot open the disk tier in {path}: {error}", hint=hint) from error
         self._readers = Readers(READER_THREADS)
         self._writer = FrameWriter(self._segments, self._journal.epoch)
         self._grow()
@@ -113,8 +116,8 @@ class DiskTier:
         shelf = self._shelves.get(layout)
         if shelf is None:
             return outcomes
-        runs = self._runs(shelf, keys)
         size = shelf.frame_bytes
+        runs = shelf.runs(keys, max(1, READ_BYTES_MAX // size))
         reads = [self._read(places, size) for _, places in runs]
         try:
             for (first, places), read in zip(runs, reads, strict=True):
@@ -133,19 +136,20 @@ class DiskTier:
     def save(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
         """See `Tier.save`. Never waits for the device: over `queue_bytes_max` in flight, blocks are LATE."""
         length = block_length(blocks)
-        size = frame_bytes(length)
         job = Job([Outcome.PENDING] * len(keys))
         with self._lock:
-            room = max(0, self._queue_bytes_max - self._queued_bytes) // size
-            taken = [] if self._closing else self._slots.take(size, min(len(blocks), room))
-            job.outcomes[len(taken) :] = [self._refusal(queue_full=len(taken) == room)] * (len(blocks) - len(taken))
-            if taken:
-                places = [slot.unit << 32 | slot.number for slot in taken]
-                self._shelves.setdefault(layout, _Shelf(length))
-                self._writes.append(_Write(layout, keys[: len(taken)], blocks[: len(taken)], places, length, job))
-                self._queued_bytes += size * len(taken)
+            places, refusal = self._take(layout, length, len(blocks))
+            taken = len(places)
+            job.outcomes[taken:] = [refusal] * (len(blocks) - taken)
+            if places:
+                self._shelves.setdefault(layout, Shelf(length))
+                write = _Write(layout, keys[:taken], blocks[:taken], places, length, job)
+                self._writes.append(write)
+                self._queued_bytes += write.nbytes
+                self._unpublished += taken
+                self._unpublished_bytes += write.nbytes
             self._lock.notify_all()
-        if not taken:
+        if not places:
             job.set_done()
         return job
 
@@ -162,8 +166,8 @@ class DiskTier:
     def usage(self) -> Usage:
         """See `Tier.usage`. Counts whole segments and the log, as the file system does."""
         with self._lock:
-            blocks = sum(len(shelf.entries) for shelf in self._shelves.values())
-            used = self._slots.units * self._slots.unit_bytes + self._journal.size_bytes
+            blocks = self._held()
+            used = self._slots.units * self._slots.unit_bytes + self._journal.size_bytes + directory.SMALL_FILES_BYTES
         return Usage(blocks, used, self.capacity_bytes)
 
     def found(self) -> Sequence[Found]:
@@ -182,58 +186,47 @@ class DiskTier:
             return self._lock.wait_for(lambda: not (self._queued_bytes or self._forgotten or self._busy), seconds)
 
     def check_integrity(self) -> None:
-        """Every taken slot belongs to one block or one write in flight. Raises AssertionError."""
+        """Every taken slot belongs to one block, to one write in flight, or is set aside. Raises AssertionError."""
         with self._lock:
             self._slots.check_integrity()
             held = [place for shelf in self._shelves.values() for place in shelf.entries.values()]
             assert len(set(held)) == len(held), "two blocks in one slot"
+            assert all(self._slots.is_current(slot_at(place)) for place in held), (
+                "a block in a slot that was given back"
+            )
+            known = sum(len(shelf.entries) * shelf.frame_bytes for shelf in self._shelves.values())
+            known += self._unpublished_bytes + self._quarantined_bytes
+            assert known == self._slots.used_bytes, f"{self._slots.used_bytes} bytes in use, {known} accounted for"
 
     def close(self) -> None:
-        """See `Tier.close`. Waits for what is queued; a device that hangs is given up on after a few seconds."""
+        """See `Tier.close`. Waits for what is queued; a device that hangs is given up on after a few seconds.
+
+        Then what still waits is FAILED, and the path stays locked until the process ends: the device may yet write.
+        """
         with self._lock:
             if self._closing:
                 return
             self._closing = True
             self._lock.notify_all()
-        self._thread.join(10.0)
+        self._thread.join(CLOSE_SECONDS_MAX)
         self._readers.close(1.0)
         if not self._thread.is_alive():
-            self._journal.close()
-            self._segments.close()
-            os.close(self._lock_fd)
-
-    def _refusal(self, *, queue_full: bool) -> Outcome:
-        """Why a block was not taken: what waits to be written, or a segment that is still to come, makes it LATE."""
-        if self._closing:
-            return Outcome.FAILED
-        return Outcome.LATE if queue_full or self._may_grow() else Outcome.FULL
+            self._files.close()
+            return
+        LOG.warning("disk tier: the device did not finish writing within %s seconds", CLOSE_SECONDS_MAX)
+        with self._lock:
+            waiting, self._writes = list(self._writes), deque()
+        for write in waiting:
+            self._fail(write)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _runs(shelf: _Shelf, keys: Sequence[BlockKey]) -> list[tuple[int, list[int]]]:
-        """(first index, places) of stretches that lie side by side on disk and fit into one read."""
-        frames_max = max(1, READ_BYTES_MAX // shelf.frame_bytes)
-        runs: list[tuple[int, list[int]]] = []
-        expected = -1
-        for index, key in enumerate(keys):
-            place = shelf.entries.get(key, -1)
-            if place < 0:
-                expected = -1
-            elif place == expected and len(runs[-1][1]) < frames_max:
-                runs[-1][1].append(place)
-                expected = place + 1
-            else:
-                runs.append((index, [place]))
-                expected = place + 1
-        return runs
-
     def _read(self, places: Sequence[int], size: int) -> Read:
-        segment, slot = divmod(places[0], 1 << 32)
-        return self._readers.submit(self._segments.fd(segment), slot * size, size * len(places))
+        slot = slot_at(places[0])
+        return self._readers.submit(self._segments.fd(slot.unit), slot.number * size, size * len(places))
 
     def _accept(
-        self, layout: LayoutId, shelf: _Shelf, key: BlockKey, place: int, read: Read, at: int, pieces: Sequence[Piece]
+        self, layout: LayoutId, shelf: Shelf, key: BlockKey, place: int, read: Read, at: int, pieces: Sequence[Piece]
     ) -> Outcome:
         """Check one frame against what was asked for, in this order: header sum, key, layout, length, payload sum."""
         if read.error is not None:
@@ -245,51 +238,73 @@ class DiskTier:
                 return Outcome.HIT
         return self._refuse(layout, shelf, key, place)
 
-    def _refuse(self, layout: LayoutId, shelf: _Shelf, key: BlockKey, place: int) -> Outcome:
+    def _refuse(self, layout: LayoutId, shelf: Shelf, key: BlockKey, place: int) -> Outcome:
         """Damage, unless the block moved away while it was read. A damaged place is not used again before a restart."""
         with self._lock:
             if shelf.entries.get(key) != place:
                 return Outcome.MISS
             del shelf.entries[key]
+            self._quarantined_bytes += shelf.frame_bytes
             self._forgotten.append((layout, key, place))
             self._lock.notify_all()
         return Outcome.CORRUPT
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
+    def _take(self, layout: LayoutId, length_bytes: int, count: int) -> tuple[list[int], Outcome]:
+        """Places for up to `count` blocks, and the reason why there are no more of them."""
+        size = frame_bytes(length_bytes)
+        shelf = self._shelves.get(layout)
+        if self._closing or (shelf and shelf.length_bytes != length_bytes):
+            return [], Outcome.FAILED
+        if size > self._slots.unit_bytes:
+            LOG.warning("disk tier: a frame of %d bytes exceeds a segment of %d", size, self._slots.unit_bytes)
+            return [], Outcome.LATE
+        queue_room = max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
+        log_room = self._journal.records_max - self._held() - self._unpublished
+        wanted = min(count, queue_room, log_room)
+        places = [place_of(slot) for slot in self._slots.take(size, wanted)]
+        if len(places) < wanted:
+            self._starved = True
+            return places, Outcome.LATE if self._may_grow() else Outcome.FULL
+        return places, Outcome.FULL if log_room <= queue_room else Outcome.LATE
+
     def _write_loop(self) -> None:
         unsynced: list[_Write] = []
-        while True:
+        unlogged: list[tuple[LayoutId, BlockKey, int]] = []
+        while not self._stopped:
             with self._lock:
                 if not unsynced:
-                    self._lock.wait_for(lambda: self._writes or self._forgotten or self._closing)
+                    self._lock.wait_for(self._has_work)
                 batch = self._next_group()
-                forgotten, self._forgotten = self._forgotten, []
-                finished = self._closing and not batch and not forgotten
+                unlogged += self._forgotten
+                self._stopped = self._closing and not (batch or self._forgotten)
+                self._forgotten = []
                 self._busy = True
             self._grow()
-            self._log(self._removals(forgotten))
-            unsynced += self._write(batch)
-            if finished or not self._writes or sum(map(self._size, unsynced)) >= GROUP_BYTES_MAX:
+            if self._log(self._removals(unlogged)):
+                unlogged = []
+                unsynced += self._write(batch)
+            else:  # nothing may be written over what the log still names
+                for write in batch:
+                    self._fail(write)
+            if self._stopped or not self._writes or sum(write.nbytes for write in unsynced) >= GROUP_BYTES_MAX:
                 self._settle(unsynced)
                 unsynced = []
             with self._lock:
                 self._busy = False
                 self._lock.notify_all()
-            if finished:
-                return
+
+    def _has_work(self) -> bool:
+        return bool(self._writes or self._forgotten or self._closing or (self._starved and self._may_grow()))
 
     def _next_group(self) -> list[_Write]:
         group: list[_Write] = []
         size = 0
         while self._writes and size < GROUP_BYTES_MAX:
             group.append(self._writes.popleft())
-            size += self._size(group[-1])
+            size += group[-1].nbytes
         return group
-
-    @staticmethod
-    def _size(write: _Write) -> int:
-        return len(write.places) * frame_bytes(write.length_bytes)
 
     def _write(self, batch: Sequence[_Write]) -> list[_Write]:
         """Write frames, then their records; what was written is visible. Returns what still has to be synced."""
@@ -309,15 +324,19 @@ class DiskTier:
     def _write_frames(self, write: _Write) -> bool:
         size = frame_bytes(write.length_bytes)
         try:
-            for _, run in groupby(enumerate(write.places), key=lambda pair: pair[1] - pair[0]):
-                first, places = zip(*run, strict=True)
-                segment, slot = divmod(places[0], 1 << 32)
-                part = slice(first[0], first[-1] + 1)
-                self._writer.write(segment, slot * size, write.layout, write.keys[part], write.blocks[part])
-        except OSError:
-            self._fail(write)
-            return False
-        return True
+            for _, run in groupby(enumerate(write.places), key=lambda pair: position(pair[1]) - pair[0]):
+                numbers, places = zip(*run, strict=True)
+                slot = slot_at(places[0])
+                part = slice(numbers[0], numbers[-1] + 1)
+                self._writer.write(slot.unit, slot.number * size, write.layout, write.keys[part], write.blocks[part])
+        except OSError as error:
+            LOG.warning("disk tier: a write failed: %s", error)
+        except Exception:  # pieces that are no plain memory: the caller's mistake must not end this thread
+            LOG.exception("disk tier: blocks that cannot be written")
+        else:
+            return True
+        self._fail(write)
+        return False
 
     def _publish(self, write: _Write) -> None:
         entries = self._shelves[write.layout].entries
@@ -326,49 +345,56 @@ class DiskTier:
             entries[key] = place
             if old is not None:
                 self._forget(write.layout, key, old)
+        self._unpublished -= len(write.places)
+        self._unpublished_bytes -= write.nbytes
 
     def _settle(self, unsynced: Sequence[_Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
-            self._segments.sync(sorted({place >> 32 for write in unsynced for place in write.places}))
+            self._segments.sync(sorted({slot_at(place).unit for write in unsynced for place in write.places}))
             if unsynced:
                 self._journal.sync()
-        except OSError:
+        except OSError as error:
+            LOG.warning("disk tier: a sync failed: %s", error)
             for write in unsynced:
                 self.remove(write.layout, write.keys)
                 write.job.outcomes[: len(write.places)] = [Outcome.FAILED] * len(write.places)
         with self._lock:
-            self._queued_bytes -= sum(map(self._size, unsynced))
+            self._queued_bytes -= sum(write.nbytes for write in unsynced)
         for write in unsynced:
             write.job.set_done()
 
     def _fail(self, write: _Write) -> None:
+        """Give up a write that is not visible yet."""
         with self._lock:
             for place in write.places:
-                self._slots.give(self._slots.at(*divmod(place, 1 << 32)))
-            self._queued_bytes -= self._size(write)
+                self._slots.give(slot_at(place))
+            self._queued_bytes -= write.nbytes
+            self._unpublished -= len(write.places)
+            self._unpublished_bytes -= write.nbytes
         write.job.outcomes[: len(write.places)] = [Outcome.FAILED] * len(write.places)
         write.job.set_done()
 
     # -- the log and the room ------------------------------------------------------------------------------------------
 
+    def _held(self) -> int:
+        return sum(len(shelf.entries) for shelf in self._shelves.values())
+
     def _forget(self, layout: LayoutId, key: BlockKey, place: int) -> None:
-        self._slots.give(self._slots.at(*divmod(place, 1 << 32)))
-        self._forgotten.append((layout, key, place))
+        self._slots.give(slot_at(place))
+        if not self._stopped:
+            self._forgotten.append((layout, key, place))
 
     def _log(self, records: Records) -> bool:
-        """Append to the log, compacting it when it is mostly history; False if it could not be written."""
+        """Append to the log; False if it could not be written."""
         if not len(records):
             return True
+        with self._lock:
+            live = self._held()
         try:
-            with self._lock:
-                live = sum(len(shelf.entries) for shelf in self._shelves.values())
-            if self._journal.wants_compaction(live):
-                self._journal.compact()
-            if self._journal.full(len(records)):
-                return False
-            self._journal.append(records)
-        except OSError:
+            self._journal.append(records, live)
+        except OSError as error:
+            LOG.warning("disk tier: the index log could not be written: %s", error)
             return False
         return True
 
@@ -382,23 +408,24 @@ class DiskTier:
                     write.layout,
                     journal.ADD,
                     block.depth,
-                    place >> 32,
-                    place & 0xFFFFFFFF,
+                    slot.unit,
+                    slot.number,
                     frame_bytes(write.length_bytes) // PAGE_BYTES,
                     write.length_bytes,
                     wall,
                 )
                 for write in writes
-                for key, block, place in zip(write.keys, write.blocks, write.places, strict=True)
+                for key, block, slot in zip(write.keys, write.blocks, map(slot_at, write.places), strict=True)
             ]
         )
 
     def _removals(self, forgotten: Sequence[tuple[LayoutId, BlockKey, int]]) -> Records:
         nothing = bytes(32)
+        slots = [(layout, key, slot_at(place)) for layout, key, place in forgotten]
         return journal.make(
             [
-                journal.Row(key, nothing, layout, journal.REMOVE, 0, place >> 32, place & 0xFFFFFFFF, 0, 0, 0.0)
-                for layout, key, place in forgotten
+                journal.Row(key, nothing, layout, journal.REMOVE, 0, slot.unit, slot.number, 0, 0, 0.0)
+                for layout, key, slot in slots
             ]
         )
 
@@ -409,64 +436,74 @@ class DiskTier:
         """Keep room ahead of the saves while the quota allows; a full disk is asked again later."""
         while self._may_grow():
             with self._lock:
-                number = self._slots.units
-                ahead = number * self._slots.unit_bytes - self._slots.used_bytes
-            if ahead >= self._queue_bytes_max:
-                return
+                ahead = self._slots.units * self._slots.unit_bytes - self._slots.used_bytes
+                if ahead >= self._queue_bytes_max and not self._starved:
+                    return
+            number = self._segments.next_number()
             try:
                 self._segments.open(number)
-            except OSError:
+            except OSError as error:
+                LOG.warning("disk tier: no room for another segment: %s", error)
                 self._grow_at = self._clock.now() + GROW_RETRY_SECONDS
                 return
             with self._lock:
                 self._slots.add_unit(number)
+                self._starved = False
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
-    def _recover(self, live: Records) -> list[Found]:
-        """Open the segments that are there, claim the slots that the log names, and group the blocks by layout."""
+    def _open(self, path: Path) -> list[Found]:
+        """Open files, claim the slots that the log names, and group the blocks by layout. Raises OSError, TierError."""
+        log_bytes = directory.log_bytes(self.capacity_bytes)
+        room_bytes = self.capacity_bytes - 2 * log_bytes - directory.SMALL_FILES_BYTES  # a log has a successor at times
+        self._segments = Segments(path, directory.segment_bytes(path, room_bytes))
+        self._files.callback(self._segments.close)
+        self._segments_max = room_bytes // self._segments.segment_bytes
+        self._slots = SlotMap(self._segments.segment_bytes)
+        log = path / directory.LOG_FILE
+        history = journal.read(log)
+        if history.unknown_version:
+            hint = "move the directory away, or run the release that wrote it"
+            raise DiskFormatError(f"{log} has pages of a version that is not known here", hint=hint)
+        self._journal = Journal(log, bytes_max=log_bytes, epoch=history.epoch + 1)
+        self._files.callback(self._journal.close)
+        self._open_segments()
+        parts = shelves.recorded(history.live, self._segments.numbers, self._segments.segment_bytes)
+        parts = shelves.shallowest(parts, self._journal.records_max)
+        self._claim(parts)
+        held = sum(len(part.keys) for part in parts)
+        if history.bad_pages or held < len(history.live) or self._journal.size_bytes > log_bytes:
+            lost = len(history.live) - held
+            LOG.warning("disk tier: %d damaged pages and %d void records in the log", history.bad_pages, lost)
+            self._mend(parts)
+        return [part.found() for part in parts]
+
+    def _open_segments(self) -> None:
+        """Open what is there, completing a segment that was cut, and delete what is over the quota."""
         for number in self._segments.existing():
-            if number < self._segments_max and number == self._slots.units:
-                self._segments.open(number)
-                self._slots.add_unit(number)
-            else:
+            if number >= self._segments_max:
                 self._segments.remove(number)
-        live = self._credible(live)
-        found = [self._shelve(LayoutId(layout), part) for layout, part in _by_layout(live)]
-        taken = np.array([place for shelf in self._shelves.values() for place in shelf.entries.values()], np.int64)
-        for segment in np.unique(taken >> 32).tolist():
-            pages = live["slot_pages"][live["segment"] == segment][0]
-            slots = taken[taken >> 32 == segment] & 0xFFFFFFFF
-            self._slots.claim(segment, int(pages) * PAGE_BYTES, slots.tolist())
-        return found
+                continue
+            try:
+                self._segments.open(number)
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                    raise
+                LOG.warning("disk tier: segment %d was cut, and there is no room to complete it", number)
+            else:
+                self._slots.add_unit(number)
 
-    def _credible(self, live: Records) -> Records:
-        """Records of slots that exist, in segments whose slots all have the size that the last record says."""
-        live = live[(live["segment"] < self._slots.units) & (live["slot_pages"] > 0)]
-        size = np.zeros(self._slots.units, np.uint32)
-        size[live["segment"]] = live["slot_pages"]
-        inside = (live["slot"].astype(np.uint64) + 1) * live["slot_pages"] * PAGE_BYTES <= self._slots.unit_bytes
-        whole = -(-live["length"].astype(np.int64) // PAGE_BYTES) + 1 == live["slot_pages"]
-        credible: Records = live[inside & whole & (size[live["segment"]] == live["slot_pages"])]
-        return credible
+    def _claim(self, parts: Sequence[Recorded]) -> None:
+        """Put recorded blocks on their shelves and take their slots."""
+        for part in parts:
+            places = part.places.tolist()
+            self._shelves[part.layout] = Shelf(part.length_bytes, dict(zip(part.keys, places, strict=True)))
+        for segment, slot_bytes, slots in shelves.by_segment(parts):
+            self._slots.claim(segment, slot_bytes, slots)
 
-    def _shelve(self, layout: LayoutId, part: Records) -> Found:
-        part = part[part["length"] == part["length"][-1]]
-        places = (part["segment"].astype(np.int64) << 32 | part["slot"]).tolist()
-        shelf = _Shelf(int(part["length"][-1]), dict(zip(_keys(part, "key"), places, strict=True)))
-        self._shelves[layout] = shelf
-        part = part[np.argsort(part["depth"], kind="stable")]
-        return Found(layout, _keys(part, "key"), _keys(part, "parent"), part["depth"].tolist(), part["stored"].tolist())
-
-
-def _keys(part: Records, field_name: str) -> list[BlockKey]:
-    return [BlockKey(key) for key in journal.split(part, field_name)]
-
-
-def _by_layout(live: Records) -> list[tuple[bytes, Records]]:
-    """The records of each layout, in order."""
-    layouts = dict.fromkeys(journal.split(live, "layout"))
-    if len(layouts) <= 1:
-        return [(layout, live) for layout in layouts]
-    names = np.array(list(journal.split(live, "layout")), object)
-    return [(layout, live[names == layout]) for layout in layouts]
+    def _mend(self, parts: Sequence[Recorded]) -> None:
+        """Write the log anew, without its damaged pages and what cannot be there any more."""
+        try:
+            self._journal.rewrite(np.concatenate([np.empty(0, journal.RECORD), *(part.records for part in parts)]))
+        except OSError as error:  # what is there serves as well
+            LOG.warning("disk tier: the index log could not be written anew: %s", error)

@@ -2,11 +2,14 @@
 
 A page is written once and never rewritten, so a torn write can only lose the records that were being written. A page
 whose sum is wrong is skipped and counted, and reading goes on behind it. When too much of the log is history, the live
-records are written to a new file that takes the log's place in one rename: the log is its own snapshot.
+records are written to a new file that takes the log's place in one rename: the log is its own snapshot. The same is
+done at opening where pages were damaged, so that damage does not pile up.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +47,7 @@ _HEAD = np.dtype(
 )
 _PAGE = np.dtype([("head", _HEAD), ("records", RECORD, (31,))])
 RECORDS_PER_PAGE = 31
+COMPACT_BYTES_MIN = 8 * 1024 * 1024
 VERSION = 1
 Records = NDArray[Any]
 
@@ -52,13 +56,16 @@ Records = NDArray[Any]
 class Recovered:
     """What a log held: live records in the order they were written, and what could not be read.
 
-    A key whose REMOVE lay in a damaged page may appear twice: the later record is the true one.
+    A key whose REMOVE lay in a damaged page may appear twice: the later record is the true one. `bad_pages` counts the
+    pages whose sum is wrong, `bad_inside` those of them that have a good page behind them: a write that a crash cut
+    short leaves none of these.
     """
 
     live: Records
     epoch: int
     pages: int
     bad_pages: int
+    bad_inside: int
     unknown_version: int
 
 
@@ -96,7 +103,9 @@ def read(path: Path) -> Recovered:
     pages = pages[known]
     inside = np.arange(RECORDS_PER_PAGE) < pages["head"]["count"][:, None]
     epoch = int(pages["head"]["epoch"].max(initial=0))
-    return Recovered(_live(pages["records"][inside]), epoch, total, total - len(pages) - unknown, unknown)
+    bad = total - len(pages) - unknown
+    bad_inside = (good[-1] // PAGE_BYTES + 1 if good else 0) - len(pages) - unknown
+    return Recovered(_live(pages["records"][inside]), epoch, total, bad, bad_inside, unknown)
 
 
 def _live(records: Records) -> Records:
@@ -109,62 +118,105 @@ def _live(records: Records) -> Records:
 
 
 class Journal:
-    """The open log. Not thread-safe: only the disk tier's writer appends."""
+    """The open log. Not thread-safe: only the disk tier's writer appends.
 
-    def __init__(self, path: Path, *, bytes_max: int) -> None:
+    It never grows beyond `bytes_max`, and its successor, while one is written, not beyond that either. As long as no
+    more than `records_max` places are in use, a record always finds room, if need be after a compaction.
+    """
+
+    def __init__(self, path: Path, *, bytes_max: int, epoch: int) -> None:
+        """Open or create. Raises OSError."""
         self._path = path
-        self._bytes_max = bytes_max
-        self.recovered = read(path)
-        self.epoch = self.recovered.epoch + 1
+        self._fresh = path.with_suffix(".new")
+        self._fresh.unlink(missing_ok=True)  # a compaction that a crash cut short
+        self._pages_max = bytes_max // PAGE_BYTES
+        self.epoch = epoch
+        created = not path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._end = -(-os.fstat(self._fd).st_size // PAGE_BYTES) * PAGE_BYTES
+        self._fresh_bytes = 0
+        self._name_unsynced = created
+        self._compact_at = 0
 
     @property
     def size_bytes(self) -> int:
-        """Length of the log file."""
-        return self._end
+        """Length of the log, and of its successor while that is being written."""
+        return self._end + self._fresh_bytes
 
-    def append(self, records: Records) -> None:
-        """Write records behind the last page; from then on they survive the process. Raises OSError."""
-        raw = pack(records, self.epoch)
-        written = os.pwrite(self._fd, raw, self._end)
-        if written != len(raw):  # a full disk may take a part: what it took is torn pages, which are skipped
-            msg = f"index log: {written} of {len(raw)} bytes written"
-            raise OSError(msg)
-        self._end += len(raw)
+    @property
+    def records_max(self) -> int:
+        """How many places may be in use, so that a compacted log leaves room for what follows."""
+        return self._pages_max * 3 // 4 * RECORDS_PER_PAGE
+
+    def append(self, records: Records, live: int) -> None:
+        """Write records behind the last page; from then on they survive the process. `live` places are in use.
+
+        Compacts where the log is mostly history. Raises OSError; then a part of the records may be in the log.
+        """
+        step = max(1, self._pages_max // 8) * RECORDS_PER_PAGE
+        for start in range(0, len(records), step):
+            part = records[start : start + step]
+            if self._wants_compaction(live):
+                with contextlib.suppress(OSError):  # not needed yet: tried again when the log has grown
+                    self.compact()
+                self._compact_at = self._end + COMPACT_BYTES_MIN
+            if not self._fits(part):
+                self.compact()
+            if not self._fits(part):
+                raise OSError(errno.ENOSPC, "the index log is full")
+            self._write(part)
 
     def sync(self) -> None:
         """Make everything appended durable. Raises OSError."""
         os.fdatasync(self._fd)
-
-    def wants_compaction(self, live: int) -> bool:
-        """True when the log is over half its bound, and most of it is history."""
-        return self._end > self._bytes_max // 2 and self._end > 2 * PAGE_BYTES * (live // RECORDS_PER_PAGE + 1)
-
-    def full(self, records: int) -> bool:
-        """True if so many more records, and the new log of a compaction, might not fit into the bound."""
-        return self._end + PAGE_BYTES * (records // RECORDS_PER_PAGE + 1) > self._bytes_max
+        if self._name_unsynced:
+            sync_directory(self._path.parent)
+            self._name_unsynced = False
 
     def compact(self) -> None:
-        """Replace the log by one of its live records only. Durable on return. Raises OSError, leaving the old log."""
-        fresh = self._path.with_suffix(".new")
-        raw = pack(read(self._path).live, self.epoch)
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        """Rewrite the log with its live records only. Raises OSError; the log is whole even then."""
+        self.rewrite(read(self._path).live)
+
+    def rewrite(self, live: Records) -> None:
+        """Replace the log by one of these records, durable on return. Raises OSError; the log is whole even then."""
+        raw = pack(live, self.epoch)
+        if len(raw) > self._pages_max * PAGE_BYTES:
+            raise OSError(errno.ENOSPC, "the index log is full")
+        fd = os.open(self._fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._fresh_bytes = len(raw)
         try:
             _write_all(fd, raw)
             os.fdatasync(fd)
-            fresh.rename(self._path)
-            sync_directory(self._path.parent)
+            self._fresh.rename(self._path)
         except OSError:
             os.close(fd)
-            fresh.unlink(missing_ok=True)
+            self._fresh.unlink(missing_ok=True)
             raise
+        finally:
+            self._fresh_bytes = 0
         os.close(self._fd)
         self._fd, self._end = fd, len(raw)
+        self._name_unsynced = True  # until the directory is durable, a power loss may bring the old log back
+        self.sync()
 
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._fd)
+
+    def _wants_compaction(self, live: int) -> bool:
+        """True when the log is large, and most of it history."""
+        live_bytes = PAGE_BYTES * (live // RECORDS_PER_PAGE + 1)
+        return self._end > max(COMPACT_BYTES_MIN, 4 * live_bytes, self._compact_at)
+
+    def _fits(self, records: Records) -> bool:
+        return self._end // PAGE_BYTES + -(-len(records) // RECORDS_PER_PAGE) <= self._pages_max
+
+    def _write(self, records: Records) -> None:
+        raw = pack(records, self.epoch)
+        written = os.pwrite(self._fd, raw, self._end)
+        if written != len(raw):  # a full disk may take a part; the next write puts its own pages over it
+            raise OSError(errno.ENOSPC, f"index log: {written} of {len(raw)} bytes written")
+        self._end += len(raw)
 
 
 def split(records: Records, field: str) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from thermocline.blocks.frame import copy_in, copy_out
+from thermocline.blocks.frame import copy_in, copy_out, padded
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.blocks.slab import Slab
@@ -101,12 +101,15 @@ class MemoryTier:
         return self._slab.wait_ready(seconds)
 
     def check_integrity(self) -> None:
-        """Every taken slot belongs to exactly one entry. Raises AssertionError."""
+        """Every taken slot belongs to exactly one entry; call it while no save runs. Raises AssertionError."""
         self._slab.check_integrity()
         with self._lock:
-            slots = [entry.slot for entries in self._entries.values() for entry in entries.values()]
+            held = [entry for entries in self._entries.values() for entry in entries.values()]
+        slots = [entry.slot for entry in held]
         assert len(set(slots)) == len(slots), "two blocks in one slot"
         assert all(map(self._slab.is_current, slots)), "a block in a slot that was given back"
+        known, used = sum(padded(entry.length_bytes) for entry in held), self._slab.used_bytes
+        assert known == used, f"{used} bytes in use, {known} accounted for"
 
     def close(self) -> None:
         """See `Tier.close`."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thermocline.tiers.journal import sync_directory
 from thermocline.tiers.tier import Piece
 
 READ_BYTES_MAX = 4 * 1024 * 1024
 """One read. Large enough to run at the device's speed, small enough that checking one hides behind reading the next."""
 
+_CLOSED = OSError(errno.EBADF, "the tier is closed")
 PIECES_MAX = 1000  # the kernel takes 1,024 pieces per call
 
 
@@ -41,13 +45,22 @@ class Segments:
         self.direct = True
 
     def existing(self) -> list[int]:
-        """Numbers of the segment files that are there and whole; damaged or foreign names are left alone."""
-        stems = [entry.stem for entry in self._path.glob("*.segment") if entry.stat().st_size == self.segment_bytes]
-        return sorted(int(stem) for stem in stems if stem.isdigit() and len(stem) == NAME_DIGITS)
+        """Numbers of the segment files that are there, whole or cut; foreign names are left alone."""
+        stems = [entry.stem for entry in self._path.glob("*.segment")]
+        return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) == NAME_DIGITS)
+
+    @property
+    def numbers(self) -> Collection[int]:
+        """The open segments."""
+        return self._fds.keys()
+
+    def next_number(self) -> int:
+        """The lowest number that is not open."""
+        return next(number for number in count() if number not in self._fds)
 
     def open(self, number: int) -> None:
-        """Open a segment, allocating it where it is new. Raises OSError, leaving no partial file behind."""
-        path = self._file(number)
+        """Open a segment, allocating what of it is not there. Raises OSError, leaving no new partial file behind."""
+        path = self.file(number)
         fresh = not path.exists()
         fd = self._open_fd(path)
         try:
@@ -60,21 +73,23 @@ class Segments:
                 path.unlink(missing_ok=True)
             raise
         self._fds[number] = fd
+        if fresh:
+            sync_directory(self._path)
 
     def remove(self, number: int) -> None:
         """Delete a segment's file."""
         fd = self._fds.pop(number, None)
         if fd is not None:
             os.close(fd)
-        self._file(number).unlink(missing_ok=True)
+        self.file(number).unlink(missing_ok=True)
 
     def fd(self, number: int) -> int:
-        """The open file of a segment."""
-        return self._fds[number]
+        """The open file of a segment; -1, which every call refuses, once it is closed."""
+        return self._fds.get(number, -1)
 
     def write(self, number: int, offset: int, pieces: Sequence[Piece]) -> None:
         """Write adjacent aligned pieces. Raises OSError, also for a short write."""
-        fd = self._fds[number]
+        fd = self.fd(number)
         for start in range(0, len(pieces), PIECES_MAX):
             part = pieces[start : start + PIECES_MAX]
             wanted = sum(piece.nbytes for piece in part)
@@ -93,7 +108,8 @@ class Segments:
             os.close(fd)
         self._fds.clear()
 
-    def _file(self, number: int) -> Path:
+    def file(self, number: int) -> Path:
+        """Where a segment lies."""
         return self._path / f"{number:0{NAME_DIGITS}d}.segment"
 
     def _open_fd(self, path: Path) -> int:
@@ -140,13 +156,18 @@ class Read:
         if buffer is not None:
             self._give_back(buffer)
 
+    def fail(self, error: OSError) -> None:
+        """For the readers: this read will not happen."""
+        self.error = error
+        self._arrived.set()
+
     def run(self) -> None:
         """For the reader thread: read, or record why not."""
         if not self._abandoned:
             buffer = self._pool.get() if self.nbytes <= READ_BYTES_MAX else aligned_memory(self.nbytes)
             try:
                 got = os.preadv(self.fd, [buffer[: self.nbytes].data], self.offset)
-                self.error = None if got == self.nbytes else OSError(errno.EIO, "short read from a segment")
+                buffer[got : self.nbytes] = 0  # the file was cut: nobody sees what an earlier read left here
             except OSError as error:
                 self.error = error
             self._hand_over(buffer)
@@ -172,6 +193,8 @@ class Readers:
         self._pool: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
         for _ in range(threads * 2):
             self._pool.put(aligned_memory(READ_BYTES_MAX))
+        self._lock = threading.Lock()
+        self._closed = False
         self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -179,15 +202,26 @@ class Readers:
     def submit(self, fd: int, offset: int, nbytes: int) -> Read:
         """Start a read; release it whatever becomes of it. Over READ_BYTES_MAX it pays for memory of its own."""
         read = Read(self._pool, fd, offset, nbytes)
-        self._queue.put(read)
+        with self._lock:
+            if not self._closed:
+                self._queue.put(read)
+                return read
+        read.fail(_CLOSED)
         return read
 
     def close(self, seconds: float) -> None:
         """Stop the threads. One that hangs in a read is left behind; it is a daemon and owns its buffer."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._lock:
+            self._closed = True
+            for _ in self._threads:
+                self._queue.put(None)
         for thread in self._threads:
             thread.join(seconds)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._queue.get_nowait()
+                if waiting is not None:
+                    waiting.fail(_CLOSED)
 
     def _serve(self) -> None:
         while (read := self._queue.get()) is not None:

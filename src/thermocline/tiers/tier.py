@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
+
+LOG = logging.getLogger("thermocline.tiers")
 
 Piece = NDArray[np.uint8]
 """One contiguous stretch of a block, one-dimensional. A block's pieces, in layout order, are its bytes."""
@@ -107,7 +110,10 @@ class Job:
         return self._done.wait(seconds)
 
     def watch(self, *, visible: Watcher | None = None, done: Watcher | None = None) -> None:
-        """Call `visible(job)`, then `done(job)`, once each, in the thread that gets there; at once if that is past."""
+        """Call `visible(job)`, then `done(job)`, once each, in the thread that gets there; at once if that is past.
+
+        A watcher that raises in a tier's thread is logged, and the others are called.
+        """
         if visible is not None:
             self._watch(self._visible, self._when_visible, visible)
         if done is not None:
@@ -134,7 +140,10 @@ class Job:
             event.set()
             calls, watchers[:] = tuple(watchers), ()
         for call in calls:
-            call(self)
+            try:
+                call(self)
+            except Exception:
+                LOG.exception("a watcher of a save raised")
 
 
 Watcher = Callable[[Job], object]

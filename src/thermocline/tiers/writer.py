@@ -13,6 +13,9 @@ from thermocline.tiers.tier import Block, Piece, block_length
 FRAMES_MAX = 256
 """Frames per write call, so that headers and payloads stay below the kernel's bound on pieces."""
 
+WRITE_BYTES_MAX = 32 * 1024 * 1024
+"""Bytes per write call, and so the bound on the aligned copy of what does not lie aligned."""
+
 
 class FrameWriter:
     """Writes runs of frames. Used by one thread."""
@@ -28,14 +31,14 @@ class FrameWriter:
     ) -> None:
         """Write adjacent frames from `offset` on. Raises OSError; then none of them may be trusted."""
         length = block_length(blocks)
-        for start in range(0, len(keys), FRAMES_MAX):
-            part = slice(start, start + FRAMES_MAX)
+        size = frame_bytes(length)
+        step = max(1, min(FRAMES_MAX, WRITE_BYTES_MAX // size))
+        for start in range(0, len(keys), step):
+            part = slice(start, start + step)
             pieces = self._frames(layout, keys[part], blocks[part], length)
-            self._segments.write(segment, offset + start * frame_bytes(length), pieces)
+            self._segments.write(segment, offset + start * size, pieces)
 
-    def _frames(
-        self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], length: int
-    ) -> list[Piece]:
+    def _frames(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], length: int) -> list[Piece]:
         pieces: list[Piece] = []
         for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
             page = self._headers[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
