@@ -1,0 +1,1 @@
+"""Who computes: engines, and the HTTP API in front of them. The only room that imports torch."""
