@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -25,8 +26,14 @@ from thermocline.store.receipt import Missing, Reason
 from thermocline.tiers.tier import Block, Outcome, Tier
 
 LOG = logging.getLogger("thermocline.store")
-EVICT_BATCH_MIN = 16
-"""Blocks evicted at a time: leaves of one path lie side by side, so a batch frees room for a large write."""
+EVICT_BATCH = 16
+"""Blocks evicted at a time, as leaves of one path lie side by side and so a batch frees room for a large write."""
+EVICT_SHARE = 16
+"""But no more than one in so many of a tier, beyond what is asked for."""
+EXPIRE_BATCH = 512
+"""Blocks that one match lets expire. After a long silence there may be more: the next matches go on."""
+
+Verb = Literal["load", "save"]
 
 
 class Books:
@@ -53,7 +60,10 @@ class Books:
         self.ghosts = Ghosts()
         self.leases = Leases(self.index, lease_seconds)
         self.saving: set[tuple[LayoutId, BlockKey]] = set()
-        self._breakers = {name: Breaker() for name in self.tiers}
+        # Two for each tier: a disk that still takes writes may hang in every read, and a full one may still be read.
+        self._breakers: dict[tuple[str, Verb], Breaker] = {}
+        for name in self.tiers:
+            self._breakers[name, "load"], self._breakers[name, "save"] = Breaker(), Breaker()
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -62,31 +72,34 @@ class Books:
         index = self.index
         return [Covered(name, min(index.covered(layout.id, keys, name) for layout in layouts)) for name in self.tiers]
 
-    def allows(self, name: str) -> bool:
+    def allows(self, name: str, verb: Verb) -> bool:
         """False while the tier's breaker is open."""
-        return self._breakers[name].allows(self.clock.now())
+        return self._breakers[name, verb].allows(self.clock.now())
 
     def explain(
-        self, layout: Layout, keys: Sequence[BlockKey], start: int, held: Sequence[Covered], now: float
+        self, layouts: Sequence[Layout], keys: Sequence[BlockKey], start: int, held: Sequence[Covered], now: float
     ) -> tuple[Missing, ...]:
         """A reason for every block behind the longest match of the tiers that are up."""
         parts: list[Missing] = []
+
+        def reaches(stop: int, reason: Reason, detail: str) -> None:
+            nonlocal start
+            parts.append(Missing(start, stop, reason, detail))
+            start = max(start, stop)
+
         for tier in held:
-            if tier.blocks > start:
-                parts.append(Missing(start, tier.blocks, Reason.TIER_DOWN, f"{tier.tier} is set aside after failures"))
-                start = tier.blocks
+            reaches(tier.blocks, Reason.TIER_DOWN, f"{tier.tier} is set aside after failures, or closed")
+        layout = min(layouts, key=lambda layout: self._reach(layout.id, keys))
+        reaches(self._reach(layout.id, keys), Reason.PENDING, "not all ranks have it in one tier yet")
         for name in self.tiers:
             hidden = self.index.covered_or_broken(layout.id, keys, name)
-            if hidden > start:
-                parts.append(Missing(start, hidden, Reason.CORRUPT, f"a block on {name} did not verify"))
-                start = hidden
-        pending = start
-        while pending < len(keys) and (layout.id, keys[pending]) in self.saving:
-            pending += 1
-        parts.append(Missing(start, pending, Reason.PENDING, "being saved by another request"))
-        other = self._covered_by_others(layout.id, keys, pending)
-        parts.append(Missing(pending, other, Reason.OTHER_LAYOUT, "held for another layout"))
-        return (*parts, *self.ghosts.explain(keys, other, layout.id, now))
+            reaches(hidden, Reason.CORRUPT, f"a block on {name} did not verify")
+        being_saved = start
+        while being_saved < len(keys) and (layout.id, keys[being_saved]) in self.saving:
+            being_saved += 1
+        reaches(being_saved, Reason.PENDING, "being saved by another request")
+        others = self._covered_by_others(layouts, keys)
+        return (*parts, *self.ghosts.explain(layout.id, keys, start, others, now))
 
     def pins_for(self, plan: Plan) -> list[tuple[int, str]]:
         """The deepest block of every run, in its tier: holding these holds the whole plan."""
@@ -104,15 +117,16 @@ class Books:
             for layout in layouts if tier.blocks else ():
                 self.index.touch(self.index.node(layout.id, keys[tier.blocks - 1]), now)
 
-    def enter(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str) -> int:
+    def enter(
+        self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str, used: float
+    ) -> int:
         """Enter stored blocks, parents first. Returns how many; what lost its parent meanwhile is removed again."""
-        now = self.clock.now()
         with self.lock:
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
-                if self.index.add(layout, key, block.parent, block.depth, name, now) == NO_NODE:
+                if self.index.add(layout, key, block.parent, block.depth, name, used) == NO_NODE:
                     self.tiers[name].remove(layout, keys[at:])
                     return at
-            self.ghosts.forget(keys)
+            self.ghosts.forget(layout, keys)
         return len(keys)
 
     def restore(self, tier: Tier) -> None:
@@ -121,47 +135,61 @@ class Books:
         for found in tier.found():
             used = (now - np.maximum(0.0, wall - np.array(found.stored_wall_seconds))).tolist()
             tier.remove(found.layout, self.index.restore(found, tier.name, used))
+        self._expire_blocks(now, len(self.index))
 
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""
-        return self._leave_while(name, max(count, EVICT_BATCH_MIN), float("inf"), Reason.EVICTED, self.policy.name)
+        with self.lock:
+            self.leases.expire(self.clock.now())
+            count = max(count, min(EVICT_BATCH, self.index.blocks(name) // EVICT_SHARE))
+            return self._leave_while(name, count, float("inf"), Reason.EVICTED, self.policy.name)
 
     def expire(self, now: float) -> None:
         """End leases whose time is up, and blocks that were not used for the time to live."""
         self.leases.expire(now)
-        if self.ttl_seconds is not None:
-            for name in self.tiers:
-                self._leave_while(name, len(self.index), now - self.ttl_seconds, Reason.EXPIRED, "time to live")
+        self._expire_blocks(now, EXPIRE_BATCH)
 
-    def lost(self, layout: LayoutId, key: BlockKey, name: str, outcome: Outcome) -> None:
-        """A tier does not have a block that the index promised."""
-        if outcome is Outcome.CORRUPT:
-            self.metrics.count("corrupt_blocks_total", 1, (("tier", name),))
-            LOG.warning("tier %s: a block did not verify and was dropped", name)
-        node = self.index.node(layout, key)
-        if node != NO_NODE and self.index.holds(node, name):
-            self.index.lost(node, name)
-            if self.index.node(layout, key) == NO_NODE:
-                reason = Reason.CORRUPT if outcome is Outcome.CORRUPT else Reason.EVICTED
-                self.ghosts.note(key, Ghost(layout, reason, name, "did not verify", self.clock.now()))
+    def lost(self, layout: LayoutId, keys: Sequence[BlockKey], outcomes: Sequence[Outcome], name: str) -> None:
+        """Of these blocks a tier may not have all that the index promised: take out what it does not hold any more.
+
+        The deepest goes first, so that the end of a path just leaves, and only what others depend on stays as broken.
+        """
+        corrupt = outcomes.count(Outcome.CORRUPT)
+        if corrupt:
+            self.metrics.count("corrupt_blocks_total", corrupt, (("tier", name),))
+            LOG.warning("tier %s: %d blocks did not verify and were dropped", name, corrupt)
+        now = self.clock.now()
+        damaged = Ghost(Reason.CORRUPT, f"left {name}", "it did not verify", now)
+        vanished = Ghost(Reason.EVICTED, f"left {name}", "it was not there any more", now)
+        for key, outcome in zip(reversed(keys), reversed(outcomes), strict=True):
+            node = self.index.node(layout, key) if outcome in _MAY_BE_GONE else NO_NODE
+            # Another request may have saved it again since, or be about to enter what it saved.
+            if self.index.holds(node, name) and not self.tiers[name].holds(layout, [key])[0]:
+                self.ghosts.note(layout, key, damaged if outcome is Outcome.CORRUPT else vanished)
+                self.index.lost(node, name)
 
     def not_admitted(self, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
         """These blocks found no room."""
-        now = self.clock.now()
+        ghost = Ghost(Reason.NOT_ADMITTED, f"{self.warm} had no room", "", self.clock.now())
         with self.lock:
             for key in keys:
-                self.ghosts.note(key, Ghost(layout, Reason.NOT_ADMITTED, self.warm, "no room", now))
+                if self.index.node(layout, key) == NO_NODE:
+                    self.ghosts.note(layout, key, ghost)
 
-    def failed(self, name: str) -> None:
+    def trying(self, name: str, verb: Verb) -> None:
+        """A request is about to use the tier; where it failed before, others wait for what becomes of this one."""
+        self._breakers[name, verb].trying(self.clock.now())
+
+    def failed(self, name: str, verb: Verb) -> None:
         """A tier failed as a whole, or was late."""
         self.metrics.count("tier_failures_total", 1, (("tier", name),))
-        if self._breakers[name].failed(self.clock.now()):
+        if self._breakers[name, verb].failed(self.clock.now()):
             self.metrics.count("breaker_opened_total", 1, (("tier", name),))
-            LOG.warning("tier %s failed repeatedly and is set aside for a while", name)
+            LOG.warning("tier %s failed repeatedly to %s and is set aside for a while", name, verb)
 
-    def succeeded(self, name: str) -> None:
-        """A tier did all it was asked."""
-        self._breakers[name].succeeded()
+    def succeeded(self, name: str, verb: Verb) -> None:
+        """A tier answered in time."""
+        self._breakers[name, verb].succeeded()
 
     def check_integrity(self) -> None:
         """Closure, counts and room add up, and index and tiers agree. Raises AssertionError."""
@@ -176,24 +204,35 @@ class Books:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _reach(self, layout: LayoutId, keys: Sequence[BlockKey]) -> int:
+        return max(self.index.covered(layout, keys, name) for name in self.tiers)
+
+    def _covered_by_others(self, layouts: Sequence[Layout], keys: Sequence[BlockKey]) -> int:
+        asked = {layout.id for layout in layouts}
+        return max((self._reach(other, keys) for other in self.index.layouts() if other not in asked), default=0)
+
+    def _expire_blocks(self, now: float, count: int) -> None:
+        if self.ttl_seconds is not None:
+            for name in self.tiers:
+                self._leave_while(name, count, now - self.ttl_seconds, Reason.EXPIRED, "time to live")
+
     def _leave_while(self, name: str, count: int, used_before: float, reason: Reason, by: str) -> int:
         gone: dict[LayoutId, list[BlockKey]] = {}
         left = 0
         with self.lock:
+            ghost = Ghost(reason, f"left {name}", by, self.clock.now())
             while left < count and (node := self.index.victim(name, used_before=used_before)) != NO_NODE:
                 place = self.index.place(node)
                 gone.setdefault(place.layout, []).append(place.key)
                 self.index.remove(node, name)
                 left += 1
                 if self.index.node(*place) == NO_NODE:
-                    self.ghosts.note(place.key, Ghost(place.layout, reason, name, by, self.clock.now()))
+                    self.ghosts.note(*place, ghost)
             for layout, keys in gone.items():
                 self.tiers[name].remove(layout, keys)
         if left:
             self.metrics.count("evicted_blocks_total", left, (("tier", name), ("reason", reason)))
         return left
 
-    def _covered_by_others(self, layout: LayoutId, keys: Sequence[BlockKey], start: int) -> int:
-        others = [other for other in self.index.layouts() if other != layout]
-        held = [self.index.covered(other, keys, name) for other in others for name in self.tiers]
-        return max([start, *held])
+
+_MAY_BE_GONE = frozenset({Outcome.CORRUPT, Outcome.MISS, Outcome.FAILED})

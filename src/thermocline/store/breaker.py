@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FAILURES_MAX = 3
 OPEN_SECONDS_MIN = 1.0
 OPEN_SECONDS_MAX = 60.0
+CLOSED = float("-inf")
 
 
 @dataclass(slots=True)
@@ -14,16 +15,22 @@ class Breaker:
     """A state machine over times that it is given; it reads no clock."""
 
     failures: int = 0
-    open_until: float = float("-inf")
+    open_until: float = CLOSED
     open_seconds: float = OPEN_SECONDS_MIN
 
     def allows(self, now: float) -> bool:
         """False while the tier is left alone."""
         return now >= self.open_until
 
+    def trying(self, now: float) -> None:
+        """A request is about to use the tier. After failures it is the only one, until it is answered or late."""
+        if self.open_until != CLOSED:
+            self.open_until = now + self.open_seconds
+
     def succeeded(self) -> None:
         """The tier answered: forget its failures."""
         self.failures = 0
+        self.open_until = CLOSED
         self.open_seconds = OPEN_SECONDS_MIN
 
     def failed(self, now: float) -> bool:

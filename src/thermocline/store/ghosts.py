@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from thermocline.blocks.key import BlockKey
@@ -14,11 +15,10 @@ GHOSTS_KEPT = 65_536
 
 
 class Ghost(NamedTuple):
-    """Why a block left, from which tier, and when on the store's clock."""
+    """Why a block is not there: `what` happened, such as "left memory", when on the store's clock, `by` what rule."""
 
-    layout: LayoutId
     reason: Reason
-    tier: str
+    what: str
     by: str
     at_seconds: float
 
@@ -28,47 +28,65 @@ class Ghosts:
 
     def __init__(self, kept: int = GHOSTS_KEPT) -> None:
         self._kept = kept
-        self._ghosts: OrderedDict[BlockKey, Ghost] = OrderedDict()
+        self._ghosts: OrderedDict[BlockKey, dict[LayoutId, Ghost]] = OrderedDict()
         self._forgot = False
 
     def __len__(self) -> int:
         return len(self._ghosts)
 
-    def note(self, key: BlockKey, ghost: Ghost) -> None:
-        """A block left, or was not taken in."""
-        self._ghosts[key] = ghost
+    def note(self, layout: LayoutId, key: BlockKey, ghost: Ghost) -> None:
+        """A block left, or was not taken in. Blocks that go together share one ghost: see `explain`."""
+        self._ghosts.setdefault(key, {})[layout] = ghost
         self._ghosts.move_to_end(key)
         if len(self._ghosts) > self._kept:
             self._ghosts.popitem(last=False)
             self._forgot = True
 
-    def forget(self, keys: Sequence[BlockKey]) -> None:
+    def forget(self, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
         """These blocks are held again."""
-        if self._ghosts:
-            for key in keys:
-                self._ghosts.pop(key, None)
+        for key in keys if self._ghosts else ():
+            ghosts = self._ghosts.get(key)
+            if ghosts is not None:
+                ghosts.pop(layout, None)
+                if not ghosts:
+                    del self._ghosts[key]
 
-    def explain(self, keys: Sequence[BlockKey], start: int, layout: LayoutId, now: float) -> tuple[Missing, ...]:
-        """One reason for each of keys[start:], as runs."""
-        unseen = Reason.UNKNOWN if self._forgot else Reason.NEVER_SEEN
-        detail = "older than what is remembered of evicted blocks" if self._forgot else ""
-        if not self._ghosts:
-            return merged([Missing(start, len(keys), unseen, detail)])
-        parts = []
-        for at in range(start, len(keys)):
-            ghost = self._ghosts.get(keys[at])
-            if ghost is None:
-                parts.append(Missing(at, at + 1, unseen, detail))
-            elif ghost.layout != layout:
-                parts.append(Missing(at, at + 1, Reason.OTHER_LAYOUT, "was held for another layout"))
+    def explain(
+        self, layout: LayoutId, keys: Sequence[BlockKey], start: int, others: int, now: float
+    ) -> tuple[Missing, ...]:
+        """One reason for each of keys[start:], as runs; the first `others` blocks are held for another layout.
+
+        This runs for every block of every prompt that is new, so it looks up keys and compares neighbours, no more.
+        """
+        get = self._ghosts.get
+        noted = [get(key) for key in keys[start:]]
+        causes = [None if ghosts is None else ghosts.get(layout, _OF_ANOTHER_LAYOUT) for ghosts in noted]
+        parts: list[Missing] = []
+        at = start
+        for cause, run in groupby(causes):
+            stop = at + len(list(run))
+            if cause is None:
+                parts.append(Missing(at, min(stop, others), Reason.OTHER_LAYOUT, "held for another layout"))
+                parts.append(Missing(max(at, others), stop, *self._unseen()))
             else:
-                parts.append(Missing(at, at + 1, ghost.reason, _words(ghost, now)))
+                parts.append(Missing(at, stop, cause.reason, _words(cause, now)))
+            at = stop
         return merged(parts)
+
+    def _unseen(self) -> tuple[Reason, str]:
+        if self._forgot:
+            return Reason.UNKNOWN, "older than what is remembered of evicted blocks"
+        return Reason.NEVER_SEEN, ""
+
+
+_OF_ANOTHER_LAYOUT = Ghost(Reason.OTHER_LAYOUT, "was held for another layout", "", 0.0)
 
 
 def _words(ghost: Ghost, now: float) -> str:
-    age = max(0.0, now - ghost.at_seconds)
-    return f"left {ghost.tier} {_ago(age)} ago ({ghost.by})"
+    if ghost is _OF_ANOTHER_LAYOUT:
+        return ghost.what
+    by = f" ({ghost.by})" if ghost.by else ""
+    return f"{ghost.what} {_ago(max(0.0, now - ghost.at_seconds))} ago{by}"
 
 
 def _ago(seconds: float) -> str:

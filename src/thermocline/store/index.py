@@ -109,6 +109,10 @@ class Index:
         """1 for a first block."""
         return self._depths[node]
 
+    def used(self, node: int) -> float:
+        """When it was last used, on the store's clock; a block with children does not know of their use."""
+        return self._used[node]
+
     def holds(self, node: int, tier: str) -> bool:
         """True if the tier holds the block undamaged."""
         return self._has(node, tier) and node not in self._tiers[tier].broken

@@ -18,6 +18,7 @@ SAMPLE_ONE_IN = 8
 PROMPTS_KEPT = 64
 TOKENS_KEPT_MAX = 4_000_000
 SHARE_MIN = 0.5
+REST_SAMPLE_MAX = 256
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in Fibonacci hashing
 
 
@@ -43,31 +44,42 @@ class Likeness:
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
         self._tokens = 0
 
-    def closest(self, tokens: NDArray[np.uint32]) -> Resemblance | None:
-        """The recent prompt that holds most of what follows the token at which this one parts from it, or None.
+    def closest(self, tokens: NDArray[np.uint32], start: int, stop: int) -> Resemblance | None:
+        """The recent prompt that parts from this one at a token in [start, stop), and holds most of what follows.
 
-        A prompt that goes on where an earlier one ended, or asks another question behind the same text, does not part.
+        None where none holds half of it. A prompt that goes on where an earlier one ended does not part from it; one
+        that asks another question behind the same text does, but has little in common with it from there on.
         """
         hashes, positions = _sample(tokens)
         best: Resemblance | None = None
         for request, prompt in reversed(self._prompts.items()):
-            at = _parting(tokens, prompt.tokens)
-            rest = hashes[positions >= at]
-            if at == min(len(tokens), len(prompt.tokens)) or not len(rest):
+            at = _parting(tokens, prompt.tokens, start, stop)
+            if at is None:
                 continue
-            share = float(np.isin(rest, prompt.sample).mean())
+            rest = hashes[positions >= at]
+            share = _share(rest[:: 1 + len(rest) // REST_SAMPLE_MAX], prompt.sample)
             if share >= SHARE_MIN and (best is None or share > best.share):
                 best = Resemblance(request, at, share)
         return best
 
     def note(self, request: str, tokens: NDArray[np.uint32]) -> None:
-        """Remember a prompt."""
+        """Remember a prompt; a later one of the same request takes its place."""
         if len(tokens) > TOKENS_KEPT_MAX:
             return
+        if request in self._prompts:
+            self._tokens -= len(self._prompts.pop(request).tokens)
         self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens)[0]))
         self._tokens += len(tokens)
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
             self._tokens -= len(self._prompts.popitem(last=False)[1].tokens)
+
+
+def _share(rest: NDArray[np.uint64], sample: NDArray[np.uint64]) -> float:
+    """How much of `rest` occurs in a sorted sample."""
+    if not len(rest) or not len(sample):
+        return 0.0
+    places = np.searchsorted(sample, rest)
+    return float((sample[np.minimum(places, len(sample) - 1)] == rest).mean())
 
 
 def _sample(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -84,7 +96,10 @@ def _sample(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint64], NDArray[np.
     return hashes[positions], positions
 
 
-def _parting(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> int:
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
-    return int(different[0]) if len(different) else length
+def _parting(one: NDArray[np.uint32], other: NDArray[np.uint32], start: int, stop: int) -> int | None:
+    """The first token at which two prompts differ, if that is in [start, stop)."""
+    stop = min(stop, len(one), len(other))
+    if stop <= start or not np.array_equal(one[:start], other[:start]):
+        return None
+    different = np.flatnonzero(one[start:stop] != other[start:stop])
+    return start + int(different[0]) if len(different) else None

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.store.books import Books
-from thermocline.store.index import NO_NODE
+from thermocline.store.index import NEVER_USED, NO_NODE, Place
 from thermocline.tiers.segments import aligned_memory
 from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, Tier
 
+LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
 PROMOTE_BLOCKS = 16
 PREFETCHES_MAX = 64
 DRAIN_WAIT_SECONDS = 0.05
+DRAIN_WAITS_MAX = 100
 
 Save = Callable[[Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], int], object]
+Load = Callable[[str, Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], float], list[Outcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """What one colder tier lacks of a path, top down. The pins keep the path warm, and there what was written of it."""
+
+    tier: Tier
+    layout: LayoutId
+    nodes: Sequence[int]
+    keys: Sequence[BlockKey]
+    blocks: Sequence[Block]
+    pins: Sequence[tuple[int, str]]
 
 
 class Mover:
     """Demotes and promotes for one store. Only `prefetch` uses a thread of its own; tiers write in theirs."""
 
-    def __init__(self, books: Books, warm: LendingTier, cold: Sequence[Tier], save: Save) -> None:
+    def __init__(self, books: Books, warm: LendingTier, cold: Sequence[Tier], load: Load, save: Save) -> None:
         self._books = books
         self._warm = warm
         self._cold = list(cold)
+        self._load = load
         self._save = save
         self._writing: dict[str, set[int]] = {tier.name: set() for tier in cold}
         self._idle = threading.Condition(books.lock)
-        self._prefetches: queue.Queue[Callable[[], None] | None] = queue.Queue(PREFETCHES_MAX)
+        self._prefetches: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closing = False
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
@@ -42,29 +61,17 @@ class Mover:
         jobs = [self._write_path(tier, layout, keys[-1]) for tier in self._cold] if keys else []
         waiting = [started for started in jobs if started is not None]
         job.set_visible()
-        if not waiting:
-            job.set_done()
-            return job
-        left = set(map(id, waiting))
-
-        def finished(part: Job) -> None:
-            with self._books.lock:
-                left.discard(id(part))
-                last = not left
-            if last:
-                job.set_done()
-
-        for part in waiting:
-            part.watch(done=finished)
+        _when_all_done(waiting, job.set_done)
         return job
 
-    def hand_down(self, name: str, count: int) -> None:
-        """Before `count` leaves of the warm tier go: start writing those that no colder tier has."""
-        if name == self._warm.name:
-            for node in self._books.index.leaves_only_in(name, count):
-                place = self._books.index.place(node)
-                for tier in self._cold:
-                    self._write_path(tier, *place)
+    def hand_down(self, count: int) -> None:
+        """Start writing `count` leaves that the warm tier would lose next and no other has, before their time comes."""
+        with self._books.lock:
+            index = self._books.index
+            places = [index.place(node) for node in index.leaves_only_in(self._warm.name, count)] if self._cold else []
+        for place in places:
+            for tier in self._cold:
+                self._write_path(tier, *place)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until nothing is on its way down; False if `seconds` passed first."""
@@ -72,49 +79,81 @@ class Mover:
             return self._idle.wait_for(lambda: not any(self._writing.values()), seconds)
 
     def close(self, seconds: float) -> None:
-        """Stop promoting; hand down what only the warm tier holds, as long as tiers take it and time lasts."""
+        """Stop promoting; hand down what only the warm tier holds, as long as tiers take it and time lasts.
+
+        What was used last is written last, so that a tier that is too small for all of it keeps that.
+        """
+        deadline = self._books.clock.now() + seconds
+        with self._books.lock:
+            self._closing = True
         if self._thread is not None:
             self._prefetches.put(None)
             self._thread.join(seconds)
-        deadline = self._books.clock.now() + seconds
-        before = -1
-        while self._cold and self._books.clock.now() < deadline:
-            with self._books.lock:
-                left = [self._books.index.place(node) for node in self._books.index.only_in(self._warm.name)]
-            if not left or len(left) == before:
-                break
-            before = len(left)
-            for place in left:
-                for tier in self._cold:
-                    self._write_path(tier, *place)
-            self.flush(max(0.0, deadline - self._books.clock.now()))
+        for place in self._ends_only_here() if self._cold else ():
+            for tier in self._cold:
+                self._drain(tier, place, deadline)
         self.flush(max(0.0, deadline - self._books.clock.now()))
+
+    def _ends_only_here(self) -> list[Place]:
+        """The ends of all paths of which the warm tier has the only copy, least recently used first."""
+        with self._books.lock:
+            index = self._books.index
+            nodes = list(index.only_in(self._warm.name))
+            inside = {index.parent(node) for node in nodes}
+            ends = sorted((node for node in nodes if node not in inside), key=index.used)
+            return [index.place(node) for node in ends]
+
+    def _drain(self, tier: Tier, place: Place, deadline: float) -> None:
+        """Write one path down, waiting where the tier has too much to write already."""
+        waits = DRAIN_WAITS_MAX
+        while waits and self._books.clock.now() < deadline:
+            job = self._write_path(tier, *place)
+            if job is None or Outcome.LATE not in job.outcomes:
+                return
+            if not self.flush(max(0.0, deadline - self._books.clock.now())):
+                return
+            if job.outcomes[0] is Outcome.LATE:  # nothing was taken, as room is still being made
+                waits -= 1
+                threading.Event().wait(DRAIN_WAIT_SECONDS)
 
     def _write_path(self, tier: Tier, layout: LayoutId, key: BlockKey) -> Job | None:
         """Save to `tier` what it lacks of the path that ends here, top down. None if there was nothing to do."""
-        books = self._books
+        write = self._begin(tier, layout, key)
+        return self._follow(write, self._save_down(write)) if write else None
+
+    def _begin(self, tier: Tier, layout: LayoutId, key: BlockKey) -> _Write | None:
+        books, index = self._books, self._books.index
         with books.lock:
-            if not books.allows(tier.name):
+            if not books.allows(tier.name, "save"):
                 return None
-            nodes = self._lacking(tier.name, books.index.node(layout, key))
-            blocks = [self._lend(layout, node) for node in nodes]
-            if not nodes or None in blocks:
+            nodes = self._lacking(tier.name, index.node(layout, key))
+            lent = [self._lend(layout, node) for node in nodes]
+            blocks = [block for block in lent if block is not None]
+            if not nodes or len(blocks) < len(nodes):
                 return None
-            whole = [block for block in blocks if block is not None]
-            keys = [books.index.place(node).key for node in nodes]
-            books.index.pin(nodes[-1], self._warm.name)
+            above = {index.parent(node) for node in nodes} - {NO_NODE, *nodes}
+            pins = [*((node, tier.name) for node in (*above, *nodes)), (nodes[-1], self._warm.name)]
+            for pin in pins:
+                index.pin(*pin)
             self._writing[tier.name].update(nodes)
-        jobs = self._save_down(tier, layout, keys, whole)
-        return self._follow(tier, layout, nodes, keys, whole, jobs)
+            books.trying(tier.name, "save")
+            return _Write(tier, layout, nodes, [index.place(node).key for node in nodes], blocks, pins)
 
     def _lacking(self, name: str, node: int) -> list[int]:
-        """The path's nodes that a tier neither holds nor is being given, top down; empty if the warm tier lost one."""
-        index = self._books.index
+        """The path's nodes that a tier neither holds nor is being given, top down; empty if the warm tier lost one.
+
+        Above a block that is held nothing is lacking, unless the tier has broken blocks, which are to be mended.
+        """
+        index, writing = self._books.index, self._writing[name]
         nodes: list[int] = []
-        while node != NO_NODE and not index.holds(node, name) and node not in self._writing[name]:
-            if not index.holds(node, self._warm.name):
+        while node != NO_NODE:
+            if index.holds(node, name) or node in writing:
+                if not index.broken(name):
+                    break
+            elif index.holds(node, self._warm.name):
+                nodes.append(node)
+            else:
                 return []
-            nodes.append(node)
             node = index.parent(node)
         return nodes[::-1]
 
@@ -125,119 +164,151 @@ class Mover:
         above = NO_PARENT if parent == NO_NODE else index.place(parent).key
         return None if lent is None else Block(above, index.depth(node), [lent[0]], lent[1])
 
-    def _save_down(
-        self, tier: Tier, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]
-    ) -> list[tuple[int, Job]]:
+    def _save_down(self, write: _Write) -> list[tuple[int, Job]]:
         """Hand blocks to a tier, evicting there while it is full. Returns its jobs and where in `keys` each begins."""
         jobs: list[tuple[int, Job]] = []
         at = 0
         for _ in range(DOWN_ROUNDS_MAX):
-            job = tier.save(layout, keys[at:], blocks[at:])
+            job = _save_guarded(write, at)
             taken = next((i for i, outcome in enumerate(job.outcomes) if outcome in _REFUSED), len(job.outcomes))
             full = taken < len(job.outcomes) and job.outcomes[taken] is Outcome.FULL
             jobs.append((at, job))
             at += taken
-            if not full or not self._books.evict(tier.name, len(keys) - at):
+            if not full or not self._books.evict(write.tier.name, len(write.keys) - at):
                 break
         return jobs
 
-    def _follow(
-        self,
-        tier: Tier,
-        layout: LayoutId,
-        nodes: Sequence[int],
-        keys: Sequence[BlockKey],
-        blocks: Sequence[Block],
-        jobs: Sequence[tuple[int, Job]],
-    ) -> Job:
-        """Enter blocks as they become visible, let go of the path when all jobs are done."""
-        whole = Job([])
-        left = {id(job) for _, job in jobs}
-
-        def visible(at: int, job: Job) -> None:
-            hits = next((i for i, outcome in enumerate(job.outcomes) if outcome is not Outcome.HIT), len(job.outcomes))
-            entered = self._books.enter(layout, keys[at : at + hits], blocks[at : at + hits], tier.name)
-            self._books.metrics.count("demoted_blocks_total", entered, (("tier", tier.name),))
-
-        def done(job: Job) -> None:
-            self._settled(tier, job)
-            with self._books.lock:
-                left.discard(id(job))
-                last = not left
-                if last:
-                    self._let_go(tier.name, nodes)
-            if last:
-                whole.set_done()
-
+    def _follow(self, write: _Write, jobs: Sequence[tuple[int, Job]]) -> Job:
+        """Enter blocks as they become visible; when all jobs are done, let go of the path and end the job returned."""
+        at, last = jobs[-1]
+        whole = Job([Outcome.PENDING] * at + last.outcomes)
         for at, job in jobs:
-            job.watch(visible=partial(visible, at), done=done)
+            job.watch(visible=partial(self._visible, write, at), done=partial(self._settled, write, at))
+
+        def let_go() -> None:
+            with self._books.lock:
+                for pin in write.pins:
+                    self._books.index.unpin(*pin)
+                self._writing[write.tier.name].difference_update(write.nodes)
+                self._idle.notify_all()
+            whole.set_done()
+
+        _when_all_done([job for _, job in jobs], let_go)
         return whole
 
-    def _settled(self, tier: Tier, job: Job) -> None:
-        outcomes = set(job.outcomes)
-        for outcome in outcomes:
-            label = (("tier", tier.name), ("outcome", outcome))
-            self._books.metrics.count("save_blocks_total", job.outcomes.count(outcome), label)
-        with self._books.lock:
-            if Outcome.FAILED in outcomes:
-                self._books.failed(tier.name)
-            elif Outcome.HIT in outcomes:
-                self._books.succeeded(tier.name)
+    def _visible(self, write: _Write, at: int, job: Job) -> None:
+        # Being copied is no use: the path keeps the recency that it has, in every tier.
+        hits = next((i for i, outcome in enumerate(job.outcomes) if outcome is not Outcome.HIT), len(job.outcomes))
+        part = slice(at, at + hits)
+        name = write.tier.name
+        entered = self._books.enter(write.layout, write.keys[part], write.blocks[part], name, NEVER_USED)
+        self._books.metrics.count("demoted_blocks_total", entered, (("tier", name),))
 
-    def _let_go(self, name: str, nodes: Sequence[int]) -> None:
-        self._books.index.unpin(nodes[-1], self._warm.name)
-        self._writing[name].difference_update(nodes)
-        self._idle.notify_all()
+    def _settled(self, write: _Write, at: int, job: Job) -> None:
+        books, name = self._books, write.tier.name
+        for outcome in set(job.outcomes):
+            label = (("tier", name), ("outcome", outcome))
+            books.metrics.count("save_blocks_total", job.outcomes.count(outcome), label)
+        with books.lock:
+            if Outcome.FAILED in job.outcomes:
+                books.failed(name, "save")
+                books.lost(write.layout, write.keys[at : at + len(job.outcomes)], job.outcomes, name)
+            elif Outcome.HIT in job.outcomes:
+                books.succeeded(name, "save")
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
     def prefetch(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], deadline: float) -> Job:
-        """See `Store.prefetch`. With too many waiting already, the job ends at once with nothing done."""
+        """See `Store.prefetch`. With too many waiting, or after `close`, the job ends at once with nothing done."""
         job = Job([Outcome.PENDING] * len(keys))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="mover", daemon=True)
-            self._thread.start()
-        try:
-            self._prefetches.put_nowait(lambda: self._promote(layouts, keys, deadline, job))
-        except queue.Full:
+        with self._books.lock:
+            refused = self._closing or self._prefetches.qsize() >= PREFETCHES_MAX
+            if not refused:
+                self._prefetches.put(partial(self._promote, tuple(layouts), tuple(keys), deadline, job))
+                self._start()
+        if refused:
             job.outcomes[:] = [Outcome.LATE] * len(keys)
             job.set_done()
         return job
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="mover", daemon=True)
+            self._thread.start()
 
     def _serve(self) -> None:
         while (task := self._prefetches.get()) is not None:
             task()
 
     def _promote(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], deadline: float, job: Job) -> None:
-        held = [self._promote_one(layout, keys, deadline) for layout in layouts]
-        count = min(held, default=0)
+        count = 0
+        try:
+            count = min((self._promote_one(layout, keys, deadline) for layout in layouts), default=0)
+        except Exception:  # whoever waits for this job must not wait for ever, and the next one wants this thread
+            LOG.exception("a prefetch failed")
         job.outcomes[:] = [Outcome.HIT] * count + [Outcome.MISS] * (len(keys) - count)
         job.set_done()
 
     def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> int:
         """Copy up window by window while that makes progress. Returns how many leading blocks are warm now."""
-        index, warm = self._books.index, self._warm.name
-        buffer = aligned_memory(PROMOTE_BLOCKS * layout.block_bytes).reshape(PROMOTE_BLOCKS, -1)
-        while True:
-            with self._books.lock:
-                start = index.covered(layout.id, keys, warm)
-                ends = {tier.name: index.covered(layout.id, keys, tier.name) for tier in self._cold}
-            source = next((tier for tier in self._cold if ends[tier.name] > start), None)
-            if source is None or self._books.clock.now() > deadline:
-                return start
-            stop = min(start + PROMOTE_BLOCKS, ends[source.name])
-            pieces = [[row] for row in buffer[: stop - start]]
-            outcomes = source.load(layout.id, keys[start:stop], pieces, deadline)
+        buffer: Piece | None = None
+        start, before = self._warm_blocks(layout, keys), -1
+        while before < start < len(keys) and not self._closing and self._books.clock.now() <= deadline:
+            source, stop = self._source(layout, keys, start)
+            if source is None:
+                break
+            if buffer is None:
+                buffer = aligned_memory(PROMOTE_BLOCKS * layout.block_bytes)
+            stop = min(start + PROMOTE_BLOCKS, stop)
+            pieces = [[row] for row in buffer.reshape(PROMOTE_BLOCKS, -1)[: stop - start]]
+            outcomes = self._load(source, layout, keys[start:stop], pieces, deadline)
             hits = next((i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
-            with self._books.lock:
-                for key, outcome in zip(keys[start:stop], outcomes, strict=True):
-                    if outcome in {Outcome.CORRUPT, Outcome.MISS}:
-                        self._books.lost(layout.id, key, source.name, outcome)
             self._save(layout, keys, pieces[:hits], start)
-            self._books.metrics.count("promoted_blocks_total", hits, (("tier", warm),))
-            with self._books.lock:
-                if index.covered(layout.id, keys, warm) <= start:
-                    return start
+            before, start = start, self._warm_blocks(layout, keys)
+            label = (("tier", self._warm.name),)
+            self._books.metrics.count("promoted_blocks_total", max(0, start - before), label)
+        return start
+
+    def _warm_blocks(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
+        with self._books.lock:
+            return self._books.index.covered(layout.id, keys, self._warm.name)
+
+    def _source(self, layout: Layout, keys: Sequence[BlockKey], start: int) -> tuple[str | None, int]:
+        """The first colder tier that is up and holds more than `start` blocks, and how many."""
+        with self._books.lock:
+            for tier in self._cold:
+                stop = self._books.index.covered(layout.id, keys, tier.name)
+                if stop > start and self._books.allows(tier.name, "load"):
+                    return tier.name, stop
+        return None, 0
+
+
+def _when_all_done(jobs: Sequence[Job], then: Callable[[], None]) -> None:
+    """Call `then` once, in the thread in which the last of the jobs ends; at once if there is none left."""
+    lock = threading.Lock()
+    left = len(jobs) + 1
+
+    def one_ended(_: object) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = not left
+        if last:
+            then()
+
+    for job in jobs:
+        job.watch(done=one_ended)
+    one_ended(None)
+
+
+def _save_guarded(write: _Write, start: int) -> Job:
+    try:
+        return write.tier.save(write.layout, write.keys[start:], write.blocks[start:])
+    except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not written
+        LOG.exception("tier %s raised while saving", write.tier.name)
+    job = Job([Outcome.FAILED] * len(write.keys[start:]))
+    job.set_done()
+    return job
 
 
 _REFUSED = frozenset({Outcome.FULL, Outcome.LATE, Outcome.FAILED})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thermocline.store.likeness import Likeness, Resemblance
+from thermocline.store.likeness import Likeness
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
 
@@ -42,10 +43,13 @@ class Receipts:
         self, request: str, tokens: NDArray[np.uint32], plan: Plan, loaded: Loaded | None, prefill_seconds: float
     ) -> Receipt:
         """Make the receipt of a request and keep it. `loaded` is None where nothing was loaded."""
+        loaded = loaded or NOTHING
+        missing = account(plan, loaded)
         with self._lock:
-            resemblance = self._likeness.closest(tokens)
-            receipt = make_receipt(request, plan, loaded or NOTHING, prefill_seconds, resemblance)
+            missing = self._diverged(missing, tokens, plan.layouts[0].tokens_per_block)
+            receipt = make_receipt(request, plan, loaded, prefill_seconds, missing)
             self._likeness.note(request, tokens)
+            self._ring.pop(request, None)
             self._ring[request] = receipt
             while len(self._ring) > self._kept:
                 self._ring.popitem(last=False)
@@ -63,17 +67,42 @@ class Receipts:
         with self._lock:
             return [receipt for receipt, _ in zip(reversed(self._ring.values()), range(count), strict=False)]
 
+    def _diverged(
+        self, missing: Sequence[Missing], tokens: NDArray[np.uint32], tokens_per_block: int
+    ) -> tuple[Missing, ...]:
+        """Blocks never seen, of a prompt that mostly was: the reason is the token where it parts from another."""
+        parts = list(missing)
+        at = next((at for at, part in enumerate(parts) if part.reason in _UNSEEN), None)
+        if at is not None:
+            start = parts[at].start * tokens_per_block
+            like = self._likeness.closest(tokens, start, start + tokens_per_block)
+            if like:
+                detail = (
+                    f"token {like.at} differs from request {like.request}, which holds {like.share:.0%} of what follows"
+                )
+                parts[at] = Missing(parts[at].start, parts[at].stop, Reason.DIVERGED, detail)
+        return tuple(parts)
+
+
+def account(plan: Plan, loaded: Loaded) -> tuple[Missing, ...]:
+    """One reason for every block from the first that was computed to the end. A pure function."""
+    blocks = -(-plan.prompt_tokens // plan.layouts[0].tokens_per_block)
+    tail = Missing(len(plan.keys), blocks, Reason.TAIL, "a partial block, or the token that must be computed")
+    parts: list[Missing] = []
+    at = loaded.blocks
+    for part in (*loaded.missing, *plan.missing, tail):
+        parts.append(Missing(at, part.start, Reason.DECLINED, "planned, but the engine did not load it"))
+        at = max(at, part.start)
+        parts.append(Missing(at, part.stop, part.reason, part.detail))
+        at = max(at, part.stop)
+    return merged(parts)
+
 
 def make_receipt(
-    request: str, plan: Plan, loaded: Loaded, prefill_seconds: float, resemblance: Resemblance | None
+    request: str, plan: Plan, loaded: Loaded, prefill_seconds: float, missing: Sequence[Missing]
 ) -> Receipt:
-    """A pure function: every block that was not loaded gets its one reason, the most specific one that is known."""
+    """A pure function of what was planned, what was loaded, and why not more."""
     tokens_per_block = plan.layouts[0].tokens_per_block
-    whole = len(plan.keys)
-    blocks = -(-plan.prompt_tokens // tokens_per_block)
-    missing = [part for part in (*loaded.missing, *plan.missing) if part.start >= loaded.blocks]
-    missing = [_diverged(part, tokens_per_block, resemblance) for part in missing]
-    tail = Missing(whole, blocks, Reason.TAIL, "a partial block, or the token that must be computed")
     loaded_tokens = loaded.blocks * tokens_per_block
     return Receipt(
         request=request,
@@ -82,7 +111,7 @@ def make_receipt(
         loaded_tokens=loaded_tokens,
         computed_tokens=plan.prompt_tokens - loaded_tokens,
         by_tier={tier: count * tokens_per_block for tier, count in loaded.by_tier.items()},
-        missing=merged([*missing, tail]),
+        missing=tuple(missing),
         match_seconds=plan.match_seconds,
         load_seconds=loaded.seconds,
         prefill_seconds=prefill_seconds,
@@ -92,13 +121,4 @@ def make_receipt(
     )
 
 
-def _diverged(part: Missing, tokens_per_block: int, resemblance: Resemblance | None) -> Missing:
-    """Blocks that were never seen, in a prompt that mostly was: the reason is the token where it parts."""
-    unseen = part.reason in {Reason.NEVER_SEEN, Reason.UNKNOWN}
-    if resemblance is None or not unseen or resemblance.at // tokens_per_block != part.start:
-        return part
-    detail = (
-        f"token {resemblance.at} differs from request {resemblance.request}, "
-        f"which holds {resemblance.share:.0%} of this prompt's text"
-    )
-    return Missing(part.start, part.stop, Reason.DIVERGED, detail)
+_UNSEEN = frozenset({Reason.NEVER_SEEN, Reason.UNKNOWN})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from thermocline.blocks.frame import payload_sum
 from thermocline.blocks.key import NO_PARENT, BlockKey
-from thermocline.blocks.layout import Layout
+from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.clock import Clock, SystemClock
 from thermocline.costs.model import LearnedCosts
 from thermocline.metrics import Metrics
@@ -61,7 +62,7 @@ class Store:
             ttl_seconds=ttl_seconds,
             lease_seconds=lease_seconds,
         )
-        self._mover = Mover(self._books, warm, cold, self._save_at)
+        self._mover = Mover(self._books, warm, cold, self._load_from, self._save_at)
         for tier in cold:
             self._books.restore(tier)
 
@@ -77,11 +78,13 @@ class Store:
         with books.lock:
             books.expire(now)
             held = books.covered(layouts, keys)
-            up = [tier for tier in held if books.allows(tier.tier)]
+            up = [tier for tier in held if books.allows(tier.tier, "load") and not self._closed]
             plan = make_plan(layouts, keys, prompt_tokens, up, self.costs)
             matched = max((tier.blocks for tier in up), default=0)
-            missing = books.explain(layouts[0], keys, matched, held, now)
+            missing = books.explain(layouts, keys, matched, held, now)
             books.touch(layouts, keys, held, now)
+            for run in plan.runs:
+                books.trying(run.tier, "load")
             lease = books.leases.take(books.pins_for(plan), now)
         seconds = self._clock.now() - now
         self.metrics.count("matches_total")
@@ -110,28 +113,46 @@ class Store:
         """Carry out a plan for one of its layouts: copy into the caller's pieces, and verify there.
 
         Stops at the first block that no tier has intact and in time. Returns within the plan's time; after that nothing
-        writes into `into`.
+        writes into `into`. Raises ValueError if `into` has fewer blocks than the plan.
         """
+        if len(into) < plan.blocks:
+            raise ValueError(f"a plan of {plan.blocks} blocks cannot be loaded into {len(into)}")
         started = self._clock.now()
         layout = plan.layouts[rank]
         deadline = started + plan.load_seconds_max
-        by_tier: dict[str, int] = {}
+        by_tier: Counter[str] = Counter()
+        missing: tuple[Missing, ...] = ()
         at = 0
         for run in plan.runs:
-            untried = [run.tier, *(name for name in self._books.tiers if name != run.tier)]
-            why = (Reason.EVICTED, "left between match and load")
-            while at < run.stop and untried:
-                name = untried.pop(0)
-                outcomes = self._load_from(name, layout, plan.keys[at : run.stop], into[at : run.stop], deadline)
-                hits = _leading_hits(outcomes)
-                by_tier[name] = by_tier.get(name, 0) + hits
-                at += hits
-                if at < run.stop and (name == run.tier or outcomes[hits] is not Outcome.MISS):
-                    why = _why_not(outcomes[hits], name)
+            part = slice(at, run.stop)
+            hits, why = self._load_run(run.tier, layout, plan.keys[part], into[part], deadline)
+            by_tier += hits
+            at += hits.total()
             if at < run.stop:
-                missing = Missing(at, plan.blocks, *why)
-                return Loaded(at, _positive(by_tier), (missing,), self._clock.now() - started)
-        return Loaded(at, by_tier, (), self._clock.now() - started)
+                missing = (Missing(at, plan.blocks, *why),)
+                break
+        return Loaded(at, dict(by_tier), missing, self._clock.now() - started)
+
+    def _load_run(
+        self, first: str, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
+    ) -> tuple[Counter[str], tuple[Reason, str]]:
+        """Load from the planned tier, and what it does not have from others. How many from which, and why no more."""
+        hits: Counter[str] = Counter()
+        why = (Reason.TIER_DOWN, "the store is closed")
+        for name in () if self._closed else (first, *(name for name in self._books.tiers if name != first)):
+            at = hits.total()
+            if at == len(keys) or (name != first and not self._may_still_ask(name, deadline)):
+                continue
+            outcomes = self._load_from(name, layout, keys[at:], into[at:], deadline)
+            hits[name] = _leading_hits(outcomes)
+            refused = outcomes[hits[name]] if hits[name] < len(outcomes) else Outcome.HIT
+            if name == first or refused is not Outcome.MISS:
+                why = _why_not(refused, name)
+        return +hits, why
+
+    def _may_still_ask(self, name: str, deadline: float) -> bool:
+        """A tier that was not planned for is asked only while it is up, and never blamed for being asked too late."""
+        return self._clock.now() < deadline and self._books.allows(name, "load")
 
     def _load_from(
         self, name: str, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
@@ -139,9 +160,9 @@ class Store:
         """Ask one tier, and learn from its answer: its speed, its failures, which blocks it does not have after all."""
         tier, started = self._books.tiers[name], self._clock.now()
         try:
-            outcomes = tier.load(layout.id, keys, into, deadline)
+            outcomes = _load_all(tier, layout, keys, into, deadline)
         except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not loaded
-            LOG.exception("tier %s raised while loading", name)
+            LOG.exception("tier %s broke its promise while loading", name)
             outcomes = [Outcome.FAILED] * len(keys)
         seconds = self._clock.now() - started
         hits = outcomes.count(Outcome.HIT)
@@ -152,12 +173,11 @@ class Store:
         with self._books.lock:
             if hits == len(outcomes):
                 self.costs.transferred(name, hits * layout.block_bytes, seconds)
-                self._books.succeeded(name)
-            elif Outcome.LATE in outcomes or Outcome.FAILED in outcomes:
-                self._books.failed(name)
-            for key, outcome in zip(keys, outcomes, strict=True):
-                if outcome in {Outcome.CORRUPT, Outcome.MISS}:
-                    self._books.lost(layout.id, key, name, outcome)
+            if Outcome.LATE in outcomes or Outcome.FAILED in outcomes:
+                self._books.failed(name, "load")
+            else:
+                self._books.succeeded(name, "load")
+            self._books.lost(layout.id, keys, outcomes, name)
         return outcomes
 
     # -- save ----------------------------------------------------------------------------------------------------------
@@ -167,26 +187,25 @@ class Store:
     ) -> Job:
         """Take in blocks[i], whose key is keys[start + i]; `keys` is the whole chain from the first block on.
 
-        The bytes are copied before this returns. Blocks that are held already or being saved are left out, and so is
-        everything behind a block that cannot be taken. The job is visible at once and done when the colder tiers are.
+        The bytes are copied before this returns. The job is visible at once, and done when the colder tiers are; its
+        outcomes say what is in memory now: HIT, also for what was held already; PENDING for what another thread is
+        saving; MISS for what lies behind a block that is not here; FULL where there was no room, FAILED after `close`.
         """
         books = self._books
         with books.lock:
-            wanted = [] if self._closed else self._wanted(layout, keys, start, start + len(blocks))
+            wanted, outcomes = self._sort_out(layout, keys, start, start + len(blocks))
             names = {(layout.id, keys[at]) for at in wanted}
             books.saving |= names
-            guard = self._guard(layout, keys, wanted)
+            guard = self._hold(layout.id, keys, wanted[0] - 1, NO_NODE) if wanted else NO_NODE
         try:
-            taken = self._take_in(layout, keys, [(at, blocks[at - start]) for at in wanted])
+            taken = self._take_in(layout, keys, [(at, blocks[at - start]) for at in wanted], guard)
         finally:
             with books.lock:
                 books.saving -= names
-                if guard != NO_NODE:
-                    books.index.unpin(guard, self._warm.name)
-        refused = wanted[taken:]
-        books.not_admitted(layout.id, [keys[at] for at in refused])
-        self._count_saved(layout, taken, len(refused))
-        outcomes = [Outcome.FULL if start + i in refused else Outcome.HIT for i in range(len(blocks))]
+        for at in wanted[taken:]:
+            outcomes[at - start] = Outcome.FULL
+        books.not_admitted(layout.id, [keys[at] for at in wanted[taken:]])
+        self._count_saved(layout, taken, len(wanted) - taken)
         return self._mover.write_down(layout.id, [keys[at] for at in wanted[:taken]], Job(outcomes))
 
     def _save_at(
@@ -194,46 +213,61 @@ class Store:
     ) -> Job:
         return self.save(layout, keys, blocks, start=start)
 
-    def _wanted(self, layout: Layout, keys: Sequence[BlockKey], start: int, stop: int) -> list[int]:
+    def _sort_out(
+        self, layout: Layout, keys: Sequence[BlockKey], start: int, stop: int
+    ) -> tuple[list[int], list[Outcome]]:
         """Positions to take in: not held, not being saved by another thread, and with a parent that will be there."""
+        if self._closed:
+            return [], [Outcome.FAILED] * (stop - start)
         index, warm = self._books.index, self._warm.name
         covered = index.covered(layout.id, keys[:stop], warm)
+        behind = covered < start
         wanted: list[int] = []
-        for at in range(covered, stop if covered >= start else covered):
-            if (layout.id, keys[at]) in self._books.saving:
-                break
-            if not index.holds(index.node(layout.id, keys[at]), warm):
+        outcomes = [Outcome.HIT] * (stop - start)
+        for at in range(max(covered, start), stop):
+            saving = (layout.id, keys[at]) in self._books.saving
+            behind = behind or saving
+            if index.holds(index.node(layout.id, keys[at]), warm):
+                continue
+            if not behind:
                 wanted.append(at)
-        return wanted
+            else:
+                outcomes[at - start] = Outcome.PENDING if saving else Outcome.MISS
+        return wanted, outcomes
 
-    def _guard(self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[int]) -> int:
-        """Pin the parent of the first wanted block, so that making room does not take the path's own beginning."""
-        if not wanted or wanted[0] == 0:
-            return NO_NODE
-        node = self._books.index.node(layout.id, keys[wanted[0] - 1])
-        self._books.index.pin(node, self._warm.name)
+    def _hold(self, layout: LayoutId, keys: Sequence[BlockKey], at: int, held: int) -> int:
+        """Move a pin along a path to block `at`, so that making room for its end does not take its beginning."""
+        index, warm = self._books.index, self._warm.name
+        node = index.node(layout, keys[at]) if at >= 0 else NO_NODE
+        if node != NO_NODE:
+            index.pin(node, warm)
+        if held != NO_NODE:
+            index.unpin(held, warm)
         return node
 
     def _take_in(
-        self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[tuple[int, Sequence[Piece]]]
+        self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[tuple[int, Sequence[Piece]]], guard: int
     ) -> int:
-        """Copy blocks into the warm tier, evicting as needed; returns how many are in now."""
-        warm = self._warm.name
+        """Copy blocks into the warm tier, evicting as needed; returns how many are in now. Ends the guard's pin."""
+        books, warm = self._books, self._warm.name
         names = [keys[at] for at, _ in wanted]
         parents = [keys[at - 1] if at else NO_PARENT for at, _ in wanted]
-        blocks = [Block(parents[i], at + 1, pieces, payload_sum(pieces)) for i, (at, pieces) in enumerate(wanted)]
         done = 0
-        for _ in range(EVICT_ROUNDS_MAX):
-            if done == len(wanted):
-                break
-            hits = _leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
-            entered = self._books.enter(layout.id, names[done : done + hits], blocks[done : done + hits], warm)
-            done += entered
-            if entered < hits or done == len(wanted):
-                break
-            self._mover.hand_down(warm, len(wanted) - done)
-            if not self._books.evict(warm, len(wanted) - done):
-                break
+        try:
+            blocks = [Block(parents[i], at + 1, pieces, payload_sum(pieces)) for i, (at, pieces) in enumerate(wanted)]
+            for _ in range(EVICT_ROUNDS_MAX if wanted else 0):
+                hits = _leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
+                part = slice(done, done + hits)
+                with books.lock:
+                    entered = books.enter(layout.id, names[part], blocks[part], warm, self._clock.now())
+                    done += entered
+                    guard = self._hold(layout.id, names, done - 1, guard) if entered else guard
+                if entered < hits or done == len(wanted) or not books.evict(warm, len(wanted) - done):
+                    break
+                self._mover.hand_down(len(wanted) - done)
+        finally:
+            with books.lock:
+                self._hold(layout.id, names, -1, guard)
         return done
 
     def _count_saved(self, layout: Layout, taken: int, refused: int) -> None:
@@ -262,7 +296,7 @@ class Store:
             self.metrics.gauge("tier_blocks", usage.blocks, label)
             self.metrics.gauge("tier_used_bytes", usage.used_bytes, label)
             self.metrics.gauge("tier_capacity_bytes", usage.capacity_bytes, label)
-            self.metrics.gauge("breaker_open", not self._books.allows(name), label)
+            self.metrics.gauge("breaker_open", not self._books.allows(name, "load"), label)
         self.metrics.gauge("leases", len(self._books.leases))
 
     def flush(self, seconds: float | None = None) -> bool:
@@ -283,16 +317,24 @@ class Store:
                 return
             self._closed = True
         self._mover.close(seconds)
-        for tier in self._books.tiers.values():
-            tier.close()
+        for name, tier in self._books.tiers.items():
+            try:
+                tier.close()
+            except Exception:  # the others are to be closed all the same
+                LOG.exception("tier %s could not be closed", name)
+
+
+def _load_all(
+    tier: Tier, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
+) -> list[Outcome]:
+    outcomes = tier.load(layout.id, keys, into, deadline)
+    if len(outcomes) != len(keys):
+        raise ValueError(f"{len(outcomes)} outcomes for {len(keys)} blocks")
+    return outcomes
 
 
 def _leading_hits(outcomes: Sequence[Outcome]) -> int:
     return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
-
-
-def _positive(by_tier: dict[str, int]) -> dict[str, int]:
-    return {tier: blocks for tier, blocks in by_tier.items() if blocks}
 
 
 def _why_not(outcome: Outcome, tier: str) -> tuple[Reason, str]:
