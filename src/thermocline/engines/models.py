@@ -22,7 +22,7 @@ from thermocline.errors import ModelError
 
 PROBE_TOKENS = 12
 PROBE_TOLERANCE = 0.1
-"""Of the logits' spread. bfloat16 brings a few hundredths of noise; another kind of attention is off by half or more."""
+"""Of the logits' spread. bfloat16 makes hundredths of noise; another kind of attention is off by half or more."""
 
 CONTEXT_TOKENS_MAX = 1 << 20
 """Where a model names no limit."""

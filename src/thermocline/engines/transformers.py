@@ -179,12 +179,11 @@ class Engine:
     def _warm_up(self) -> None:
         """Compute short pieces once: the matrix library compiles its code on first use, per thread and size."""
         try:
-            kv = self._pool.take(1)
-            for tokens in WARM_UP_TOKENS if kv else ():
-                kv.length = min(kv.capacity, self.served.context_tokens) - max(WARM_UP_TOKENS)
-                self._compute(np.zeros(tokens, np.uint32), kv)
-            if kv:
-                self._pool.give(kv)
+            for tokens in WARM_UP_TOKENS:
+                if (kv := self._pool.take(1)) is not None:
+                    kv.length = max(0, min(kv.capacity, self.served.context_tokens) - max(WARM_UP_TOKENS))
+                    self._compute(np.zeros(tokens, np.uint32), kv)
+                    self._pool.give(kv)
         except Exception:
             LOG.exception("the warm-up failed")
         finally:
