@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,14 +15,13 @@ from typing import Any, Literal
 
 import msgspec
 
-import thermocline
 from thermocline.clock import SystemClock
+from thermocline.demo.machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CLOCK = SystemClock()
 PROGRESS_SECONDS = 2.0
-PACKAGES = ("numpy", "xxhash", "msgspec", "torch", "transformers", "tokenizers")
 NOT_CODE = ("bench/results", "docs", "README.md", "CHANGELOG.md")
 """A change there does not change what is measured."""
 
@@ -142,7 +139,7 @@ def _cut(count: int) -> int:
 
 def measure(name: str, run: Callable[[Progress], Report]) -> Result:
     """Run a bench and write down the conditions it ran under."""
-    conditions = machine()
+    conditions = {**machine(), "commit": _commit()}
     started = CLOCK.now()
     report = run(Progress(name))
     conditions["load_average_after"] = os.getloadavg()[0]
@@ -151,39 +148,9 @@ def measure(name: str, run: Callable[[Progress], Report]) -> Result:
     return Result(bench=name, machine=conditions, date=today, checks=report.checks, details=details)
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_average_before": os.getloadavg()[0],
-        "versions": {"thermocline": thermocline.__version__, **_versions()},
-        "commit": _commit(),
-    }
-
-
 def holds(result: Result) -> bool:
     """True where every check does."""
     return all(each.ok for each in result.checks)
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit() -> str:
@@ -232,6 +199,12 @@ def saved(name: str, folder: Path = RESULTS) -> Result | None:
     return msgspec.json.decode(path.read_bytes(), type=Result) if path.exists() else None
 
 
+def kept(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """A kept result as plain JSON, also one that no bench made; None where there is none."""
+    path = folder / f"{name}.json"
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else None
+
+
 def to_text(result: Result) -> str:
     """A result for a person: checks, then arms, then conditions."""
     lines = [f"{'check':44} {'value':>14} {'target':>14}"]
@@ -256,7 +229,7 @@ def conditions(result: Result) -> str:
 def quantity(value: float, unit: str) -> str:
     """A value with a unit that suits its size."""
     if unit != "s":
-        return f"{value:.2f} {unit}" if unit != "%" else f"{value:.2f} %"
+        return f"{value:.0f} {unit}" if unit.startswith("of ") else f"{value:.2f} {unit}"
     for factor, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {name}"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from thermocline.demo.story import run
+from pathlib import Path
 
-__all__ = ["run"]
+
+def run(*, json_output: bool, engine_ready: Path | None) -> int:
+    """Play all chapters; 0 if each showed what it promises. See `story.play`."""
+    from thermocline.demo.story import play
+
+    return play(json_output=json_output, engine_ready=engine_ready)

@@ -8,7 +8,7 @@ import msgspec
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """A line of the last table: what playbooks say, what came out here, and the command that measures it in full."""
+    """A line of the last table: what playbooks say, what came out here, and the command that tests it in full."""
 
     claim: str
     figure: str
@@ -16,10 +16,12 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Chapter(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one chapter. `details` are its figures, in base units."""
+    """The outcome of one chapter. `details` are its figures, in base units; title and seconds come from the story."""
 
     name: str
     ok: bool
-    claims: tuple[Claim, ...]
+    verdict: str
+    claim: Claim
     details: dict[str, Any]
+    title: str = ""
     seconds: float = 0.0

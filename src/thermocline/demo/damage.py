@@ -49,14 +49,14 @@ def play(screen: Screen, folder: Path) -> Chapter:
     refused, wrong, whole = _many_bits(folder / "many")
     ok = explained and refused == FLIPS and wrong == 0 and whole == BLOCKS - FLIPS
     screen.say(f"Then one random bit in each of {FLIPS} blocks, headers and payloads alike:")
-    screen.verdict(f"{refused} of {FLIPS} refused, {wrong} wrong bytes handed out, the other {whole} load", ok=ok)
+    verdict = f"{refused} of {FLIPS} refused, {wrong} wrong bytes handed out, the other {whole} blocks load"
     claim = Claim(
-        "a length check is enough on reads from disk",
+        "taken for granted: a hit returns what was saved",
         f"{refused} of {FLIPS} flipped bits refused, {wrong} wrong",
         "make test",
     )
     details = {"flips": FLIPS, "refused": refused, "wrong": wrong, "intact_loaded": whole, "explained": explained}
-    return Chapter(name="damage", ok=ok, claims=(claim,), details=details)
+    return Chapter(name="damage", ok=ok, verdict=verdict, claim=claim, details=details)
 
 
 def _one_bit(screen: Screen, folder: Path) -> bool:
@@ -71,7 +71,7 @@ def _one_bit(screen: Screen, folder: Path) -> bool:
     victim = 100
     path, offset = _frames(folder)[keys[victim]]
     _flip(path, offset + PAGE_BYTES, 8 * 12_345 + 3)
-    screen.say(f"One bit of block {victim} is flipped in {path.name}. Now a new process asks for the whole prompt:")
+    screen.say(f"One bit of block {victim} is flipped in {path.name}. The store is reopened and asked for all of it:")
 
     store = _open(folder)
     plan = store.match([LAYOUT], keys, prompt_tokens=len(tokens))

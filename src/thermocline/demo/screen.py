@@ -47,24 +47,24 @@ class Screen:
         from rich.padding import Padding
         from rich.text import Text
 
-        self._console.print(Padding(Text(text, style=style), (0, 0, 0, 3)))
+        self._console.print(Padding(Text(text, style=style), (0, 0, 0, 3), expand=False))
 
     def verdict(self, text: str, *, ok: bool) -> None:
         """What the chapter has shown."""
         self.say(("ok    " if ok else "FAILED  ") + text, style="bold green" if ok else "bold red")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 1) -> None:
-        """Rows under headers; columns from `numbers_from` on are right-aligned."""
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+        """Rows under headers; the columns `right` are aligned to the right."""
         from rich import box
         from rich.padding import Padding
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for at, header in enumerate(headers):
-            table.add_column(header, justify="right" if at >= numbers_from else "left", overflow="fold")
+            table.add_column(header, justify="right" if at in right else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self._console.print(Padding(table, (0, 0, 0, 3)))
+        self._console.print(Padding(table, (0, 0, 0, 3), expand=False))
 
     def bars(self, rows: Sequence[tuple[str, float, str]]) -> None:
         """A bar for each (label, value, text), in proportion to the largest value."""

@@ -1,0 +1,122 @@
+"""The rows of docs/claims.md: a claim, the command that tests it, our figure, and what has to be said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.harness import quantity
+from bench.tiers_memory import SET_BYTES
+
+Kept = Mapping[str, Any]
+"""A kept result, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`figure` reads our figure from the kept result named `result`."""
+
+    result: str
+    claim: str
+    command: str
+    figure: Callable[[Kept], str]
+    correction: str
+
+
+def _times(found: Kept, name: str) -> str:
+    row = found["details"]["ratios"][name]
+    return f"{row['median']:.0f}x ({row['low']:.0f} to {row['high']:.0f})"
+
+
+def _first_token(found: Kept) -> str:
+    memory, disk = _times(found, "no cache / memory"), _times(found, "no cache / disk, new process")
+    return f"{memory} from memory, {disk} from disk in a new process"
+
+
+def _hydration(found: Kept) -> str:
+    name = "memory / memcpy, 1 MiB blocks, contiguous"
+    seconds = found["details"]["arms"][f"{name}: ours"]["median"] * 8e6 / SET_BYTES
+    share = found["details"]["ratios"][name]["median"]
+    return f"8 MB verified from memory in {quantity(seconds, 's')}, {share:.2f}x the speed of memcpy"
+
+
+def _look_up(found: Kept) -> str:
+    row = found["details"]["arms"]["match, plan, lease, release: all held"]
+    return f"{quantity(row['median'], 's')} for 8,192 blocks among {found['details']['index_blocks']:,}"
+
+
+def _nothing_reused(found: Kept) -> str:
+    row = found["details"]["ratios"]["CPU time with / without the store"]
+    median, low, high = (100 * (row[name] - 1) for name in ("median", "low", "high"))
+    return f"{median:+.2f} % CPU time ({low:+.2f} to {high:+.2f})"
+
+
+def _of_demo(chapter: str) -> Callable[[Kept], str]:
+    def figure(found: Kept) -> str:
+        shown = {each["name"]: each for each in found["chapters"]}
+        text: str = shown[chapter]["claim"]["figure"]
+        return text
+
+    return figure
+
+
+CLAIMS = (
+    Row(
+        "ttft",
+        '"14x faster time to first token"',
+        "thermocline bench ttft",
+        _first_token,
+        "A ratio means nothing without model, length and hardware. Ours: a small model with random weights on a CPU, "
+        "2,048 tokens known, 16 new. It grows with the share of the prompt that is known, and is 1 for a new prompt.",
+    ),
+    Row(
+        "tiers",
+        '"hydration drops from 40 ms to 1.5 us"',
+        "thermocline bench tiers",
+        _hydration,
+        "8 MB in 1.5 us would be 5.3 TB/s. That figure is a key look-up; the bytes still have to be moved.",
+    ),
+    Row(
+        "match",
+        '"a look-up takes 1 to 5 ms"',
+        "thermocline bench match",
+        _look_up,
+        "Finding the blocks is the small part, also for 131,072 tokens. Moving them is what costs.",
+    ),
+    Row(
+        "overhead",
+        '"5 to 20x faster with a cache"',
+        "thermocline bench overhead",
+        _nothing_reused,
+        "Without reuse there is nothing to win: a cache can only cost. This is what ours costs, disk included.",
+    ),
+    Row(
+        "demo",
+        '"an agent of 100 steps computes its context anew at every step"',
+        "thermocline demo",
+        _of_demo("agent"),
+        "Every engine caches within a request. What is lost is what lies between two requests, and only that is saved.",
+    ),
+    Row(
+        "demo",
+        '"95 % hit rate"',
+        "thermocline demo",
+        _of_demo("planted"),
+        "A hit rate belongs to a traffic, not to a cache: one timestamp at the top of a prompt makes it zero.",
+    ),
+    Row(
+        "demo",
+        "taken for granted: a hit returns what was saved",
+        "thermocline demo",
+        _of_demo("damage"),
+        "Peers check a length, or nothing, by default. Every block is verified here, on the copy that is used.",
+    ),
+    Row(
+        "demo",
+        "taken for granted: a cache on disk survives a crash",
+        "thermocline demo",
+        _of_demo("crash"),
+        "The process was killed, not the power cut. What was not yet called durable may be gone, and is then a miss.",
+    ),
+)

@@ -1,0 +1,114 @@
+"""The order of the chapters, the wait for the engine between them, and the table at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from thermocline.clock import Clock, SystemClock
+from thermocline.demo import crash, damage
+from thermocline.demo.chapter import Chapter
+from thermocline.demo.machine import machine
+from thermocline.demo.screen import Screen
+from thermocline.errors import ModelError
+
+POLL_SECONDS = 0.25
+TITLES = {
+    "damage": ("A flipped bit on disk is refused", "A hit is exact, or it is a miss with a reason."),
+    "crash": (
+        "A kill in the middle of writing is recovered",
+        "What was called durable is there, and nothing is wrong.",
+    ),
+    "conversations": (
+        "Conversations answer sooner, and the same",
+        "Three ways, one answer: no cache, memory, new process.",
+    ),
+    "agent": (
+        "An agent takes 100 steps on one context",
+        "Each step sends everything again; only what is new is computed.",
+    ),
+    "planted": ("A timestamp at the top costs everything", "Every request has a receipt, and the receipt says why."),
+}
+
+
+def play(*, json_output: bool, engine_ready: Path | None) -> int:
+    """Play every chapter; chapters with a model once `engine_ready` exists (None: at once). 0 if all went as promised.
+
+    Raises ModelError where the engine was not, or could not be, installed; what was shown until then stays shown.
+    """
+    logging.getLogger("thermocline").addHandler(logging.NullHandler())  # damage is planted here: the screen tells of it
+    clock = SystemClock()
+    screen = Screen(clock, json_output=json_output)
+    started = clock.now()
+    told = [_chapter(screen, clock, at, name, play) for at, (name, play) in enumerate(_CHEAP.items(), 1)]
+    _wait_for_engine(screen, clock, engine_ready)
+    told += _with_model(screen, clock, len(told))
+    seconds = clock.now() - started
+    _end(screen, told, seconds)
+    ok = all(chapter.ok for chapter in told)
+    if json_output:
+        today = datetime.now(UTC).date().isoformat()
+        found = {"demo": "thermocline", "machine": machine(), "date": today, "ok": ok, "seconds": round(seconds, 1)}
+        print(msgspec.json.encode(found | {"chapters": told}).decode())
+    return 0 if ok else 1
+
+
+_CHEAP: dict[str, Callable[[Screen, Path], Chapter]] = {"damage": damage.play, "crash": crash.play}
+
+
+def _with_model(screen: Screen, clock: Clock, before: int) -> list[Chapter]:
+    from thermocline.demo import agent, conversations, planted, stage
+
+    chapters = {"conversations": conversations.play, "agent": agent.play, "planted": planted.play}
+    with stage.opened(screen) as opened:
+        return [
+            _chapter(screen, clock, before + at, name, partial(play, stage=opened))
+            for at, (name, play) in enumerate(chapters.items(), 1)
+        ]
+
+
+def _chapter(screen: Screen, clock: Clock, at: int, name: str, play: Callable[[Screen, Path], Chapter]) -> Chapter:
+    """Play one chapter in a folder of its own, which is gone afterwards."""
+    title, promise = TITLES[name]
+    screen.chapter(at, title, promise)
+    started = clock.now()
+    with tempfile.TemporaryDirectory(prefix="thermocline-demo-", ignore_cleanup_errors=True) as folder:
+        told = play(screen, Path(folder))
+    screen.verdict(told.verdict, ok=told.ok)
+    return msgspec.structs.replace(told, title=title, seconds=round(clock.now() - started, 1))
+
+
+def _wait_for_engine(screen: Screen, clock: Clock, ready: Path | None) -> None:
+    """Wait for the file that says torch is installed. Raises ModelError where installing failed, or nobody installs."""
+    if ready is None:
+        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+            raise ModelError("the other chapters run a model, and torch is not installed", hint="run `make demo`")
+        return
+    failed = ready.with_name(ready.name + ".failed")
+    started = clock.now()
+    while not ready.exists():
+        if failed.exists():
+            log = failed.read_text().strip()
+            raise ModelError("installing the engine failed", hint=f"see {log}, then run `make demo` again")
+        screen.waiting("installing CPU torch and transformers for the other chapters", clock.now() - started)
+        clock.sleep(POLL_SECONDS)
+    screen.worked()
+    importlib.invalidate_caches()
+
+
+def _end(screen: Screen, told: list[Chapter], seconds: float) -> None:
+    screen.say("")
+    rows = [[chapter.claim.claim, chapter.claim.figure, chapter.claim.command] for chapter in told]
+    screen.table(["playbook claim", "our figure", "command"], rows)
+    failed = [chapter.title for chapter in told if not chapter.ok]
+    shown = "every chapter showed what it promises" if not failed else f"not as promised: {'; '.join(failed)}"
+    screen.say(
+        f"{shown}, in {seconds:.0f} s. `thermocline bench list` measures each figure with its limit and interval."
+    )
