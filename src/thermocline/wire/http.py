@@ -417,7 +417,7 @@ class _Connection(asyncio.Protocol):
     def close_when_idle(self) -> None:
         """The server stops: finish the request in flight, if there is one."""
         if self._task is None:
-            self._close()
+            self._transport.close()
 
     def abort(self) -> None:
         """The server cannot wait any longer."""
