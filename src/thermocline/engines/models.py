@@ -97,6 +97,7 @@ def load_model(
     )
     module.eval()
     tokenizer = _read(AutoTokenizer.from_pretrained, source, name)
+    name = Path(name).resolve().name if Path(name).is_dir() else name
     with torch.inference_mode():
         model = _probed(name, module, tokenizer, tokens_per_block)
     progress(f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:,.0f} million weights, {module.dtype}")
