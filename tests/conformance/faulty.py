@@ -16,8 +16,8 @@ import numpy as np
 
 from thermocline.blocks.frame import PAGE_BYTES
 from thermocline.tiers.disk import DiskTier
-from thermocline.tiers.shelves import slot_at
 from thermocline.tiers.memory import MemoryTier
+from thermocline.tiers.shelves import slot_at
 from thermocline.tiers.tier import Job, Outcome
 
 

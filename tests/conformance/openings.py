@@ -15,8 +15,8 @@ from thermocline.tiers.segments import Read
 from thermocline.tiers.tier import Tier
 
 MIB = 1 << 20
-MEMORY_BYTES = 48 * MIB
-DISK_BYTES = 64 * MIB
+MEMORY_BYTES = 32 * MIB
+DISK_BYTES = 48 * MIB
 
 
 @dataclass
@@ -49,7 +49,7 @@ def memory():
 
 def disk(path):
     """The disk tier, with a queue that holds less than the whole disk."""
-    return Opening("disk", lambda: DiskTier(path / "tier", DISK_BYTES, queue_bytes_max=16 * MIB), persistent=True)
+    return Opening("disk", lambda: DiskTier(path / "tier", DISK_BYTES, queue_bytes_max=12 * MIB), persistent=True)
 
 
 def faulty(opening, seed=0):

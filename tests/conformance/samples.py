@@ -1,10 +1,10 @@
-"""Blocks to try a tier with: every block's bytes follow from its layout and key, so any reader can tell right from wrong."""
+"""Blocks to try a tier with. Their bytes follow from layout and key, so any reader can tell right from wrong."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from itertools import count
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def content(layout, key, length=LENGTH, version=0):
 def cut(data, number):
     """A copy of `data` as `number` pieces that lie apart in memory."""
     edges = [len(data) * at // number for at in range(number + 1)]
-    return [data[start:stop].copy() for start, stop in zip(edges, edges[1:], strict=False)]
+    return [data[start:stop].copy() for start, stop in pairwise(edges)]
 
 
 def blocks_of(layout, keys, length=LENGTH, *, cuts=1, version=0, before=()):
@@ -111,14 +111,15 @@ def fill(tier, layout, length=LENGTH, *, seed=1, batch=16, observe=lambda: None)
     """Save until the tier says FULL three times in a row; returns the keys that it took. `observe` is called often."""
     held, full = [], 0
     deadline = CLOCK.now() + PATIENCE_SECONDS
-    for turn in count():
+    turn = 0
+    while full < 3:
+        turn += 1
         keys = chain((seed, turn), batch)
         job = save(tier, layout, keys, length)
         observe()
         held += [key for key, outcome in zip(keys, job.outcomes, strict=True) if outcome is Outcome.HIT]
         full = 0 if Outcome.HIT in job.outcomes else full + (Outcome.FULL in job.outcomes)
-        if full == 3:
-            return held
         if Outcome.LATE in job.outcomes:
             CLOCK.sleep(0.01)
         assert CLOCK.now() < deadline, "the tier takes nothing and is not FULL either"
+    return held

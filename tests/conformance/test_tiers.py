@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -278,31 +279,31 @@ def test_jobs(opening):
 def test_found(opening):
     """What was held at closing is found at opening, parents first and exact, by a tier that outlives its process."""
     tier = opening.open()
-    taken = {layout: _saved(opening, tier, layout, KEYS) for layout in (A, B)}
-    more = _saved(opening, tier, A, chain(9, 3), before=())
-    tier.remove(A, more[:1])
+    paths = {A: [KEYS, chain(9, 3)], B: [KEYS]}
+    for layout, chains in paths.items():
+        for keys in chains:
+            _saved(opening, tier, layout, keys)
+    tier.remove(A, paths[A][1][:1])
+    before = {
+        layout: {key for keys in chains for key in keys if tier.holds(layout, [key])[0]}
+        for layout, chains in paths.items()
+    }
     tier.close()
     again = opening.open()
-    found = again.found()
-    assert bool(found) == opening.persistent or not opening.exact
-    held = {
-        layout: [key for key in [*taken.get(layout, ()), *more[1:]] if again.holds(layout, [key])[0]]
-        for layout in (A, B)
+    found = {part.layout: part for part in again.found()}
+    assert set(found) == {layout for layout, held in before.items() if held and opening.persistent}
+    above = {
+        key: (parent, at + 1) for keys in paths[A] for at, (parent, key) in enumerate(pairwise([NO_PARENT, *keys]))
     }
-    for part in found:
-        columns = (part.keys, part.parents, part.depths, part.stored_wall_seconds)
-        assert len({len(column) for column in columns}) == 1
-        assert set(part.keys) == set(held[part.layout])
-        assert not opening.exact or set(part.keys) >= set(taken[part.layout])
+    for layout, part in found.items():
+        assert len(part.keys) == len(set(part.keys))
+        assert set(part.keys) == before[layout]
+        assert all(again.holds(layout, part.keys))
+        assert list(zip(part.parents, part.depths, strict=True)) == [above[key] for key in part.keys]
         assert list(part.depths) == sorted(part.depths)
-        seen = {NO_PARENT}
-        for key, parent, depth in zip(part.keys, part.parents, part.depths, strict=True):
-            assert parent in seen or parent in more or not opening.exact
-            assert (parent == NO_PARENT) == (depth == 1)
-            seen.add(key)
+        assert len(part.stored_wall_seconds) == len(part.keys)
         assert all(0 <= CLOCK.wall() - stored < 86_400 for stored in part.stored_wall_seconds)
-        _expect(opening, load(again, part.layout, part.keys), Outcome.HIT)
-    assert not held[B] or found
+        _expect(opening, load(again, layout, part.keys), Outcome.HIT)
     again.check_integrity()
 
 

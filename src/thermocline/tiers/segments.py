@@ -21,6 +21,8 @@ from thermocline.tiers.tier import Piece
 READ_BYTES_MAX = 4 * 1024 * 1024
 """One read. Large enough to run at the device's speed, small enough that checking one hides behind reading the next."""
 
+READS_WAITING_MAX = 65_536
+_BUSY = OSError(errno.EBUSY, "too many reads wait")
 _CLOSED = OSError(errno.EBADF, "the tier is closed")
 PIECES_MAX = 1000  # the kernel takes 1,024 pieces per call
 
@@ -161,16 +163,18 @@ class Read:
         self.error = error
         self._arrived.set()
 
-    def run(self) -> None:
-        """For the reader thread: read, or record why not."""
+    def run(self, buffer: NDArray[np.uint8]) -> None:
+        """For the reader thread: read into this buffer of the pool, or into larger memory; or record why not."""
+        if not self._abandoned and self.nbytes > buffer.nbytes:
+            self._pool.put(buffer)
+            buffer = aligned_memory(self.nbytes)
         if not self._abandoned:
-            buffer = self._pool.get() if self.nbytes <= READ_BYTES_MAX else aligned_memory(self.nbytes)
             try:
                 got = os.preadv(self.fd, [buffer[: self.nbytes].data], self.offset)
                 buffer[got : self.nbytes] = 0  # the file was cut: nobody sees what an earlier read left here
             except OSError as error:
                 self.error = error
-            self._hand_over(buffer)
+        self._hand_over(buffer)
         self._arrived.set()
 
     def _hand_over(self, buffer: NDArray[np.uint8]) -> None:
@@ -203,10 +207,12 @@ class Readers:
         """Start a read; release it whatever becomes of it. Over READ_BYTES_MAX it pays for memory of its own."""
         read = Read(self._pool, fd, offset, nbytes)
         with self._lock:
-            if not self._closed:
+            if self._closed:
+                read.fail(_CLOSED)
+            elif self._queue.qsize() >= READS_WAITING_MAX:  # a device that hangs, and callers that went away
+                read.fail(_BUSY)
+            else:
                 self._queue.put(read)
-                return read
-        read.fail(_CLOSED)
         return read
 
     def close(self, seconds: float) -> None:
@@ -222,7 +228,16 @@ class Readers:
                 waiting = self._queue.get_nowait()
                 if waiting is not None:
                     waiting.fail(_CLOSED)
+        for _ in self._threads:  # for those that come back after all
+            self._queue.put(None)
 
     def _serve(self) -> None:
-        while (read := self._queue.get()) is not None:
-            read.run()
+        while True:
+            # the buffer first, so that buffers go to reads in the order of the queue: a finished read that waits for
+            # its turn never holds what the read before it needs
+            buffer = self._pool.get()
+            read = self._queue.get()
+            if read is None:
+                self._pool.put(buffer)
+                return
+            read.run(buffer)
