@@ -163,7 +163,7 @@ class _Connection(asyncio.Protocol):
     def _reset(self) -> None:
         """Ready for the next request."""
         self._parser = httptools.HttpRequestParser(self)
-        self._method, self._url = "", b""
+        self._route, self._method, self._url = "unknown", "", b""
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
         self._received_bytes = 0
@@ -216,7 +216,7 @@ class _Connection(asyncio.Protocol):
             cause = error.__context__
             self._refuse(cause if isinstance(cause, RequestError) else _malformed(str(error)))
         except httptools.HttpParserUpgrade:
-            self._refuse(_malformed("protocol upgrades are not supported"))
+            self._keep_alive = False  # the request is served as plain HTTP, and what follows is not HTTP any more
         except httptools.HttpParserError as error:
             self._refuse(_malformed(str(error)))
         except RequestError as error:
@@ -256,7 +256,10 @@ class _Connection(asyncio.Protocol):
         self._head_complete = True
         self._method = self._parser.get_method().decode("latin-1")
         self._keep_alive = self._parser.should_keep_alive() and self._method != "HEAD"
-        self._chunks = self._parser.get_http_version() != "1.0"
+        version = self._parser.get_http_version()
+        if version not in {"1.0", "1.1"}:
+            raise _malformed(f"version {version}")
+        self._chunks = version == "1.1"
         head_bytes = len(self._url) + sum(len(key) + len(value) + 4 for key, value in self._headers.items())
         if head_bytes > self._limits.header_bytes_max:
             self._head_too_large()
@@ -285,9 +288,9 @@ class _Connection(asyncio.Protocol):
 
     async def _answer(self) -> None:
         """Serve one request, then be ready for the next."""
-        route, status = "unknown", 500
+        status = 500
         try:
-            route, response = await self._respond()
+            response = await self._respond()
             status = response.status
             await self._send(response)
         except asyncio.CancelledError:
@@ -301,7 +304,7 @@ class _Connection(asyncio.Protocol):
                 self._write(
                     self._server.refuse(RequestError("the server failed", hint="its log says more", status=500))
                 )
-        self._server.observe(route, status)
+        self._server.observe(self._route, status)
         self._task = None
         if self._keep_alive and not self._server.stopping and not self._transport.is_closing():
             self._reset()
@@ -309,19 +312,18 @@ class _Connection(asyncio.Protocol):
         else:
             self._close()
 
-    async def _respond(self) -> tuple[str, Response]:
-        """The route's name and its response, or the one for a mistake in the request."""
-        route = "unknown"
+    async def _respond(self) -> Response:
+        """The handler's response, or the one for a mistake in the request."""
         try:
             url = httptools.parse_url(self._url)
             path = unquote((url.path or b"/").decode("latin-1"))
-            route, rest, handler = self._server.routes.find(self._method, path)
+            self._route, rest, handler = self._server.routes.find(self._method, path)
             query = (url.query or b"").decode("latin-1")
-            return route, await handler(Request(self._method, path, query, self._headers, b"".join(self._body), rest))
+            return await handler(Request(self._method, path, query, self._headers, b"".join(self._body), rest))
         except httptools.HttpParserInvalidURLError as error:
-            return route, self._server.refuse(_malformed(str(error)))
+            return self._server.refuse(_malformed(str(error)))
         except RequestError as error:
-            return route, self._refusal(error)
+            return self._refusal(error)
 
     def _refusal(self, error: RequestError) -> Response:
         response = self._server.refuse(error)
