@@ -47,10 +47,10 @@ def claim(path: Path) -> int:
     return lock(path, fd)
 
 
-def lock(path: Path, fd: int) -> int:
+def lock(path: Path, fd: int, kind: int = fcntl.LOCK_EX) -> int:
     """Lock an open lock file. Raises DiskInUseError, having closed it, where another process holds it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
         hint = "stop the other server, or give this one its own --disk-path"

@@ -44,7 +44,6 @@ class Segments:
         self._path = path
         self.segment_bytes = segment_bytes
         self._fds: dict[int, int] = {}
-        self.direct = True
 
     def existing(self) -> list[int]:
         """Numbers of the segment files that are there, whole or cut; foreign names are left alone."""
@@ -64,7 +63,7 @@ class Segments:
         """Open a segment, allocating what of it is not there. Raises OSError, leaving no new partial file behind."""
         path = self.file(number)
         fresh = not path.exists()
-        fd = self._open_fd(path)
+        fd = open_direct(path, os.O_RDWR | os.O_CREAT)
         try:
             if os.fstat(fd).st_size != self.segment_bytes:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
@@ -114,16 +113,15 @@ class Segments:
         """Where a segment lies."""
         return self._path / f"{number:0{NAME_DIGITS}d}.segment"
 
-    def _open_fd(self, path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        if self.direct:
-            try:
-                return os.open(path, flags | os.O_DIRECT, 0o600)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self.direct = False  # a file system without direct I/O: same bytes, through the page cache
-        return os.open(path, flags, 0o600)
+
+def open_direct(path: Path, flags: int) -> int:
+    """Open past the page cache; through it on a file system without direct I/O, with the same bytes. Raises OSError."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 class Read:
