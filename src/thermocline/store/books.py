@@ -117,9 +117,7 @@ class Books:
             for layout in layouts if tier.blocks else ():
                 self.index.touch(self.index.node(layout.id, keys[tier.blocks - 1]), now)
 
-    def enter(
-        self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str, used: float
-    ) -> int:
+    def enter(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str, used: float) -> int:
         """Enter stored blocks, parents first. Returns how many; what lost its parent meanwhile is removed again."""
         with self.lock:
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):

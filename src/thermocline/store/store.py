@@ -208,9 +208,7 @@ class Store:
         self._count_saved(layout, taken, len(wanted) - taken)
         return self._mover.write_down(layout.id, [keys[at] for at in wanted[:taken]], Job(outcomes))
 
-    def _save_at(
-        self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int
-    ) -> Job:
+    def _save_at(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int) -> Job:
         return self.save(layout, keys, blocks, start=start)
 
     def _sort_out(
