@@ -24,7 +24,8 @@ import generate  # noqa: E402  # the script lies beside the documents
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(?:#[^)]*)?\)")
-OUR_COMMAND = re.compile(r"(?:^|`|\$ |&& )((?:THERMOCLINE_\w+=\S+ )*(?:thermocline|make) [^`\n#|&]*)", re.MULTILINE)
+WORDS = r"((?:THERMOCLINE_\w+=\S+ )*(?:thermocline|make) [^`\n#|&]*)"
+IN_CODE, IN_TEXT = re.compile(rf"^(?:\$ )?{WORDS}", re.MULTILINE), re.compile(f"`{WORDS}")
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -52,7 +53,9 @@ def test_links(path):
 @pytest.mark.parametrize("path", PAGES, ids=_page)
 def test_commands(path):
     """Every documented command names a verb with the options it has, or a target of the Makefile."""
-    for command in OUR_COMMAND.findall(path.read_text().replace("\\\n", " ")):
+    text = path.read_text().replace("\\\n", " ")
+    code = "\n".join(body for language, body in FENCE.findall(text) if language != "python")
+    for command in IN_CODE.findall(code) + IN_TEXT.findall(FENCE.sub("", text)):
         words = shlex.split(command.strip())
         while "=" in words[0]:
             words.pop(0)

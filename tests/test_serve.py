@@ -46,7 +46,7 @@ def _ask(url: str) -> dict:
 
 @pytest.mark.slow
 def test_serve_why_restart(tmp_path):
-    """An answer has a receipt that `why` explains; a new process on the same disk loads it and answers the same."""
+    """An answer has a receipt that `why` explains; a new process loads it from disk, and answers the same."""
     with _server(tmp_path / "disk") as url:
         first = _ask(url)
         asked = _run("why", first["id"], "--url", url, "--json")
@@ -63,3 +63,17 @@ def test_serve_why_restart(tmp_path):
     assert second["choices"] == first["choices"]
     assert second["id"] in text
     assert f"{cached:,} from disk" in text
+    _check_finds_damage(tmp_path / "disk")
+
+
+def _check_finds_damage(disk: Path) -> None:
+    clean = _run("check", str(disk), "--json")
+    found = json.loads(clean.stdout)
+    assert (clean.returncode, found["ok"]) == (0, True)
+    for segment in disk.glob("*.segment"):
+        content = bytearray(segment.read_bytes())
+        content[100::4096] = bytes(byte ^ 1 for byte in content[100::4096])
+        segment.write_bytes(content)
+    damaged = _run("check", str(disk))
+    assert damaged.returncode == 1
+    assert f"{found['blocks']} blocks do not verify" in damaged.stdout

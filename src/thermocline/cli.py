@@ -166,14 +166,19 @@ def check(path: str, as_json: bool) -> int:
 
     from thermocline.tiers.check import check_path
 
-    found = check_path(Path(path))
+    found = check_path(Path(path), progress=_show_progress)
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
     else:
         from thermocline.lens import report
 
-        click.echo(report.render_check(Path(path), found))
+        click.echo(report.render_check(found))
     return OK if found.ok else FAILED
+
+
+def _show_progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r{done:,} of {of:,} blocks", err=True, nl=done == of)
 
 
 @app.command(cls=_VerbWithSettings)

@@ -8,6 +8,7 @@ import pytest
 from thermocline.errors import UnreachableError
 from thermocline.lens import report
 from thermocline.store.receipt import Missing, Reason, Receipt
+from thermocline.tiers.check import CheckReport
 
 
 def _receipt(*missing, loaded=2048, prompt=2064):
@@ -64,6 +65,29 @@ def test_conclusion_follows_the_tokens():
 def test_empty_prompt():
     """A receipt without any token is still readable."""
     assert "0 tokens" in report.render(_receipt(loaded=0, prompt=0))
+
+
+def test_check():
+    """What a check found is told with its counts, and whether it is damage."""
+    clean = CheckReport(
+        path="cache",
+        blocks=1200,
+        bytes=5000,
+        corrupt=0,
+        torn_pages=0,
+        orphans=2,
+        unknown_pages=0,
+        segments=3,
+        ok=True,
+    )
+    assert report.render_check(clean).splitlines() == [
+        "cache: 1,200 blocks, 5,000 bytes, in 3 segments",
+        "  2 blocks lack an ancestor, and cannot be matched",
+        "so: every block that can be matched is right",
+    ]
+    text = report.render_check(msgspec.structs.replace(clean, corrupt=1, ok=False))
+    assert "  1 blocks do not verify" in text
+    assert "so: damaged. " in text
 
 
 def test_read():

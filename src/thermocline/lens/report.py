@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from thermocline.errors import UnreachableError
 from thermocline.store.receipt import Missing, Reason, Receipt
+
+if TYPE_CHECKING:  # numpy, which a receipt does not need
+    from thermocline.tiers.check import CheckReport
 
 _WORDS = {
     Reason.NEVER_SEEN: "was never seen before",
@@ -42,21 +44,10 @@ _ADVICE = {
     Reason.DECLINED: "This is as quick as it gets with the present tiers.",
     Reason.NOT_ADMITTED: "The detail says why; a larger write_queue_bytes lets more bytes wait for the disk.",
     Reason.LATE: "A tier is slower than load_seconds_max allows; the request went on without it.",
-    Reason.CORRUPT: "Damaged bytes were refused and computed again, the answer is right. Look after the medium.",
+    Reason.CORRUPT: "Damaged bytes are refused and computed again, so answers stay right; but look after the medium.",
     Reason.TIER_DOWN: "The tier is tried again by itself; /metrics shows which one fails.",
     Reason.TAIL: "All that can be loaded was loaded.",
 }
-
-
-class CheckReport(Protocol):
-    """What `tiers.check` found."""
-
-    blocks: int
-    bytes: int
-    corrupt: int
-    torn_pages: int
-    orphans: int
-    ok: bool
 
 
 def read(body: bytes) -> Receipt:
@@ -98,19 +89,19 @@ def conclude(receipt: Receipt) -> str:
     return _ADVICE[tokens.most_common(1)[0][0] if tokens else Reason.TAIL]
 
 
-def render_check(path: Path, found: CheckReport) -> str:
+def render_check(found: CheckReport) -> str:
     """What a check of a disk tier found, in words."""
-    lines = [f"{path}: {found.blocks:,} blocks, {found.bytes:,} bytes"]
-    lines += [
-        f"  {count:,} {words}"
-        for count, words in (
-            (found.corrupt, "blocks do not verify; they will never be loaded"),
-            (found.torn_pages, "pages were torn by an interrupted write; they hold no durable block"),
-            (found.orphans, "blocks lack an ancestor; they cannot be matched"),
-        )
-        if count
-    ]
-    lines.append("ok: every block that can be matched verifies" if found.ok else "damaged: what is corrupt was refused")
+    lines = [f"{found.path}: {found.blocks:,} blocks, {found.bytes:,} bytes, in {found.segments:,} segments"]
+    counts = (
+        (found.corrupt, "blocks do not verify, and would be refused"),
+        (found.orphans, "blocks lack an ancestor, and cannot be matched"),
+        (found.torn_pages, "pages of the log have a wrong sum"),
+        (found.unknown_pages, "pages of the log were written by another release"),
+    )
+    lines += [f"  {count:,} {words}" for count, words in counts if count]
+    lines.append(
+        "so: every block that can be matched is right" if found.ok else f"so: damaged. {_ADVICE[Reason.CORRUPT]}"
+    )
     return "\n".join(lines)
 
 
