@@ -93,7 +93,7 @@ CLAIMS = (
     ),
     Row(
         "demo",
-        '"an agent of 100 steps computes its context anew at every step"',
+        '"100 agent steps without a cache recompute 60,000 tokens"',
         "thermocline demo",
         _of_demo("agent"),
         "Every engine caches within a request. What is lost is what lies between two requests, and only that is saved.",

@@ -1,18 +1,21 @@
 """Writes the tables of README.md and docs/ from bench/results. `python -m bench.tables`; with --check it only compares.
 
-A page asks for a table with a pair of comments, `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+A page asks for a table with a pair of comments, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Besides what
+`thermocline bench NAME --save` keeps there, demo.json is what `thermocline demo --json` printed, and make-test.txt the
+end of what `make test` printed.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bench import BENCHES, chart
 from bench.claims import CLAIMS
-from bench.harness import ROOT, Check, Result, kept, quantity, saved
+from bench.harness import RESULTS, ROOT, Check, Result, kept, quantity, saved
 
 MARKED = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
@@ -29,6 +32,10 @@ def pages() -> dict[Path, str]:
 def filled(text: str) -> str:
     """`text` with each marked part as the kept results say. Raises KeyError for a name that is no table of ours."""
     return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def _where(machine: Mapping[str, Any], date: str) -> str:
+    return f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {date}"
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------
@@ -62,8 +69,7 @@ def _conditions(results: list[Result]) -> str:
     """Machine, date and commit, said once for the benches that share them."""
     said: dict[str, list[str]] = {}
     for result in results:
-        at = result.machine
-        where = f"{at['cpu']}, {at['cores']} cores, Python {at['python']}, {result.date}, commit {at['commit']}"
+        where = f"{_where(result.machine, result.date)}, commit {result.machine['commit']}"
         said.setdefault(where, []).append(result.bench)
     return "\n".join(f"Measured on {where}: {', '.join(names)}." for where, names in said.items())
 
@@ -80,17 +86,27 @@ def claims() -> str:
 
 
 def demo() -> str:
-    """The end of `make demo`, as it was printed."""
+    """What each chapter of `make demo` said at its end, and the table behind them."""
     found = kept("demo")
     if found is None:
         return ""
-    lines = ["```console", "$ make demo", "..."]
-    for at, chapter in enumerate(found["chapters"], 1):
+    chapters = found["chapters"]
+    lines = ["```text", "$ make demo"]
+    for at, chapter in enumerate(chapters, 1):
         lines += [f"{at}. {chapter['title']}", f"   {'ok' if chapter['ok'] else 'FAILED'}    {chapter['verdict']}"]
-    return "\n".join([*lines, "```", ""])
+    seconds = f"{len(chapters)} chapters in {found['seconds']:.0f} s"
+    return "\n".join([*lines, "```", "", f"{seconds}, on {_where(found['machine'], found['date'])}.", ""])
 
 
-TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "claims": claims, "demo": demo}
+def tests() -> str:
+    """The end of what `make test` printed: the promises proven, and what was skipped."""
+    path = RESULTS / "make-test.txt"
+    if not path.exists():
+        return ""
+    return "\n".join(["```text", "$ make test", "...", path.read_text().strip(), "```", ""])
+
+
+TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "claims": claims, "demo": demo, "tests": tests}
 
 
 def main(check_only: bool) -> int:  # noqa: FBT001  # the one flag of a script

@@ -8,6 +8,7 @@ import pytest
 
 import bench
 from bench import harness
+from thermocline.demo.machine import machine
 from thermocline.errors import BenchError
 
 
@@ -16,8 +17,13 @@ def _result(**changes):
         harness.check("ours / raw", 1.25, "x", 1.3, "lower"),
         harness.check("speed", 0.5, "x", 0.85, "higher"),
     ]
-    fields = {"bench": "example", "machine": harness.machine(), "date": "2026-01-02", "checks": checks, "details": {}}
-    fields["machine"]["load_average_after"] = 0.5
+    fields = {
+        "bench": "example",
+        "machine": {**machine(), "commit": "abc", "load_average_after": 0.5},
+        "date": "2026-01-02",
+        "checks": checks,
+        "details": {},
+    }
     return harness.Result(**(fields | changes))
 
 

@@ -13,7 +13,7 @@ from thermocline.demo.texts import source
 from thermocline.engines.generation import Result
 
 STEPS = 100
-COLD_STEPS = (1, 34, 67, 100)
+COLD_STEPS = (1, 50, 100)
 """Only these are also computed without a cache: all of them would take minutes."""
 ANSWER_TOKENS = 2
 TASK = "You work on the module below. At each step, read what the last tool printed and choose the next one.\n\n"
@@ -27,9 +27,7 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
     with stage.engine(folder) as engine:
         context = TASK + source()
         for step in range(1, STEPS + 1):
-            context += (
-                f"\n[step {step}] ran check {7 * step % 13} on line {37 * step % 480}: exit code {step % 3}. [next]"
-            )
+            context += f"\n[step {step}] line {37 * step % 480} gives {step % 3}. [next]"
             prompt = engine.text.encode(context)
             if step in COLD_STEPS:
                 screen.working(f"step {step} of {STEPS}, without a cache")
@@ -65,7 +63,7 @@ def _concluded(screen: Screen, results: list[Result], cold: dict[int, Result], l
     ]
     screen.table(headers, rows, right=(1, 2))
     figure = f"{computed:,} of {sum(lengths):,} prompt tokens computed, {cold_seconds / warm_seconds:.0f}x less waiting"
-    claim = Claim('"an agent of 100 steps computes its context anew at every step"', figure, "thermocline demo")
+    claim = Claim('"100 agent steps without a cache recompute 60,000 tokens"', figure, "thermocline demo")
     details = {
         "steps": STEPS,
         "prompt_tokens": sum(lengths),

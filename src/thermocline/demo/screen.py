@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from thermocline.clock import Clock
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BAR_WIDTH = 40
 WIDTH_MAX = 110
@@ -19,20 +13,14 @@ WAIT_LINE_SECONDS = 10.0
 class Screen:
     """Writes chapters, sentences, tables and bars."""
 
-    def __init__(self, clock: Clock, *, json_output: bool) -> None:
+    def __init__(self, *, json_output: bool) -> None:
         from rich.console import Console
 
-        self._clock = clock
         stream = sys.stderr if json_output else sys.stdout
         self._console = Console(file=stream, highlight=False, soft_wrap=False)
         if self._console.width > WIDTH_MAX or not self._console.is_terminal:
             self._console.width = WIDTH_MAX
         self._waited_seconds = 0.0
-
-    @property
-    def console(self) -> Console:
-        """For text that needs more than the verbs below."""
-        return self._console
 
     def chapter(self, number: int, title: str, promise: str) -> None:
         """Begin a chapter."""

@@ -38,10 +38,8 @@ def opened(screen: Screen) -> Iterator[Stage]:
     started = clock.now()
     screen.say("")
     screen.say(
-        "Loading the built-in model in two processes. Its weights are random and its text is gibberish: what counts"
-    )
-    screen.say(
-        f"is that its answers are the same, token by token, and when they begin. It computes on {THREADS} thread."
+        "Loading the built-in model in two processes. Its weights are random and its text is gibberish: what counts is "
+        f"that its answers are the same, token by token, and when they begin. It computes on {THREADS} thread."
     )
     with other.started() as second:
         screen.working("importing torch and transformers, making the model the first time")

@@ -45,7 +45,7 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
     """
     logging.getLogger("thermocline").addHandler(logging.NullHandler())  # damage is planted here: the screen tells of it
     clock = SystemClock()
-    screen = Screen(clock, json_output=json_output)
+    screen = Screen(json_output=json_output)
     started = clock.now()
     told = [_chapter(screen, clock, at, name, play) for at, (name, play) in enumerate(_CHEAP.items(), 1)]
     _wait_for_engine(screen, clock, engine_ready)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from thermocline.clock import SystemClock
+from thermocline.demo import crash, damage, story
+from thermocline.demo.screen import Screen
+from thermocline.errors import ModelError
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_source(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE), prepend=os.pathsep)
+
+
+def _screen():
+    return Screen(json_output=True)
+
+
+def test_damage(tmp_path, capsys):
+    """Every flipped bit is refused, nothing wrong is handed out, and the screen shows the receipt that says CORRUPT."""
+    told = damage.play(_screen(), tmp_path)
+    assert told.ok
+    assert told.details == {"flips": 200, "refused": 200, "wrong": 0, "intact_loaded": 56, "explained": True}
+    assert "CORRUPT" in capsys.readouterr().err
+
+
+def test_crash(tmp_path):
+    """No kill in the middle of writing loses a durable block or yields a wrong one."""
+    told = crash.play(_screen(), tmp_path)
+    assert told.ok
+    assert told.details == {"kills": crash.KILLS, "wrong": 0, "lost": 0}
+
+
+def test_crash_counts_what_is_lost(tmp_path):
+    """The chapter would notice: blocks called durable that are not there are counted as lost."""
+    assert crash._reopened(tmp_path, 0, 5) == (0, 0, 5)
+
+
+def test_failed_installation_is_told(tmp_path):
+    """Where the engine could not be installed, the demo says so and names the log."""
+    ready = tmp_path / ".engine-ready"
+    ready.with_name(ready.name + ".failed").write_text("engine.log\n")
+    with pytest.raises(ModelError) as raised:
+        story._wait_for_engine(_screen(), SystemClock(), ready)
+    assert "engine.log" in raised.value.hint
+
+
+def test_installed_engine_ends_the_wait(tmp_path):
+    """The demo goes on as soon as the stamp is there."""
+    ready = tmp_path / ".engine-ready"
+    ready.touch()
+    story._wait_for_engine(_screen(), SystemClock(), ready)
+
+
+@pytest.mark.slow
+def test_whole_demo_as_json():
+    """`thermocline demo --json` prints one object on stdout: five chapters, their claims, and the same answers."""
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, "-m", "thermocline", "demo", "--json"], capture_output=True, text=True, check=False
+    )
+    told = json.loads(done.stdout)
+    chapters = {chapter["name"]: chapter for chapter in told["chapters"]}
+    assert list(chapters) == list(story.TITLES)
+    assert done.returncode == (0 if told["ok"] else 1)
+    assert all(chapter["claim"]["figure"] and chapter["verdict"] for chapter in chapters.values())
+    assert chapters["conversations"]["details"]["same_answers"] == chapters["conversations"]["details"]["turns"]
+    assert chapters["agent"]["details"]["same_answers"] == 3
+    assert "diverged" in chapters["planted"]["details"]["reasons"]
+    assert "playbook claim" in done.stderr
