@@ -193,11 +193,7 @@ class _Api:
                 self._check_key(request)
             if request.method == "POST":
                 _check_content_type(request)
-            self._metrics.count("requests_in_flight")
-            try:
-                return await handler(request)
-            finally:
-                self._metrics.count("requests_in_flight", -1)
+            return await handler(request)
 
         return guarded
 

@@ -205,14 +205,15 @@ def _instruction_set() -> str:
     return " ".join([level, *(unit for unit in ("avx512_bf16", "amx_bf16", "amx_fp16") if known.get(unit))])
 
 
-def weights_digest(module: PreTrainedModel) -> bytes:
+def weights_digest(module: PreTrainedModel, *, with_config: bool = True) -> bytes:
     """16 bytes over every weight (name, type, shape, bytes) and over the configuration that says how they are used."""
     digest = xxhash.xxh3_128()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
-    config = {key: value for key, value in module.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if with_config:
+        config = {key: value for key, value in module.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     return digest.digest()
 
 

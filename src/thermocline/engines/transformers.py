@@ -114,6 +114,7 @@ class Engine:
                     msg, hint="retry later, or raise requests_max", status=429, code="rate_limit_exceeded"
                 )
             self._waiting.append(generation)
+            self.metrics.gauge("requests_in_flight", len(self._waiting) + len(self._running))
             self._changed.notify()
         return generation
 
@@ -172,9 +173,11 @@ class Engine:
         with torch.inference_mode():
             self._warm_up()
             while self._admit():
-                turn = self._running.popleft()
-                if self._take_step(turn):
-                    self._running.append(turn)
+                if self._take_step(self._running[0]):
+                    self._running.rotate(-1)
+                else:
+                    self._running.popleft()
+                    self.metrics.gauge("requests_in_flight", len(self._waiting) + len(self._running))
 
     def _warm_up(self) -> None:
         """Compute short pieces once: the matrix library compiles its code on first use, per thread and size."""
