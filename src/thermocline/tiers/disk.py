@@ -38,6 +38,7 @@ MIB = 1024 * 1024
 GROUP_BYTES_MAX = 32 * MIB
 GROW_RETRY_SECONDS = 30.0
 CLOSE_SECONDS_MAX = 10.0
+READERS_CLOSE_SECONDS_MAX = 1.0
 READER_THREADS = 2
 
 
@@ -84,7 +85,7 @@ class DiskTier:
         self._quarantined_bytes = 0
         self._starved = False
         self._grow_at = float("-inf")
-        self._closing = self._stopped = self._busy = False
+        self._closing = self._stopped = self._busy = self._let_go_once = False
         self._files = ExitStack()
         self._files.callback(os.close, directory.claim(path))
         try:
@@ -201,7 +202,7 @@ class DiskTier:
     def close(self) -> None:
         """See `Tier.close`. Waits for what is queued; a device that hangs is given up on after a few seconds.
 
-        Then what still waits is FAILED, and the path stays locked until the process ends: the device may yet write.
+        Then what still waits is FAILED, and the path stays locked until the device answers: it may yet write.
         """
         with self._lock:
             if self._closing:
@@ -209,15 +210,21 @@ class DiskTier:
             self._closing = True
             self._lock.notify_all()
         self._thread.join(CLOSE_SECONDS_MAX)
-        self._readers.close(1.0)
-        if not self._thread.is_alive():
-            self._files.close()
-            return
-        LOG.warning("disk tier: the device did not finish writing within %s seconds", CLOSE_SECONDS_MAX)
+        if self._thread.is_alive():
+            LOG.warning("disk tier: the device did not finish writing within %s seconds", CLOSE_SECONDS_MAX)
+            with self._lock:
+                waiting, self._writes = list(self._writes), deque()
+            for write in waiting:
+                self._fail(write)
+        self._readers.close(READERS_CLOSE_SECONDS_MAX)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close all files: called by the writer at its end and by `close`, and done by the later of the two."""
         with self._lock:
-            waiting, self._writes = list(self._writes), deque()
-        for write in waiting:
-            self._fail(write)
+            self._let_go_once, last = True, self._let_go_once
+        if last:
+            self._files.close()
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -294,6 +301,7 @@ class DiskTier:
             with self._lock:
                 self._busy = False
                 self._lock.notify_all()
+        self._let_go()
 
     def _has_work(self) -> bool:
         return bool(self._writes or self._forgotten or self._closing or (self._starved and self._may_grow()))

@@ -200,8 +200,10 @@ class Journal:
         self.sync()
 
     def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._fd)
+        """Let go of the file. A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _wants_compaction(self, live: int) -> bool:
         """True when the log is large, and most of it history."""
