@@ -29,7 +29,7 @@ def opened() -> Iterator[list[Store]]:
     stores: list[Store] = []
     yield stores
     for store in stores:
-        store.close()
+        store.close(5.0)
 
 
 @pytest.fixture
