@@ -74,7 +74,11 @@ def test_answers_are_equal_with_memory_disk_and_a_new_process(
     script = Path(__file__).with_name("other_process.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "disk")], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, str(script), str(tmp_path / "disk")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     answers = json.loads(done.stdout)
     assert [tuple(answer["tokens"]) for answer in answers] == expected
@@ -117,7 +121,9 @@ def test_long_prompts_load_in_windows(
     assert second.receipt.by_tier == {"memory": 1280}
 
 
-def test_streams_side_by_side_equal_streams_alone(make_engine: MakeEngine, make_store: MakeStore, plain: Engine) -> None:
+def test_streams_side_by_side_equal_streams_alone(
+    make_engine: MakeEngine, make_store: MakeStore, plain: Engine
+) -> None:
     """Eight requests that take turns, sampled ones among them, answer as each would by itself."""
     engine = make_engine(make_store())
     shared = numbers(300)
@@ -271,9 +277,16 @@ def test_memory_for_requests_is_bounded(make_engine: MakeEngine, model: Model) -
 
 @pytest.mark.parametrize(
     ("tokens", "new_tokens", "code"),
-    [([], 1, None), ([4096], 1, None), ([5] * 32768, 1, "context_length_exceeded"), ([5], 32768, "context_length_exceeded")],
+    [
+        ([], 1, None),
+        ([4096], 1, None),
+        ([5] * 32768, 1, "context_length_exceeded"),
+        ([5], 32768, "context_length_exceeded"),
+    ],
 )
-def test_what_cannot_be_computed_is_refused(plain: Engine, tokens: list[int], new_tokens: int, code: str | None) -> None:
+def test_what_cannot_be_computed_is_refused(
+    plain: Engine, tokens: list[int], new_tokens: int, code: str | None
+) -> None:
     """An empty prompt, an unknown token and too long a text are refused with a hint before they are queued."""
     with pytest.raises(RequestError) as refused:
         plain.generate(tokens, new_tokens)
@@ -287,7 +300,9 @@ def test_the_whole_context_can_be_used(plain: Engine, monkeypatch: pytest.Monkey
     assert len(plain.generate(numbers(45), 5).tokens) == 5
 
 
-def test_numbers_that_are_not_finite_fail_one_request_only(make_engine: MakeEngine, model: Model, plain: Engine) -> None:
+def test_numbers_that_are_not_finite_fail_one_request_only(
+    make_engine: MakeEngine, model: Model, plain: Engine
+) -> None:
     """A NaN ends the request that met it with an error, and no later request meets its memory."""
     engine = make_engine()
     good = engine.generate([5, 6, 7], 3).tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_a_broken_attempt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tiny, "_write", fail)
     with pytest.raises(OSError, match="disk full"):
         tiny.ensure(tmp_path / "tiny")
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_at_a_time_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,4 +59,4 @@ def test_two_at_a_time_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(tiny, "_write", overtaken)
     assert tiny.ensure(tmp_path / "tiny").joinpath("config.json").read_text() == "theirs"
-    assert os.listdir(tmp_path) == ["tiny"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging
@@ -27,6 +28,7 @@ PROBE_TOLERANCE = 0.1
 CONTEXT_TOKENS_MAX = 1 << 20
 """Where a model names no limit."""
 
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 _NOT_IN_FINGERPRINT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype"}
 
 Progress = Callable[[str], object]
@@ -92,10 +94,8 @@ def load_model(
     progress(f"loading {name}")
     config = _read(AutoConfig.from_pretrained, source, name)
     _refuse_others(config, name)
-    module = _read(
-        AutoModelForCausalLM.from_pretrained, source, name, config=config, dtype="auto", use_safetensors=True
-    )
-    module.eval()
+    module = _weighted(source, name, config)
+    module.eval()  # type: ignore[no-untyped-call]  # as above
     tokenizer = _read(AutoTokenizer.from_pretrained, source, name)
     name = Path(name).resolve().name if Path(name).is_dir() else name
     with torch.inference_mode():
@@ -108,13 +108,27 @@ def _read(load: Callable[..., Any], source: str, name: str, **options: object) -
     """One of transformers' factories. What it raises for a missing or odd model has no common base class."""
     try:
         return load(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+    except (*_LOAD_ERRORS, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         msg = f"cannot load the model {name}: {first_line}"
         hint = "name a folder with config.json, tokenizer and *.safetensors, or a hub model that was downloaded before"
         if not Path(source).exists():
             hint += f'; "{tiny.NAME}" needs neither'
         raise ModelError(msg, hint=hint) from None
+
+
+def _weighted(source: str, name: str, config: Any) -> PreTrainedModel:  # noqa: ANN401  # any of transformers' configurations
+    """The module with every weight from the files. Transformers would fill in random numbers for missing ones."""
+    options = {"config": config, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    module, found = _read(AutoModelForCausalLM.from_pretrained, source, name, **options)
+    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if missing:
+        msg = f"the files of {name} lack {len(missing)} weights, {missing[0]} among them"
+        raise ModelError(
+            msg, hint="fetch the model again; it is not complete, or not of the kind its configuration says"
+        )
+    loaded: PreTrainedModel = module
+    return loaded
 
 
 def _refuse_others(config: Any, name: str) -> None:  # noqa: ANN401  # any of transformers' configurations

@@ -175,7 +175,7 @@ def read(body: bytes, kind: type[R]) -> R:
         _refuse_unsupported(fields)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        found = re.search(r"(?:\$\.|field `)(\w+)", str(error))
+        found = re.search(r"\$\.(\w+)", str(error)) or re.search(r"field `(\w+)", str(error))
         raise RequestError(str(error), hint="compare it with the API reference", param=found and found[1]) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         msg = f"the body is not JSON: {error}"
