@@ -19,8 +19,14 @@ from numpy.typing import NDArray
 FORGETTING = 0.97
 """An observation counts half after 23 further ones: machines change their speed, and the plan should follow."""
 
+SLOWED_FORGETTING = 0.7
+"""The same after one that took more than twice as long as predicted. Errors are relative to what was measured, so a
+single such observation hardly counts itself; but when a machine has become slow, what it did before must go soon."""
+
 PRIOR_WEIGHT = 1e-3
 """How much the prior counts beside one observation: it decides only what no observation speaks about."""
+
+SECONDS_MIN, SECONDS_MAX = 1e-9, 1e9
 
 TRANSFER_PRIORS = {"memory": (20e-6, 1 / 5e9), "disk": (1e-3, 1 / 0.5e9)}
 TRANSFER_PRIOR = (2e-3, 1 / 0.2e9)
@@ -41,35 +47,54 @@ class Fit:
     """Least squares with forgetting, relative to the size of what was measured, with weights that cannot be negative.
 
     Every observation asks that weights . terms / seconds = 1, so small and large transfers count alike; only the sums
-    of products are kept. A negative weight is set to zero and the rest is fitted again (the first steps of Lawson and
-    Hanson's NNLS, 1974, which for two or three terms is all of it in practice).
+    of products are kept. The prior joins in with a few typical rows, scaled to how fast this machine has proven to be:
+    it says how the terms compare with each other, not how long they take. A negative weight is set to zero and the
+    rest is fitted again (the first steps of Lawson and Hanson's NNLS, 1974, which for two or three terms is all of it).
     """
 
     def __init__(self, prior: Sequence[float], typical: Sequence[Sequence[float]]) -> None:
         rows = np.array(typical, float)
         rows /= (rows @ np.array(prior))[:, None]
         self._scale = 1 / np.abs(rows).max(axis=0)
-        self._prior = PRIOR_WEIGHT * _products(rows * self._scale)
-        self._sums = np.zeros_like(self._prior)
-        self._weights: list[float] | None = [float(weight) for weight in prior]
+        self._prior = tuple(prior)
+        self._prior_sums = PRIOR_WEIGHT * _products(rows * self._scale)
+        self._sums = np.zeros_like(self._prior_sums)
+        self._slowness = 0.0  # the sum of the logarithms of seconds / prior, as heavy as the observations
+        self._weight = 0.0
+        self._weights: tuple[float, ...] | None = self._prior
         self._lock = threading.Lock()
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """One measurement. Non-positive seconds say nothing and are passed over."""
-        if seconds > 0:
-            row = np.array(terms)[None] * self._scale / seconds
-            with self._lock:
-                self._sums = FORGETTING * self._sums + _products(row)
-                self._weights = None
+        """One measurement. What took no time that a clock can tell says nothing, and is passed over."""
+        if not SECONDS_MIN < seconds < SECONDS_MAX:
+            return
+        row = np.array(terms)[None] * self._scale / seconds
+        with self._lock:
+            kept = SLOWED_FORGETTING if seconds > 2 * _dot(self._fitted(), terms) else FORGETTING
+            self._sums = kept * self._sums + _products(row)
+            self._slowness = kept * self._slowness + math.log(seconds / _dot(self._prior, terms))
+            self._weight = kept * self._weight + 1
+            self._weights = None
 
     def predict(self, terms: Sequence[float]) -> float:
         """Seconds for these terms."""
         weights = self._weights
         if weights is None:
             with self._lock:
-                weights = [float(weight) for weight in _non_negative(self._sums + self._prior) * self._scale]
-                self._weights = weights
-        return math.fsum(weight * term for weight, term in zip(weights, terms, strict=True))
+                weights = self._fitted()
+        return _dot(weights, terms)
+
+    def _fitted(self) -> tuple[float, ...]:
+        if self._weights is None:
+            slowness = math.exp(self._slowness / self._weight)
+            prior = self._prior_sums / slowness
+            prior[:-1] /= slowness
+            self._weights = tuple((_non_negative(self._sums + prior) * self._scale).tolist())
+        return self._weights
+
+
+def _dot(weights: Sequence[float], terms: Sequence[float]) -> float:
+    return math.fsum(weight * term for weight, term in zip(weights, terms, strict=True))
 
 
 def _products(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -118,7 +143,7 @@ class LearnedCosts:
         fit = self._transfers.get(tier)
         if fit is None:
             prior = TRANSFER_PRIORS.get(tier, TRANSFER_PRIOR)
-            fit = self._transfers[tier] = Fit(prior, [(1.0, 1e5), (1.0, 1e8)])
+            fit = self._transfers.setdefault(tier, Fit(prior, [(1.0, 1e5), (1.0, 1e8)]))
         return fit
 
 
