@@ -142,10 +142,12 @@ def serve() -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture
 def served(serve: Callable[..., Served]) -> Served:
+    """A server with the limits above."""
     return serve()
 
 
 def connect(served: Served) -> socket.socket:
+    """A new connection."""
     return socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_SECONDS)
 
 
@@ -166,14 +168,17 @@ def exchange(served: Served, *requests: bytes) -> bytes:
 
 
 def get(path: str, *headers: str, method: str = "GET", version: str = "1.1") -> bytes:
+    """A request's head."""
     return "\r\n".join([f"{method} {path} HTTP/{version}", "host: x", *headers, "", ""]).encode()
 
 
 def status(answer: bytes) -> int:
+    """The status of the first answer."""
     return int(answer.split(b" ", 2)[1])
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
+    """Wait for something that another thread brings about."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
