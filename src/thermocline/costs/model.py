@@ -107,7 +107,7 @@ def _non_negative(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     weights = np.zeros(len(right))
     active = np.arange(len(right))
     while len(active):
-        solved = np.linalg.solve(products[np.ix_(active, active)], right[active])
+        solved = np.linalg.lstsq(products[np.ix_(active, active)], right[active])[0]  # also where they contradict
         if (solved >= 0).all():
             weights[active] = solved
             break
