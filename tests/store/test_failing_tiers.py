@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,23 @@ def test_a_tier_that_is_not_asked_in_time_is_not_blamed(two_tiers, clock):
         store.release(plan.lease)
         save(store, keys)
     assert store.metrics.value("tier_failures_total", (("tier", "cold"),)) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001])
+def test_a_load_that_is_given_no_time_counts_against_nobody(make_store, seconds):
+    """A load whose time is up before it begins is LATE at once, and no tier is blamed for that."""
+    store, keys = make_store(), chain("prompt", 4)
+    save(store, keys)
+    load = store._warm.load
+    store._warm.load = lambda *args: load(*args) if seconds == 0.0 else [Outcome.LATE] * 4
+    for _ in range(5):
+        plan = replace(store.match([LAYOUT], keys, prompt_tokens=999), load_seconds_max=seconds)
+        loaded = store.load(plan, 0, [[np.zeros(BLOCK_BYTES, np.uint8)] for _ in keys])
+        assert (loaded.blocks, [part.reason for part in loaded.missing]) == (0, ["late"])
+        store.release(plan.lease)
+    del store._warm.load
+    assert ask(store, keys).blocks == 4
+    assert store.metrics.value("tier_failures_total", (("tier", "memory"),)) == 0
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ LOG = logging.getLogger("thermocline.store")
 LEASE_SECONDS = 30.0
 LOAD_SECONDS_MAX = 10.0
 EVICT_ROUNDS_MAX = 4
+FAIR_SECONDS = 0.02
+"""A tier that was given less time than this, as others had used it up, is not blamed for being late."""
 
 
 class Store:
@@ -138,10 +140,14 @@ class Store:
     ) -> tuple[Counter[str], tuple[Reason, str]]:
         """Load from the planned tier, and what it does not have from others. How many from which, and why no more."""
         hits: Counter[str] = Counter()
-        why = (Reason.TIER_DOWN, "the store is closed")
-        for name in () if self._closed else (first, *(name for name in self._books.tiers if name != first)):
+        if self._closed:
+            return hits, (Reason.TIER_DOWN, "the store is closed")
+        why = (Reason.LATE, "no time was left")
+        for name in (first, *(name for name in self._books.tiers if name != first)):
             at = hits.total()
-            if at == len(keys) or (name != first and not self._may_still_ask(name, deadline)):
+            if at == len(keys) or self._clock.now() >= deadline:
+                break
+            if name != first and not self._books.allows(name, "load"):
                 continue
             outcomes = self._load_from(name, layout, keys[at:], into[at:], deadline)
             hits[name] = _leading_hits(outcomes)
@@ -149,10 +155,6 @@ class Store:
             if name == first or refused is not Outcome.MISS:
                 why = _why_not(refused, name)
         return +hits, why
-
-    def _may_still_ask(self, name: str, deadline: float) -> bool:
-        """A tier that was not planned for is asked only while it is up, and never blamed for being asked too late."""
-        return self._clock.now() < deadline and self._books.allows(name, "load")
 
     def _load_from(
         self, name: str, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
@@ -173,9 +175,9 @@ class Store:
         with self._books.lock:
             if hits == len(outcomes):
                 self.costs.transferred(name, hits * layout.block_bytes, seconds)
-            if Outcome.LATE in outcomes or Outcome.FAILED in outcomes:
+            if Outcome.FAILED in outcomes or (Outcome.LATE in outcomes and deadline - started > FAIR_SECONDS):
                 self._books.failed(name, "load")
-            else:
+            elif Outcome.LATE not in outcomes:
                 self._books.succeeded(name, "load")
             self._books.lost(layout.id, keys, outcomes, name)
         return outcomes
