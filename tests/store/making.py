@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from thermocline.blocks.frame import copy_out
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.store.receipts import account
 from thermocline.store.store import Store
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage
 
@@ -84,7 +86,7 @@ class Answer:
 
 
 def ask(store: Store, keys: Sequence[BlockKey], *layouts: Layout) -> Answer:
-    """Match, load every rank, check each byte, release."""
+    """Match, load every rank, check each byte, release, and check that each block that is missing has one reason."""
     layouts = layouts or (LAYOUT,)
     plan = store.match(layouts, keys, prompt_tokens=len(keys) * TOKENS_PER_BLOCK + 1)
     answers = []
@@ -96,10 +98,32 @@ def ask(store: Store, keys: Sequence[BlockKey], *layouts: Layout) -> Answer:
         answers.append(loaded)
     store.release(plan.lease)
     least = min(answers, key=lambda loaded: loaded.blocks)
-    missing = [*least.missing, *plan.missing]
-    return Answer(
-        least.blocks, plan.blocks, least.by_tier, [(part.start, part.stop, str(part.reason)) for part in missing]
-    )
+    missing = account(plan, least)[:-1]  # the tail is always there
+    assert [at for part in missing for at in range(part.start, part.stop)] == list(range(least.blocks, len(keys)))
+    reasons = [(part.start, part.stop, str(part.reason)) for part in missing]
+    return Answer(least.blocks, plan.blocks, least.by_tier, reasons)
+
+
+def flip_in_memory(store: Store, key: BlockKey, layout: Layout = LAYOUT) -> bool:
+    """Flip one bit of a block in memory; False if it is not there."""
+    lent = store._warm.block(layout.id, key)
+    if lent is not None:
+        lent[0][100] ^= 1
+    return lent is not None
+
+
+def flip_on_disk(folder: Path, key: BlockKey, layout: Layout = LAYOUT) -> bool:
+    """Flip one bit of a block in its segment file; False if it is not there."""
+    for path in folder.glob("*.segment"):
+        at = path.read_bytes().find(content(layout, key).tobytes())
+        if at >= 0:
+            with path.open("r+b") as file:
+                file.seek(at + 100)
+                byte = file.read(1)[0]
+                file.seek(at + 100)
+                file.write(bytes([byte ^ 1]))
+            return True
+    return False
 
 
 def never(*_: object) -> None:

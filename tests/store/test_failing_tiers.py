@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.store.making import BLOCK_BYTES, GUARD_SECONDS, LAYOUT, ScriptedTier, ask, chain, content, contents, save
+from tests.store.making import (
+    BLOCK_BYTES,
+    GUARD_SECONDS,
+    LAYOUT,
+    ScriptedTier,
+    ask,
+    chain,
+    contents,
+    flip_in_memory,
+    flip_on_disk,
+    save,
+)
 from thermocline.clock import SystemClock
 from thermocline.store.store import Store
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
 from thermocline.tiers.tier import Outcome
-
-
-def flip_in_memory(store: Store, key: bytes) -> None:
-    """Flip one bit of a block that memory holds."""
-    piece, _ = store._warm.block(LAYOUT.id, key)
-    piece[100] ^= 1
-
-
-def flip_on_disk(folder: Path, key: bytes) -> None:
-    """Flip one bit of a block in a segment file."""
-    for path in folder.glob("*.segment"):
-        whole = bytearray(path.read_bytes())
-        at = whole.find(content(LAYOUT, key).tobytes())
-        if at >= 0:
-            whole[at + 100] ^= 1
-            path.write_bytes(whole)
-            return
-    pytest.fail("the block is not on disk")
 
 
 def raise_error(_: object) -> None:
@@ -86,7 +78,7 @@ def test_damage_on_disk_is_recomputed_and_mended(make_store, make_disk, tmp_path
     store = make_store(make_disk())
     save(store, keys)
     store.close()
-    flip_on_disk(tmp_path / "disk", keys[4])
+    assert flip_on_disk(tmp_path / "disk", keys[4])
     store = make_store(make_disk())
     assert (ask(store, keys).blocks, ask(store, keys).reasons) == (4, [(4, 8, "corrupt")])
     save(store, keys)
