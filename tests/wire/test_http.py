@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 from thermocline.errors import RequestError
-from thermocline.wire.http import CLIENT_GONE, Limits, Request, Response, Routes, Server
+from thermocline.wire.http import CLIENT_GONE, Limits, Server
+from thermocline.wire.routes import Request, Response, Routes
 
 LIMITS = Limits(
     header_bytes_max=4096,

@@ -34,7 +34,8 @@ from thermocline.engines.transformers import Engine
 from thermocline.errors import RequestError, ThermoclineError
 from thermocline.settings import Settings, is_loopback, read_key
 from thermocline.wire import openai
-from thermocline.wire.http import Handler, Limits, Request, Response, Routes, Server
+from thermocline.wire.http import Limits, Server
+from thermocline.wire.routes import Handler, Request, Response, Routes
 
 T = TypeVar("T")
 COMPLETION_TOKENS_DEFAULT = 16

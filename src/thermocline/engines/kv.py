@@ -31,13 +31,13 @@ class Kv:
     `length` alone: whoever ran it says with `grow` how many of its tokens count.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, tokens: int) -> None:
+    def __init__(self, layout: Layout, dtype: torch.dtype, tokens: int, *, faulted: bool = False) -> None:
         self.length = 0
         self.capacity = _capacity(tokens)
         per_block = layout.tokens_per_block
         slots = -(-self.capacity // per_block) * per_block
         shape = (layout.layers, 2, layout.kv_heads, slots, layout.head_dim)
-        memory = fresh_memory(slots // per_block * layout.block_bytes)
+        memory = fresh_memory(slots // per_block * layout.block_bytes, faulted=faulted)
         self.nbytes = memory.nbytes
         self.tensor = torch.from_numpy(memory).view(dtype).view(shape)
         words = _words(memory).reshape(*shape[:3], slots // per_block, -1)
@@ -93,7 +93,8 @@ class KvPool:
         self.bytes_max = max(bytes_max, self._token_bytes * (_capacity(tokens_max) + layout.tokens_per_block))
         self.used_bytes = 0
         self._free: list[Kv] = []
-        self.give(self._make(min(PREFAULT_TOKENS, tokens_max, max(1, PREFAULT_BYTES // self._token_bytes))))
+        first = min(PREFAULT_TOKENS, tokens_max, max(1, PREFAULT_BYTES // self._token_bytes))
+        self.give(self._make(first, faulted=True))
 
     def take(self, tokens: int) -> Kv | None:
         """Room for this many tokens; None while others hold too much."""
@@ -116,8 +117,8 @@ class KvPool:
         """Let go of the memory instead: it holds what no other text may meet (a NaN outlives its mask)."""
         self.used_bytes -= kv.nbytes
 
-    def _make(self, tokens: int) -> Kv:
-        kv = Kv(self._layout, self._dtype, tokens)
+    def _make(self, tokens: int, *, faulted: bool = False) -> Kv:
+        kv = Kv(self._layout, self._dtype, tokens, faulted=faulted)
         self.used_bytes += kv.nbytes
         return kv
 

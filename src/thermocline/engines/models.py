@@ -89,7 +89,8 @@ def load_model(
         torch.set_num_threads(threads)
     source = name
     if name == tiny.NAME:
-        progress(f"the built-in model (its text is gibberish) lies in {tiny.folder()}")
+        doing = "is in" if tiny.folder().is_dir() else "is being made in"
+        progress(f"the built-in model (its text is gibberish) {doing} {tiny.folder()}")
         source = str(tiny.ensure())
     progress(f"loading {name}")
     config = _read(AutoConfig.from_pretrained, source, name)

@@ -48,11 +48,15 @@ class MemoryPages:
         return [[self.rows[page]] for page in page_ids]
 
 
-def fresh_memory(nbytes: int) -> NDArray[np.uint8]:
-    """Page-aligned zeroed memory, faulted in. In huge pages where the kernel has them: faults cost more than copies."""
+def fresh_memory(nbytes: int, *, faulted: bool = True) -> NDArray[np.uint8]:
+    """Page-aligned zeroed memory, in huge pages where the kernel has them: page faults cost more than copies.
+
+    `faulted` memory pays for them now, other memory as it is first touched.
+    """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)
-    array[:: mmap.PAGESIZE] = 0
+    if faulted:
+        array[:: mmap.PAGESIZE] = 0
     return array
