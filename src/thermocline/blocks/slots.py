@@ -6,13 +6,20 @@ save side by side, so that loading them is a few large reads. (The idea of size 
 
 from __future__ import annotations
 
+import re
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import attrgetter
 from typing import NamedTuple
 
 FIRST_GENERATION = 1
 _FREE = 1
+_RUN = re.compile(b"\x01+")
+UNITS_SEARCHED = 64
+"""A take looks at no more units than this, so that its price does not grow with the tier."""
 
 
 class Slot(NamedTuple):
@@ -56,13 +63,19 @@ class SlotMap:
     def take(self, slot_bytes: int, count: int) -> list[Slot]:
         """Up to `count` slots, side by side where possible; fewer, or none, if there is no more room."""
         taken: list[Slot] = []
-        run = count
-        while run and len(taken) < count:
-            run = min(run, count - len(taken))
-            found = self._take_run(slot_bytes, run)
-            taken += found
-            if not found:
-                run //= 2
+        runs = self._free_runs(slot_bytes) if count > 0 else []
+        while len(taken) < count:
+            wanted = count - len(taken)
+            at = min(bisect_left(runs, (wanted,)), len(runs) - 1)
+            longest_possible = min(wanted, self.unit_bytes // slot_bytes)
+            if self._empty and longest_possible and (at < 0 or runs[at][0] < longest_possible):
+                unit = self._start(self._empty.pop(), slot_bytes)
+                insort(runs, (len(unit.free), unit.number, 0))
+            elif at < 0:
+                break
+            else:
+                length, number, index = runs.pop(at)
+                taken += self._mark(self._units[number], index, min(length, wanted))
         return taken
 
     def free_slots(self, slot_bytes: int) -> int:
@@ -122,16 +135,14 @@ class SlotMap:
             return None
         return unit
 
-    def _take_run(self, slot_bytes: int, run: int) -> list[Slot]:
-        pattern = b"\x01" * run
-        for unit in self._open.get(slot_bytes, {}).values():
-            index = unit.free.find(pattern) if unit.free_count >= run else -1
-            if index >= 0:
-                return self._mark(unit, index, run)
-        if self._empty and slot_bytes <= self.unit_bytes:
-            unit = self._start(self._empty.pop(), slot_bytes)
-            return self._mark(unit, 0, min(run, len(unit.free)))
-        return []
+    def _free_runs(self, slot_bytes: int) -> list[tuple[int, int, int]]:
+        """(length, unit, first slot) of the free runs in the emptiest units, ascending.
+
+        Whole runs are taken, the smallest that is large enough or else the largest: every cut leaves a shorter rest.
+        """
+        emptiest = nlargest(UNITS_SEARCHED, self._open.get(slot_bytes, {}).values(), key=attrgetter("free_count"))
+        runs = [(unit.number, run) for unit in emptiest for run in _RUN.finditer(unit.free)]
+        return sorted((run.end() - run.start(), number, run.start()) for number, run in runs)
 
     def _start(self, number: int, slot_bytes: int) -> _Unit:
         count = self.unit_bytes // slot_bytes

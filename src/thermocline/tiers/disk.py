@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ from thermocline.blocks.slots import SlotMap
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import DiskFormatError, TierError
 from thermocline.tiers import directory, journal, shelves
+from thermocline.tiers.crew import Crew
 from thermocline.tiers.journal import Journal, Records
 from thermocline.tiers.segments import READ_BYTES_MAX, Read, Readers, Segments
-from thermocline.tiers.shelves import Recorded, Shelf, place_of, position, slot_at
+from thermocline.tiers.shelves import Recorded, Shelf, place_of, slot_at
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage, block_length
 from thermocline.tiers.writer import FrameWriter
 
@@ -40,6 +41,7 @@ GROW_RETRY_SECONDS = 30.0
 CLOSE_SECONDS_MAX = 10.0
 READERS_CLOSE_SECONDS_MAX = 1.0
 READER_THREADS = 2
+WRITER_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class DiskTier:
             hint = "see whether this user may read and write all of it, and whether the medium is well"
             raise TierError(f"cannot open the disk tier in {path}: {error}", hint=hint) from error
         self._readers = Readers(READER_THREADS)
-        self._writer = FrameWriter(self._segments, self._journal.epoch)
+        self._crew = Crew(WRITER_THREADS - 1, name="disk-crew")
+        self._writer = FrameWriter(self._segments, self._journal.epoch, self._crew)
         self._grow()
         self._thread = threading.Thread(target=self._write_loop, name="disk-writer", daemon=True)
         self._thread.start()
@@ -288,7 +291,8 @@ class DiskTier:
                 self._stopped = self._closing and not (batch or self._forgotten)
                 self._forgotten = []
                 self._busy = True
-            self._grow()
+            if self._starved:
+                self._grow()
             if self._log(self._removals(unlogged)):
                 unlogged = []
                 unsynced += self._write(batch)
@@ -298,6 +302,7 @@ class DiskTier:
             if self._stopped or not self._writes or sum(write.nbytes for write in unsynced) >= GROUP_BYTES_MAX:
                 self._settle(unsynced)
                 unsynced = []
+                self._grow()  # after the sync: nobody waits for it now
             with self._lock:
                 self._busy = False
                 self._lock.notify_all()
@@ -330,13 +335,8 @@ class DiskTier:
         return written
 
     def _write_frames(self, write: _Write) -> bool:
-        size = frame_bytes(write.length_bytes)
         try:
-            for _, run in groupby(enumerate(write.places), key=lambda pair: position(pair[1]) - pair[0]):
-                numbers, places = zip(*run, strict=True)
-                slot = slot_at(places[0])
-                part = slice(numbers[0], numbers[-1] + 1)
-                self._writer.write(slot.unit, slot.number * size, write.layout, write.keys[part], write.blocks[part])
+            self._writer.write(write.layout, write.keys, write.blocks, write.places)
         except OSError as error:
             LOG.warning("disk tier: a write failed: %s", error)
         except Exception:  # pieces that are no plain memory: the caller's mistake must not end this thread
@@ -359,9 +359,9 @@ class DiskTier:
     def _settle(self, unsynced: Sequence[_Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
-            self._segments.sync(sorted({slot_at(place).unit for write in unsynced for place in write.places}))
-            if unsynced:
-                self._journal.sync()
+            touched = {slot_at(place).unit for write in unsynced for place in write.places}
+            log = [self._journal.sync] if unsynced else []
+            self._crew.run([*log, *(partial(self._segments.sync, number) for number in touched)])
         except OSError as error:
             LOG.warning("disk tier: a sync failed: %s", error)
             for write in unsynced:

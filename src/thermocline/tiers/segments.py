@@ -98,10 +98,9 @@ class Segments:
                 raise OSError(errno.ENOSPC, "short write to a segment")
             offset += wanted
 
-    def sync(self, numbers: Sequence[int]) -> None:
-        """Make what was written to these segments durable. Raises OSError."""
-        for number in numbers:
-            os.fdatasync(self._fds[number])
+    def sync(self, number: int) -> None:
+        """Make what was written to a segment durable. Raises OSError."""
+        os.fdatasync(self._fds[number])
 
     def close(self) -> None:
         """Let go of all files."""

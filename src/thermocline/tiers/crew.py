@@ -1,0 +1,47 @@
+"""A crew of threads for calls that wait on a device: side by side they take as long as the slowest, not as all."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+Task = Callable[[], object]
+
+
+class Crew:
+    """Helps one caller. The threads are daemons: a device that hangs cannot keep the process from ending."""
+
+    def __init__(self, threads: int, *, name: str) -> None:
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Do all of them, the first here, and wait for all. Raises what one of them raised, after all have ended."""
+        for task in tasks[1:]:
+            self._tasks.put(task)
+        failures = [_tried(task) for task in tasks[:1]]
+        failures += [self._results.get() for _ in tasks[1:]]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            self._results.put(_tried(task))
+
+
+def _tried(task: Task) -> Exception | None:
+    try:
+        task()
+    except Exception as error:  # noqa: BLE001  # handed to the caller of `run`, who raises it
+        return error
+    return None
