@@ -7,7 +7,7 @@ a sample of their windows of eight tokens, chosen by content (winnowing by hash 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ class Likeness:
 
     def __init__(self) -> None:
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
+        self._holders: Counter[int] = Counter()
         self._tokens = 0
 
     def closest(self, tokens: NDArray[np.uint32], start: int, stop: int) -> Resemblance | None:
@@ -51,6 +52,8 @@ class Likeness:
         that asks another question behind the same text does, but has little in common with it from there on.
         """
         hashes, positions = _sample(tokens)
+        if self._holders.keys().isdisjoint(hashes.tolist()):
+            return None  # text that nobody sent lately: no need to compare it with every prompt
         best: Resemblance | None = None
         for request, prompt in reversed(self._prompts.items()):
             at = _parting(tokens, prompt.tokens, start, stop)
@@ -67,11 +70,19 @@ class Likeness:
         if len(tokens) > TOKENS_KEPT_MAX:
             return
         if request in self._prompts:
-            self._tokens -= len(self._prompts.pop(request).tokens)
-        self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens)[0]))
+            self._forget(self._prompts.pop(request))
+        prompt = self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens)[0]))
         self._tokens += len(tokens)
+        self._holders.update(prompt.sample.tolist())
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
-            self._tokens -= len(self._prompts.popitem(last=False)[1].tokens)
+            self._forget(self._prompts.popitem(last=False)[1])
+
+    def _forget(self, prompt: _Prompt) -> None:
+        self._tokens -= len(prompt.tokens)
+        for value in prompt.sample.tolist():
+            self._holders[value] -= 1
+            if not self._holders[value]:
+                del self._holders[value]
 
 
 def _share(rest: NDArray[np.uint64], sample: NDArray[np.uint64]) -> float:
