@@ -83,10 +83,14 @@ class Reuse:
         self._tried("learning", lambda: store.costs.recomputed(len(request.tokens) - cached, cached, prefill_seconds))
         if plan is None:
             return None
-        return self._tried(
+        receipt = self._tried(
             "accounting",
             lambda: store.receipts.record(request.request_id, request.tokens, plan, self._loaded, prefill_seconds),
         )
+        self._metrics.count("prompt_tokens_total", len(request.tokens))
+        for part in receipt.missing if receipt else ():
+            self._metrics.count("missing_blocks_total", part.stop - part.start, (("reason", part.reason),))
+        return receipt
 
     def save(self, kv: Kv, tokens: Tokens) -> Iterator[None]:
         """Leave behind every full block of `kv`, which holds the states of `tokens`. Pauses after every window."""
