@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,8 @@ class ScriptedTier:
     refuse: Callable[[Sequence[BlockKey]], tuple[int, Outcome]] | None = None
     holding: bool = False
     closed: int = 0
+    reserved: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     written: list[BlockKey] = field(default_factory=list)
     blocks: dict[tuple[LayoutId, BlockKey], tuple[bytes, bytes]] = field(default_factory=dict)
     waiting: list[tuple[LayoutId, Sequence[BlockKey], Sequence[Block], Job]] = field(default_factory=list)
@@ -169,28 +172,38 @@ class ScriptedTier:
                 outcomes.append(Outcome.HIT if arrived == held[1] else Outcome.CORRUPT)
         for key, outcome in zip(keys, outcomes, strict=True):
             if outcome is Outcome.CORRUPT:
-                del self.blocks[layout, key]
+                self.blocks.pop((layout, key), None)
         return self.answer(outcomes)
 
     def save(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
         self.on_save(keys)
-        room = self.capacity_blocks - len(self.blocks)
-        taken, why = (min(room, len(keys)), Outcome.FULL) if self.refuse is None else self.refuse(keys)
+        wanted, why = (len(keys), Outcome.FULL) if self.refuse is None else self.refuse(keys)
+        with self.lock:
+            room = self.capacity_blocks - len(self.blocks) - self.reserved
+            taken, why = (wanted, why) if wanted <= room else (room, Outcome.FULL)
+            self.reserved += taken
         job = Job([Outcome.PENDING] * taken + [why] * (len(keys) - taken))
         self.waiting.append((layout, keys[:taken], blocks[:taken], job))
         if not self.holding:
             self.finish()
         return job
 
+    def _next(self) -> tuple[LayoutId, Sequence[BlockKey], Sequence[Block], Job] | None:
+        with self.lock:
+            return self.waiting.pop(0) if self.waiting else None
+
     def finish(self, outcome: Outcome = Outcome.HIT, *, after_visible: Outcome = Outcome.HIT) -> None:
         """End every save in flight with `outcome`; with `after_visible`, it turns bad between visible and durable."""
-        waiting, self.waiting = self.waiting, []
-        for layout, keys, blocks, job in waiting:
+        while (waiting := self._next()) is not None:
+            layout, keys, blocks, job = waiting
+            with self.lock:
+                self.reserved -= len(keys)
+                if outcome is Outcome.HIT:
+                    self.written += keys
+                    for key, block in zip(keys, blocks, strict=True):
+                        self.blocks[layout, key] = (b"".join(bytes(piece) for piece in block.pieces), block.sum)
             job.outcomes[: len(keys)] = [outcome] * len(keys)
             if outcome is Outcome.HIT:
-                self.written += keys
-                for key, block in zip(keys, blocks, strict=True):
-                    self.blocks[layout, key] = (b"".join(bytes(piece) for piece in block.pieces), block.sum)
                 job.set_visible()
             if after_visible is not Outcome.HIT:
                 self.remove(layout, keys)

@@ -143,6 +143,4 @@ class StoreMachine(RuleBasedStateMachine):
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=30)
 TestStoreMachine.__doc__ = "Saves, loads, leases, prefetches, damage, time and restarts in any order."
-TestStoreMachine.runTest.__doc__ = (
-    "Whatever happens, loaded bytes are what was saved, books add up, room is kept."
-)
+TestStoreMachine.runTest.__doc__ = "Whatever happens, loaded bytes are what was saved, books add up, room is kept."
