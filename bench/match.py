@@ -81,9 +81,9 @@ def _fill(store: Store, paths: Sequence[Sequence[BlockKey]], progress: Progress)
             books.index.add(LAYOUT.id, key, parent, depth, "disk", float(at))
             if at % 3 == 0:
                 books.index.add(LAYOUT.id, key, parent, depth, "memory", float(at))
+    ghost = Ghost(Reason.EVICTED, "left disk", "lru", 0.0)
     for number in range(GHOSTS_KEPT):
-        key = BlockKey(number.to_bytes(32, "little"))
-        books.ghosts.note(key, Ghost(LAYOUT.id, Reason.EVICTED, "disk", "lru", 0.0))
+        books.ghosts.note(LAYOUT.id, BlockKey(number.to_bytes(32, "little")), ghost)
 
 
 def _empty(store: Store) -> None:

@@ -12,6 +12,7 @@ from thermocline.demo.stage import Stage
 from thermocline.demo.texts import QUESTIONS, documents
 from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
+from thermocline.store.receipt import Reason
 
 ANSWER_TOKENS = 10
 
@@ -30,11 +31,12 @@ class Turn(NamedTuple):
 
 
 class Again(NamedTuple):
-    """The same question to a new process on the same disk."""
+    """The same question to a new process on the same disk, and why it did not load more."""
 
     seconds: float
     tokens: int
     same: bool
+    reasons: tuple[Reason, ...]
 
 
 def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
@@ -44,7 +46,7 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
     stage.other.open(folder)
     told = [stage.other.answer(turn.prompt.tolist(), ANSWER_TOKENS) for turn in turns]
     again = [
-        Again(each.first_token_seconds, each.cached_tokens, each.tokens == turn.answer)
+        Again(each.first_token_seconds, each.cached_tokens, each.tokens == turn.answer, each.reasons)
         for each, turn in zip(told, turns, strict=True)
     ]
     screen.worked()
@@ -86,7 +88,7 @@ def _show(screen: Screen, turns: list[Turn], again: list[Again]) -> None:
             f"{len(turn.prompt):,}",
             f"{1e3 * turn.cold_seconds:,.0f} ms",
             f"{1e3 * turn.memory_seconds:,.0f} ms ({turn.memory_tokens / len(turn.prompt):.0%})",
-            f"{1e3 * new.seconds:,.0f} ms ({new.tokens / len(turn.prompt):.0%})",
+            f"{1e3 * new.seconds:,.0f} ms ({', '.join([f'{new.tokens / len(turn.prompt):.0%}', *new.reasons])})",
             "yes" if turn.same and new.same else "NO",
         ]
         for turn, new in zip(turns, again, strict=True)
@@ -124,6 +126,7 @@ def _concluded(screen: Screen, turns: list[Turn], again: list[Again]) -> Chapter
         "memory_tokens": [turn.memory_tokens for turn in turns],
         "disk_seconds": [new.seconds for new in again],
         "disk_tokens": [new.tokens for new in again],
+        "disk_reasons": [new.reasons for new in again],
         "cold_over_memory": in_memory,
         "cold_over_disk": on_disk,
     }

@@ -12,6 +12,7 @@ from typing import IO
 import msgspec
 
 from thermocline.errors import ThermoclineError
+from thermocline.store.receipt import Reason
 
 MIB = 1024 * 1024
 THREADS = 1
@@ -28,12 +29,12 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What came of it."""
+    """What came of it. `reasons` say why not more was loaded, TAIL left out."""
 
     tokens: tuple[int, ...] = ()
     cached_tokens: int = 0
     first_token_seconds: float = 0.0
-    by_tier: dict[str, int] = {}
+    reasons: tuple[Reason, ...] = ()
 
 
 class Other:
@@ -103,8 +104,9 @@ def serve(asked: IO[str], told: IO[str]) -> None:
                 tell(Told())
                 continue
             result = engine.generate(ask.tokens, ask.new_tokens)
-            by_tier = result.receipt.by_tier if result.receipt else {}
-            tell(Told(result.tokens, result.cached_tokens, result.first_token_seconds, by_tier))
+            missing = result.receipt.missing if result.receipt else ()
+            reasons = tuple(dict.fromkeys(part.reason for part in missing if part.reason is not Reason.TAIL))
+            tell(Told(result.tokens, result.cached_tokens, result.first_token_seconds, reasons))
 
 
 if __name__ == "__main__":
