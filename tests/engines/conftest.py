@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from thermocline.build import store_from
+from tests.engines.eager import eager_store
 from thermocline.engines import tiny
 from thermocline.engines.models import Model, load_model
 from thermocline.engines.transformers import Engine
@@ -61,7 +61,7 @@ def make_store(cleanup: ExitStack, tmp_path: Path) -> Callable[..., Store]:
         values: dict[str, object] = {"memory_bytes": MEMORY_BYTES, "disk_bytes": MEMORY_BYTES, **settings}
         if disk:
             values["disk_path"] = tmp_path / "disk"
-        return cleanup.enter_context(closing(store_from(Settings(**values))))
+        return cleanup.enter_context(closing(eager_store(Settings(**values))))
 
     return make
 

@@ -6,13 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+from tests.engines.eager import eager_store
 from tests.engines.prompts import NEW_TOKENS, prompts
-from thermocline.build import store_from
 from thermocline.engines.models import load_model
 from thermocline.engines.transformers import Engine
 from thermocline.settings import Settings
 
-store = store_from(Settings(memory_bytes=256 << 20, disk_bytes=256 << 20, disk_path=Path(sys.argv[1])))
+store = eager_store(Settings(memory_bytes=256 << 20, disk_bytes=256 << 20, disk_path=Path(sys.argv[1])))
 engine = Engine(load_model("tiny", threads=1), store)
 results = [engine.generate(prompt, NEW_TOKENS) for prompt in prompts()]
 engine.close()
