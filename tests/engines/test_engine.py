@@ -85,6 +85,21 @@ def test_answers_are_equal_with_memory_disk_and_a_new_process(
     assert [answer["cached_tokens"] for answer in answers] == cached
 
 
+def test_tokens_are_counted_once(make_engine: MakeEngine, make_store: MakeStore) -> None:
+    """Counters of tokens add up to what requests sent, loaded and got; missing blocks are counted by reason."""
+    store = make_store()
+    engine = make_engine(store)
+    for _ in range(2):
+        engine.generate(numbers(100), 7)
+    metrics = engine.metrics
+    assert metrics is store.metrics
+    assert metrics.value("prompt_tokens_total") == 200
+    assert metrics.value("cached_tokens_total", (("tier", "memory"),)) == 96
+    assert metrics.value("generated_tokens_total") == 14
+    assert metrics.value("missing_blocks_total", (("reason", Reason.NEVER_SEEN),)) == 3
+    assert metrics.value("missing_blocks_total", (("reason", Reason.TAIL),)) == 2
+
+
 def test_a_next_turn_finds_prompt_and_reply(make_engine: MakeEngine, make_store: MakeStore, plain: Engine) -> None:
     """Blocks that generation completed are kept, and computing on them equals computing everything anew."""
     engine = make_engine(make_store())

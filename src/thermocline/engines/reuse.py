@@ -87,7 +87,6 @@ class Reuse:
             "accounting",
             lambda: store.receipts.record(request.request_id, request.tokens, plan, self._loaded, prefill_seconds),
         )
-        self._metrics.count("prompt_tokens_total", len(request.tokens))
         for part in receipt.missing if receipt else ():
             self._metrics.count("missing_blocks_total", part.stop - part.start, (("reason", part.reason),))
         return receipt
