@@ -30,9 +30,11 @@ class Crew:
                 raise failure
 
     def close(self) -> None:
-        """Let the threads end."""
+        """End the threads. Only while no `run` is under way."""
         for _ in self._threads:
             self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:

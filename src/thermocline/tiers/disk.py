@@ -227,6 +227,7 @@ class DiskTier:
         with self._lock:
             self._let_go_once, last = True, self._let_go_once
         if last:
+            self._crew.close()
             self._files.close()
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -479,7 +480,7 @@ class DiskTier:
         parts = shelves.recorded(history.live, self._segments.numbers, self._segments.segment_bytes)
         parts = shelves.shallowest(parts, self._journal.records_max)
         self._claim(parts)
-        held = sum(len(part.keys) for part in parts)
+        held = sum(len(part.records) for part in parts)
         if history.bad_pages or held < len(history.live) or self._journal.size_bytes > log_bytes:
             lost = len(history.live) - held
             LOG.warning("disk tier: %d damaged pages and %d void records in the log", history.bad_pages, lost)
@@ -502,10 +503,8 @@ class DiskTier:
                 self._slots.add_unit(number)
 
     def _claim(self, parts: Sequence[Recorded]) -> None:
-        """Put recorded blocks on their shelves and take their slots."""
-        for part in parts:
-            places = part.places.tolist()
-            self._shelves[part.layout] = Shelf(part.length_bytes, dict(zip(part.keys, places, strict=True)))
+        """Take the shelves of recorded blocks, and their slots."""
+        self._shelves = {part.layout: part.shelf for part in parts}
         for segment, slot_bytes, slots in shelves.by_segment(parts):
             self._slots.claim(segment, slot_bytes, slots)
 
