@@ -226,6 +226,7 @@ class Engine:
     def _steps(self, generation: Generation, kv: Kv) -> Generator[None]:
         """The life of a request, one step per turn."""
         request, account = generation.request, generation.account
+        self.metrics.count("prompt_tokens_total", len(request.tokens))
         reuse = Reuse(self.store, self.served.layout, self._staging, request, self.metrics)
         reuse.load(kv)
         account.cached_tokens = kv.length
