@@ -22,11 +22,17 @@ CAPACITY = 2 << 20
 LENGTHS = {layout_of("a", 5000): 5000, layout_of("b", 5000): 5000, layout_of("c", 9000): 9000}
 LAYOUTS = list(LENGTHS)
 PATHS = [chain(seed, 12) for seed in range(4)]
-names = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(PATHS), st.integers(0, 11), st.integers(1, 12))
+names = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 11), st.integers(1, 12))
+"""Layout, path, first block, number of blocks."""
+
+
+def _named(name):
+    layout, path, start, count = name
+    return LAYOUTS[layout], PATHS[path][start : start + count], PATHS[path][:start]
 
 
 class DiskMachine(RuleBasedStateMachine):
-    """`held` must be a HIT, except for `suspect`, where a bit was flipped.
+    """`held` must be a HIT, except for `suspect`: a bit of it was flipped, or the log lost where it lies now.
 
     With `ghosts`, damage to the log may have brought back what was removed; then it must be right.
     """
@@ -52,9 +58,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def save(self, name):
-        layout, path, start, count = name
-        keys = path[start : start + count]
-        job = save(self.tier, layout, keys, LENGTHS[layout], before=path[:start])
+        layout, keys, before = _named(name)
+        job = save(self.tier, layout, keys, LENGTHS[layout], before=before)
         assert set(job.outcomes) <= {Outcome.HIT, Outcome.FULL, Outcome.LATE}
         for key, outcome in zip(keys, job.outcomes, strict=True):
             if outcome is Outcome.HIT:
@@ -63,8 +68,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def remove(self, name):
-        layout, path, start, count = name
-        keys = path[start : start + count]
+        layout, keys, _ = _named(name)
         expected = {(layout, key) for key in keys} & self.held
         removed = self.tier.remove(layout, keys)
         assert removed == len(expected) or (self.ghosts and removed > len(expected))
@@ -73,8 +77,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def load(self, name):
-        layout, path, start, count = name
-        self._load(layout, path[start : start + count])
+        layout, keys, _ = _named(name)
+        self._load(layout, keys)
 
     @rule()
     def load_everything(self):
@@ -88,6 +92,7 @@ class DiskMachine(RuleBasedStateMachine):
             if outcome is Outcome.HIT:
                 assert name in self.held or self.ghosts, "a block that was never saved, or removed"
                 self.held.add(name)
+                self.suspect.discard(name)
                 continue
             assert name not in self.held or name in self.suspect, f"lost a block: {outcome}"
             assert outcome is (Outcome.CORRUPT if name in self.held else Outcome.MISS) or self.ghosts
@@ -116,6 +121,7 @@ class DiskMachine(RuleBasedStateMachine):
         assert all(self.tier.holds(layout, [key])[0] for layout, key in found)
         if self.log_damaged:  # records were lost: blocks with them, and removals
             self.held &= found
+            self.suspect |= self.held
             self.ghosts = True
         assert self.held <= found
         assert found == self.held or self.ghosts

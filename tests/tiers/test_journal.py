@@ -24,7 +24,7 @@ def _rows(*numbers, **how):
 
 
 def _numbers(records):
-    return [int.from_bytes(key, "little") for key in journal.split(records, "key")]
+    return [int.from_bytes(key, "little") for key in journal.split(records["key"])]
 
 
 @pytest.fixture

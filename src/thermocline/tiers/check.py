@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -16,8 +17,8 @@ from thermocline.blocks.frame import PAGE_BYTES, payload_sum, read_header
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.errors import TierError
 from thermocline.tiers import directory, journal, shelves
-from thermocline.tiers.segments import READ_BYTES_MAX, Segments, aligned_memory, open_direct
-from thermocline.tiers.shelves import Recorded
+from thermocline.tiers.segments import Segments, aligned_memory, open_direct
+from thermocline.tiers.shelves import Recorded, Shelf, slot_at
 
 Progress = Callable[[int, int], None]
 
@@ -76,8 +77,8 @@ def _check(path: Path, segment_bytes: int, progress: Progress) -> CheckReport:
     corrupt = _corrupt(path, parts, progress)
     return CheckReport(
         path=str(path),
-        blocks=sum(len(part.keys) for part in parts),
-        bytes=sum(len(part.keys) * part.length_bytes for part in parts),
+        blocks=sum(len(part.records) for part in parts),
+        bytes=sum(len(part.records) * part.shelf.length_bytes for part in parts),
         corrupt=corrupt,
         torn_pages=history.bad_pages,
         orphans=sum(map(_orphans, parts)),
@@ -99,43 +100,38 @@ def _orphans(part: Recorded) -> int:
 
 def _corrupt(path: Path, parts: Sequence[Recorded], progress: Progress) -> int:
     """How many blocks do not verify."""
-    total = sum(len(part.keys) for part in parts)
+    total = sum(len(part.records) for part in parts)
     done = corrupt = 0
     progress(0, total)
     for part in parts:
-        for rows, frames in _frames(path, part):
-            right = sum(_verifies(part, row, frame) for row, frame in zip(rows, frames, strict=True))
-            done += len(rows)
-            corrupt += len(rows) - right
+        frame = aligned_memory(part.shelf.frame_bytes)
+        for key, fd, offset in _in_order(path, part.shelf):
+            _read(fd, frame, offset)
+            corrupt += not _verifies(part, key, frame)
+            done += 1
             progress(done, total)
     return corrupt
 
 
-def _verifies(part: Recorded, row: int, frame: NDArray[np.uint8]) -> bool:
+def _in_order(path: Path, shelf: Shelf) -> Iterator[tuple[BlockKey, int, int]]:
+    """Every block with the open file and the offset of its frame, in the order in which they lie on disk."""
+    entries = sorted(shelf.entries.items(), key=lambda entry: entry[1])
+    for number, some in groupby(entries, key=lambda entry: slot_at(entry[1]).unit):
+        fd = _open(path, number, shelf.frame_bytes)
+        try:
+            for key, place in some:
+                yield key, fd, slot_at(place).number * shelf.frame_bytes
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _verifies(part: Recorded, key: BlockKey, frame: NDArray[np.uint8]) -> bool:
     """The frame is what the tier would ask for: header sum, key, layout, length, payload sum."""
-    header = read_header(frame[:PAGE_BYTES])
-    wanted = (part.keys[row], part.layout, part.length_bytes)
-    if header is None or (header.key, header.layout, header.length_bytes) != wanted:
+    header, length = read_header(frame[:PAGE_BYTES]), part.shelf.length_bytes
+    if header is None or (header.key, header.layout, header.length_bytes) != (key, part.layout, length):
         return False
-    return payload_sum([frame[PAGE_BYTES : PAGE_BYTES + part.length_bytes]]) == header.payload_sum
-
-
-def _frames(path: Path, part: Recorded) -> Iterator[tuple[list[int], list[NDArray[np.uint8]]]]:
-    """Rows of a layout in the order in which they lie on disk, a few at a time, each with its frame."""
-    order = np.lexsort((part.records["slot"], part.records["segment"]))
-    size = int(part.records["slot_pages"][0]) * PAGE_BYTES
-    step = max(1, READ_BYTES_MAX // size)
-    buffer = aligned_memory(step * size).reshape(step, size)
-    segments = part.records["segment"][order]
-    for rows in np.split(order, np.flatnonzero(np.diff(segments)) + 1):
-        fd = _open(path, int(part.records["segment"][rows[0]]), size)
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            for at, slot in enumerate(part.records["slot"][some].tolist()):
-                _read(fd, buffer[at], slot * size)
-            yield some.tolist(), list(buffer[: len(some)])
-        if fd >= 0:
-            os.close(fd)
+    return payload_sum([frame[PAGE_BYTES : PAGE_BYTES + length]]) == header.payload_sum
 
 
 def _open(path: Path, number: int, segment_bytes: int) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from thermocline.blocks.frame import PAGE_BYTES, frame_bytes
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.blocks.slots import FIRST_GENERATION, Slot
 from thermocline.tiers import journal
-from thermocline.tiers.journal import Records
+from thermocline.tiers.journal import Records, rows
 from thermocline.tiers.tier import Found
 
 SLOT_BITS = 16  # a segment of 256 MiB has 65,536 pages, and a frame is a page at least
@@ -58,11 +58,12 @@ class Shelf:
             if place < 0:
                 expected = -1
                 continue
-            if position(place) == expected and len(runs[-1][1]) < frames_max:
+            here = place & _POSITION_MASK
+            if here == expected and len(runs[-1][1]) < frames_max:
                 runs[-1][1].append(place)
             else:
                 runs.append((at, [place]))
-            expected = position(place) + 1
+            expected = here + 1
         return runs
 
 
@@ -71,22 +72,15 @@ class Recorded:
     """The blocks of one layout that a log names and that can be there: one record per key, in the order written."""
 
     layout: LayoutId
-    length_bytes: int
-    keys: list[BlockKey]
     records: Records
-
-    @property
-    def places(self) -> NDArray[np.int64]:
-        """Where they are, each in the first use of its slot since the tier was opened."""
-        segments, slots = self.records["segment"].astype(np.int64), self.records["slot"].astype(np.int64)
-        return FIRST_GENERATION << SLOT_BITS + SEGMENT_BITS | segments << SLOT_BITS | slots
+    shelf: Shelf
 
     def found(self) -> Found:
         """For the store: parents first."""
-        order = np.argsort(self.records["depth"], kind="stable")
-        part = self.records[order]
-        keys = [self.keys[at] for at in order.tolist()]
-        return Found(self.layout, keys, _keys(part, "parent"), part["depth"].tolist(), part["stored"].tolist())
+        part = self.records
+        order = np.argsort(part["depth"], kind="stable")
+        keys, parents = (_keys(part[name][order]) for name in ("key", "parent"))
+        return Found(self.layout, keys, parents, part["depth"][order].tolist(), part["stored"][order].tolist())
 
 
 def recorded(live: Records, segments: Collection[int], segment_bytes: int) -> list[Recorded]:
@@ -95,7 +89,7 @@ def recorded(live: Records, segments: Collection[int], segment_bytes: int) -> li
     That is a place that does not exist, two sizes in a segment, two lengths in a layout, a key in two places; of such
     two the later record wins.
     """
-    return [_one_per_key(layout, part) for layout, part in _by_layout(_possible(live, segments, segment_bytes))]
+    return [_on_a_shelf(layout, part) for layout, part in _by_layout(_possible(live, segments, segment_bytes))]
 
 
 def shallowest(parts: Sequence[Recorded], count: int) -> list[Recorded]:
@@ -105,53 +99,57 @@ def shallowest(parts: Sequence[Recorded], count: int) -> list[Recorded]:
         return list(parts)
     kept = np.zeros(len(depths), bool)
     kept[np.argsort(depths, kind="stable")[:count]] = True
-    edges = np.cumsum([len(part.keys) for part in parts])[:-1]
-    return [_only(part, np.flatnonzero(mask)) for part, mask in zip(parts, np.split(kept, edges), strict=True)]
+    edges = np.cumsum([len(part.records) for part in parts])[:-1]
+    some = zip(parts, np.split(kept, edges), strict=True)
+    return [_on_a_shelf(part.layout, rows(part.records, np.flatnonzero(mask))) for part, mask in some if mask.any()]
 
 
 def by_segment(parts: Sequence[Recorded]) -> Iterator[tuple[int, int, list[int]]]:
     """(segment, bytes of a slot there, slots in use) for every segment that holds a block."""
     if not parts:
         return
-    every = np.concatenate([part.records for part in parts])
-    every = every[np.argsort(every["segment"], kind="stable")]
-    numbers, starts = np.unique(every["segment"], return_index=True)
-    for number, rows in zip(numbers.tolist(), np.split(every, starts[1:]), strict=True):
-        yield number, int(rows["slot_pages"][0]) * PAGE_BYTES, rows["slot"].tolist()
+    segments, slots, pages = (
+        np.concatenate([part.records[name] for part in parts]) for name in ("segment", "slot", "slot_pages")
+    )
+    order = np.argsort(segments, kind="stable")
+    numbers, starts = np.unique(segments[order], return_index=True)
+    for number, some in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+        yield number, int(pages[some[0]]) * PAGE_BYTES, slots[some].tolist()
 
 
 def _possible(live: Records, segments: Collection[int], segment_bytes: int) -> Records:
-    numbers = np.array(sorted(segments), np.uint32)
-    live = live[np.isin(live["segment"], numbers) & (live["slot_pages"] > 0)]
+    there = np.isin(live["segment"], np.array(sorted(segments), np.uint32)) & (live["slot_pages"] > 0)
+    live = rows(live, np.flatnonzero(there))
     size = np.zeros(max(segments, default=-1) + 1, np.uint32)
     size[live["segment"]] = live["slot_pages"]
     slot_bytes = live["slot_pages"].astype(np.int64) * PAGE_BYTES
     inside = (live["slot"].astype(np.int64) + 1) * slot_bytes <= segment_bytes
     whole = (-(-live["length"].astype(np.int64) // PAGE_BYTES) + 1) * PAGE_BYTES == slot_bytes
-    possible: Records = live[inside & whole & (size[live["segment"]] == live["slot_pages"])]
-    return possible
+    return rows(live, np.flatnonzero(inside & whole & (size[live["segment"]] == live["slot_pages"])))
 
 
 def _by_layout(live: Records) -> list[tuple[LayoutId, Records]]:
-    names = dict.fromkeys(journal.split(live, "layout"))
-    if len(names) <= 1:
-        return [(LayoutId(name), live) for name in names]
-    column = np.array(list(journal.split(live, "layout")), object)
-    return [(LayoutId(name), live[column == name]) for name in names]
+    words = np.ascontiguousarray(live["layout"]).view(np.uint64).reshape(-1, 4)
+    parts = []
+    while len(live):
+        same = (words == words[0]).all(axis=1)
+        parts.append((LayoutId(live["layout"][0].tobytes()), rows(live, np.flatnonzero(same))))
+        live, words = rows(live, np.flatnonzero(~same)), words[~same]
+    return parts
 
 
-def _one_per_key(layout: LayoutId, part: Records) -> Recorded:
+def _on_a_shelf(layout: LayoutId, part: Records) -> Recorded:
     length = int(part["length"][-1])
-    part = part[part["length"] == length]
-    keys = _keys(part, "key")
-    last = dict(zip(keys, range(len(keys)), strict=True))
-    everything = Recorded(layout, length, keys, part)
-    return everything if len(last) == len(keys) else _only(everything, np.array(sorted(last.values()), np.int64))
+    part = rows(part, np.flatnonzero(part["length"] == length))
+    keys = _keys(part["key"])
+    segments, slots = part["segment"].astype(np.int64), part["slot"].astype(np.int64)
+    places = (FIRST_GENERATION << SLOT_BITS + SEGMENT_BITS | segments << SLOT_BITS | slots).tolist()
+    entries = dict(zip(keys, places, strict=True))  # the later place of a key wins
+    if len(entries) < len(keys):
+        last = [entries[key] == place for key, place in zip(keys, places, strict=True)]
+        part = rows(part, np.flatnonzero(last))
+    return Recorded(layout, part, Shelf(length, entries))
 
 
-def _only(part: Recorded, rows: NDArray[np.int64]) -> Recorded:
-    return Recorded(part.layout, part.length_bytes, [part.keys[at] for at in rows.tolist()], part.records[rows])
-
-
-def _keys(part: Records, field_name: str) -> list[BlockKey]:
-    return [BlockKey(key) for key in journal.split(part, field_name)]
+def _keys(column: Records) -> list[BlockKey]:
+    return cast("list[BlockKey]", list(journal.split(column)))
