@@ -37,6 +37,7 @@ class Served:
         self.cancelled = threading.Event()
         self.release = threading.Event()
         self.pieces_sent = 0
+        self.drain_seconds = 8.0
         sock = socket.create_server(("127.0.0.1", 0))
         self.port = sock.getsockname()[1]
         ready = threading.Event()
@@ -60,7 +61,7 @@ class Served:
         await self.server.start(sock)
         ready.set()
         await self.stop.wait()
-        await self.server.stop(2)
+        await self.server.stop(self.drain_seconds)
 
     def _observe(self, route: str, status: int) -> None:
         self.observed.append((route, status))
@@ -403,7 +404,8 @@ def test_stopping_lets_requests_finish(served: Served) -> None:
 
 
 def test_stopping_does_not_wait_for_ever(served: Served) -> None:
-    """A stream without an end is cut off when the time to drain is over."""
+    """A request that does not end is cut off when the time to drain is over."""
+    served.drain_seconds = 0.2
     with connect(served) as sock:
         sock.sendall(get("/wait"))
         time.sleep(0.1)

@@ -376,7 +376,7 @@ class _Running:
             while left:
                 at, event = await self._queue.get()
                 if event.finish in {Finish.FAILED, Finish.CANCELLED}:
-                    raise self._generations[at].account.error or _SHUTTING_DOWN
+                    raise self._generations[at].account.error or _shutting_down()
                 left -= event.finish is not None
                 yield at, event
         finally:
@@ -394,9 +394,9 @@ class _Running:
         return openai.usage(prompt_tokens, answers.tokens, cached_tokens)
 
 
-_SHUTTING_DOWN = RequestError(
-    "the server is shutting down", hint="try again in a moment", status=503, code="shutting_down"
-)
+def _shutting_down() -> RequestError:
+    msg = "the server is shutting down"
+    return RequestError(msg, hint="try again in a moment", status=503, code="shutting_down")
 
 
 async def _events(running: _Running, answers: Answers, *, with_usage: bool) -> AsyncGenerator[bytes]:

@@ -24,6 +24,7 @@ from thermocline.store.store import Store
 from thermocline.tiers.tier import Outcome
 
 LOG = logging.getLogger("thermocline.engine")
+STORE_LABEL = (("tier", "store"),)
 T = TypeVar("T")
 
 
@@ -118,12 +119,14 @@ class Reuse:
         return block_keys(tokens.data, root=root, tokens_per_block=self._layout.tokens_per_block)
 
     def _tried(self, doing: str, action: Callable[[], T]) -> T | None:
-        """The second law: a cache failure is never a request failure, and never silent."""
+        """The second law: a cache failure is never a request failure, and never silent. The first is told in full."""
         try:
             return action()
-        except Exception:
-            self._metrics.count("tier_failures_total", labels=(("tier", "store"),))
-            LOG.exception("the store failed while %s; the request goes on without it", doing)
+        except Exception:  # whatever it is, what could have been loaded can be computed
+            known = self._metrics.value("tier_failures_total", STORE_LABEL) > 0
+            self._metrics.count("tier_failures_total", labels=STORE_LABEL)
+            if not known:
+                LOG.exception("the store failed while %s; requests go on without it", doing)
             return None
 
 
