@@ -328,6 +328,23 @@ def test_a_write_that_fails_after_it_was_visible_is_taken_back(make_store):
     assert len(cold.blocks) == 5
 
 
+def test_a_write_whose_beginning_failed_is_taken_back(make_store):
+    """Where the beginning of a path could not be written, its end, written meanwhile, does not stay in the way."""
+    cold = ScriptedTier(holding=True)
+    store, keys = make_store(cold), chain("prompt", 5)
+    jobs = [store.save(LAYOUT, keys[:2], contents(LAYOUT, keys[:2]))]
+    jobs.append(store.save(LAYOUT, keys, contents(LAYOUT, keys)))
+    (*waiting,) = cold.waiting
+    assert [len(write[1]) for write in waiting] == [2, 3]  # what is being written is not written twice
+    for write, outcome in zip(waiting, (Outcome.FAILED, Outcome.HIT), strict=True):
+        cold.waiting[:] = [write]
+        cold.finish(outcome)
+    assert all(job.wait(GUARD_SECONDS) for job in jobs)
+    assert cold.usage().blocks == 0
+    store.check_integrity()
+    cold.holding = False
+
+
 def test_writes_to_a_failing_tier_are_spared_too(make_store, clock):
     """After failed writes in a row a tier is not written to for a while; what memory has it gets later."""
     cold = ScriptedTier(on_save=raise_error)

@@ -193,6 +193,17 @@ def test_the_parent_inherits_the_recency_of_its_leaf():
     assert list(drain(index, "warm")) == [*old[::-1], *young[::-1]]
 
 
+def test_a_use_outlives_the_leaf_it_was_noted_at():
+    """When a leaf goes its parent has been used as lately as the leaf was, so that it does not expire too soon."""
+    index = make_index()
+    path = chain("path", 2)
+    nodes = enter(index, path, now=1.0)
+    index.touch(nodes[1], 50.0)
+    index.remove(nodes[1], "warm")
+    assert index.victim("warm", used_before=49.0) == NO_NODE
+    assert index.victim("warm", used_before=51.0) == nodes[0]
+
+
 def test_a_pin_keeps_a_whole_path():
     """A pinned block and all its ancestors stay while everything else is evicted, and go once the pin has ended."""
     index = make_index()

@@ -148,10 +148,7 @@ class Books:
         self._expire_blocks(now, EXPIRE_BATCH)
 
     def lost(self, layout: LayoutId, keys: Sequence[BlockKey], outcomes: Sequence[Outcome], name: str) -> None:
-        """Of these blocks a tier may not have all that the index promised: take out what it does not hold any more.
-
-        The deepest goes first, so that the end of a path just leaves, and only what others depend on stays as broken.
-        """
+        """Of these blocks a tier may not have all that the index promised: take out what it does not hold any more."""
         corrupt = outcomes.count(Outcome.CORRUPT)
         if corrupt:
             self.metrics.count("corrupt_blocks_total", corrupt, (("tier", name),))
@@ -159,7 +156,7 @@ class Books:
         now = self.clock.now()
         damaged = Ghost(Reason.CORRUPT, f"left {name}", "it did not verify", now)
         vanished = Ghost(Reason.EVICTED, f"left {name}", "it was not there any more", now)
-        for key, outcome in zip(reversed(keys), reversed(outcomes), strict=True):
+        for key, outcome in zip(keys, outcomes, strict=True):
             node = self.index.node(layout, key) if outcome in _MAY_BE_GONE else NO_NODE
             # Another request may have saved it again since, or be about to enter what it saved.
             if self.index.holds(node, name) and not self.tiers[name].holds(layout, [key])[0]:
