@@ -51,7 +51,8 @@ def budgets() -> str:
 
 
 def _budget(result: Result, each: Check) -> str:
-    row = result.details.get("ratios", {}).get(each.name) or result.details.get("arms", {}).get(each.name)
+    spreads = (result.details.get(group, {}).get(each.name) for group in ("ratios", "percent", "arms"))
+    row = next(filter(None, spreads), None)
     interval = f" ({quantity(row['low'], each.unit)} to {quantity(row['high'], each.unit)})" if row else ""
     sign = "at most" if each.better == "lower" else "at least"
     short = "" if each.ok else ", **falls short**"
