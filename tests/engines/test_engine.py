@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from tests.engines.prompts import NEW_TOKENS, prompts
 from thermocline.blocks.key import root_key
 from thermocline.engines import transformers as engine_module
-from thermocline.engines.generation import Event, Finish, GenerateRequest
+from thermocline.engines.generation import Event, Finish, GenerateRequest, Result
 from thermocline.engines.models import Model
 from thermocline.engines.sampling import Sampling
 from thermocline.engines.transformers import Engine
@@ -51,38 +51,43 @@ def test_answers_are_equal_with_memory_disk_and_a_new_process(
     expected: list[tuple[int, ...]], make_engine: MakeEngine, make_store: MakeStore, tmp_path: Path, tiny_folder: Path
 ) -> None:
     """24 prompts of 1 to 6,000 tokens get token-identical answers from memory, from disk, and in another process."""
-    store = make_store(disk=True)
-    engine = make_engine(store)
+
+    def open_engine() -> tuple[Engine, Store]:
+        store = make_store(disk=True)
+        return make_engine(store), store
+
+    cached = [(len(prompt) - 1) // 32 * 32 for prompt in prompts()]
+    engine, store = open_engine()
     for arm in ("filling", "memory"):
         results = [engine.generate(prompt, NEW_TOKENS) for prompt in prompts()]
         assert [result.tokens for result in results] == expected, arm
-    cached = [(len(prompt) - 1) // 32 * 32 for prompt in prompts()]
-    assert [result.cached_tokens for result in results] == cached
+    assert loads(results) == [(tokens, {"tail"}) for tokens in cached]
     engine.close()
     store.close()
 
-    store = make_store(disk=True)
-    engine = make_engine(store)
+    engine, store = open_engine()
     results = [engine.generate(prompt, NEW_TOKENS) for prompt in prompts()]
     assert [result.tokens for result in results] == expected
-    assert [result.cached_tokens for result in results] == cached
-    assert results[-1].receipt is not None
-    assert sum(result.receipt.by_tier.get("disk", 0) for result in results if result.receipt) > 6000
+    assert loads(results) == [(tokens, {"tail"}) for tokens in cached]
+    assert engine.metrics.value("cached_tokens_total", (("tier", "disk"),)) > 6000
     engine.close()
     store.close()
 
     script = Path(__file__).with_name("other_process.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "disk")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, str(script), str(tmp_path / "disk")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert [tuple(answer["tokens"]) for answer in answers] == expected
     assert [answer["cached_tokens"] for answer in answers] == cached
+
+
+def loads(results: Sequence[Result]) -> list[tuple[int, set[str]]]:
+    """How much each request loaded, and why not more."""
+    return [
+        (r.cached_tokens, {str(part.reason) for part in r.receipt.missing} if r.receipt else set()) for r in results
+    ]
 
 
 def test_tokens_are_counted_once(make_engine: MakeEngine, make_store: MakeStore) -> None:
@@ -283,6 +288,21 @@ def test_requests_in_flight_are_bounded(make_engine: MakeEngine) -> None:
     assert refused.value.status == 429
     assert refused.value.hint
     assert [len(generation.result().tokens) for generation in running] == [50] * 3
+
+
+def test_a_request_without_memory_fails_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory of a request cannot be had, that request ends with an error and the next one is answered."""
+    engine = make_engine()
+    take, refusals = engine._pool.take, [OSError(12, "no memory")]
+    monkeypatch.setattr(engine._pool, "take", lambda tokens: _raise(refusals.pop()) if refusals else take(tokens))
+    with pytest.raises(ModelError, match="failed"):
+        engine.generate([5, 6, 7], 2)
+    assert len(engine.generate([5, 6, 7], 2).tokens) == 2
+    assert engine.alive
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_memory_for_requests_is_bounded(make_engine: MakeEngine, model: Model) -> None:
