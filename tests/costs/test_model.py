@@ -154,3 +154,15 @@ def test_threads_may_report_and_ask_at_once():
     assert all(0 < answer < 1 for answer in answers)
     assert costs.transfer(MIB, "a") == pytest.approx(0.01, rel=0.02)
     assert costs.recompute(1000, 0) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_short_tails_do_not_make_long_prompts_look_cheap(seed):
+    """A hundred short tails leave what one long prompt has taught: its prediction stays within a third."""
+    random = np.random.default_rng(seed)
+    costs = LearnedCosts()
+    costs.recomputed(2048, 0, 1.0)
+    for turn in range(100):
+        costs.recomputed(int(random.integers(9, 60)), 2048 + 30 * turn, 0.027 * float(random.normal(1, 0.08)))
+    assert costs.recompute(2064, 0) == pytest.approx(1.0, rel=1 / 3)
+    assert costs.recompute(16, 2048) == pytest.approx(0.027, rel=1 / 3)

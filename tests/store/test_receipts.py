@@ -127,6 +127,21 @@ def test_another_question_about_a_document_has_not_diverged(make_store):
     assert receipt.loaded_tokens == 400
 
 
+def test_a_receipt_tells_nothing_of_another_salt(make_store):
+    """A prompt that parts from one of another salt is NEVER_SEEN: a receipt is no oracle over a neighbour's prompts."""
+    store, document = make_store(), text(31, 1000)
+    plan = store.match([LAYOUT], [], prompt_tokens=1000)
+    store.receipts.record("theirs", document, plan, None, 0.5, root=root_key(b"theirs"))
+    changed = document.copy()
+    changed[3] += 1
+    keys = keys_of(changed)
+    plan = store.match([LAYOUT], keys, prompt_tokens=len(changed))
+    mine = store.receipts.record("mine", changed, plan, None, 0.5, root=root_key(b"mine"))
+    assert mine.missing[0].reason is Reason.NEVER_SEEN
+    again = store.receipts.record("again", changed, plan, None, 0.5, root=root_key(b"theirs"))
+    assert again.missing[0].reason is Reason.DIVERGED
+
+
 def test_an_unrelated_prompt_has_not_diverged(make_store):
     """A prompt that shares nothing with any other is NEVER_SEEN."""
     store = make_store()

@@ -351,7 +351,7 @@ def test_a_block_larger_than_a_segment(opened, tmp_path):
     """A block that no segment can hold is dropped, and nobody is told to make room for it."""
     tier = opened(tmp_path / "tier", capacity=8 * MIB)
     layout = layout_of("huge", 4 * MIB)
-    assert save(tier, layout, KEYS[:2], 4 * MIB).outcomes == [Outcome.LATE] * 2
+    assert save(tier, layout, KEYS[:2], 4 * MIB).outcomes == [Outcome.MISS] * 2
     assert hits(save(tier, A, KEYS).outcomes) == 12
     tier.check_integrity()
 

@@ -234,8 +234,20 @@ def test_a_short_write(log, path, monkeypatch):
     with pytest.raises(OSError, match="1000 of 4096"):
         log.append(_rows(2), 2)
     monkeypatch.setattr(journal.os, "pwrite", real)
-    assert read(path).bad_pages == 1
+    assert read(path).bad_pages == 0, "what a failed write left is cut off"
     log.append(_rows(3), 2)
     found = read(path)
     assert _numbers(found.live) == [1, 3]
     assert found.bad_pages == 0
+
+
+def test_words_of_a_failed_append_are_never_heard(log, path, monkeypatch):
+    """Whole pages that a cut append left behind the end do not outlive a shorter append that uses the slots again."""
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, raw, at: whole(fd, raw[: 2 * PAGE_BYTES], at))
+    with pytest.raises(OSError, match="8192 of"):
+        log.append(_rows(*range(71)), 0)
+    monkeypatch.setattr(os, "pwrite", whole)
+    log.append(make([_row(1000 + slot, slot=slot) for slot in range(40, 62)]), 0)
+    log.sync()
+    assert _numbers(read(path).live) == [1000 + slot for slot in range(40, 62)]

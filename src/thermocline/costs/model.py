@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORGETTING = 0.97
-"""An observation counts half after 23 further ones: machines change their speed, and the plan should follow."""
+FORGETTING = 0.8
+"""An observation counts half after three more of its size: machines change their speed, and the plan should follow."""
 
 SLOWED_FORGETTING = 0.7
 """The same after one that took more than twice as long as predicted. Errors are relative to what was measured, so a
@@ -43,13 +44,29 @@ class Costs(Protocol):
         """Seconds to load `nbytes` from a tier."""
 
 
+@dataclass(slots=True)
+class _Observed:
+    """What was measured of one class of sizes; older measurements have faded."""
+
+    sums: NDArray[np.float64]
+    slowness: float = 0.0  # the sum of the logarithms of seconds / prior, as heavy as the observations
+    weight: float = 0.0
+
+    def fade(self, kept: float) -> None:
+        self.sums *= kept
+        self.slowness *= kept
+        self.weight *= kept
+
+
 class Fit:
     """Least squares with forgetting, relative to the size of what was measured, with weights that cannot be negative.
 
     Every observation asks that weights . terms / seconds = 1, so small and large transfers count alike; only the sums
-    of products are kept. The prior joins in with a few typical rows, scaled to how fast this machine has proven to be:
-    it says how the terms compare with each other, not how long they take. A negative weight is set to zero and the
-    rest is fitted again (the first steps of Lawson and Hanson's NNLS, 1974, which for two or three terms is all of it).
+    of products are kept, per class of sizes. Each class speaks with one voice: a hundred short tails do not outvote the
+    one long prompt that says what long prompts cost. The prior joins in with a few typical rows, scaled to how fast
+    this machine has proven to be: it says how the terms compare with each other, not how long they take. A negative
+    weight is set to zero and the rest is fitted again (the first steps of Lawson and Hanson's NNLS, 1974, which for two
+    or three terms is all of it).
     """
 
     def __init__(self, prior: Sequence[float], typical: Sequence[Sequence[float]]) -> None:
@@ -58,9 +75,7 @@ class Fit:
         self._scale = 1 / np.abs(rows).max(axis=0)
         self._prior = tuple(prior)
         self._prior_sums = PRIOR_WEIGHT * _products(rows * self._scale)
-        self._sums = np.zeros_like(self._prior_sums)
-        self._slowness = 0.0  # the sum of the logarithms of seconds / prior, as heavy as the observations
-        self._weight = 0.0
+        self._classes: dict[int, _Observed] = {}
         self._weights: tuple[float, ...] | None = self._prior
         self._lock = threading.Lock()
 
@@ -70,10 +85,15 @@ class Fit:
             return
         row = np.array(terms)[None] * self._scale / seconds
         with self._lock:
-            kept = SLOWED_FORGETTING if seconds > 2 * _dot(self._fitted(), terms) else FORGETTING
-            self._sums = kept * self._sums + _products(row)
-            self._slowness = kept * self._slowness + math.log(seconds / _dot(self._prior, terms))
-            self._weight = kept * self._weight + 1
+            if seconds > 2 * _dot(self._fitted(), terms):
+                for observed in self._classes.values():
+                    observed.fade(SLOWED_FORGETTING)
+            size = int(terms[1]).bit_length() // 2
+            observed = self._classes.setdefault(size, _Observed(np.zeros_like(self._prior_sums)))
+            observed.fade(FORGETTING)
+            observed.sums += _products(row)
+            observed.slowness += math.log(seconds / _dot(self._prior, terms))
+            observed.weight += 1
             self._weights = None
 
     def predict(self, terms: Sequence[float]) -> float:
@@ -86,11 +106,20 @@ class Fit:
 
     def _fitted(self) -> tuple[float, ...]:
         if self._weights is None:
-            slowness = math.exp(self._slowness / self._weight)
-            prior = self._prior_sums / slowness
-            prior[:-1] /= slowness
-            self._weights = tuple((_non_negative(self._sums + prior) * self._scale).tolist())
+            classes = self._classes.values()
+            voices = [1 / max(1.0, observed.weight) for observed in classes]
+            slowness = sum(voice * observed.slowness for voice, observed in zip(voices, classes, strict=True))
+            slowness /= sum(voice * observed.weight for voice, observed in zip(voices, classes, strict=True))
+            sums = self._prior_at(slowness)
+            for voice, observed in zip(voices, classes, strict=True):
+                sums += voice * observed.sums
+            self._weights = tuple((_non_negative(sums) * self._scale).tolist())
         return self._weights
+
+    def _prior_at(self, slowness: float) -> NDArray[np.float64]:
+        prior = self._prior_sums / math.exp(slowness)
+        prior[:-1] /= math.exp(slowness)
+        return prior
 
 
 def _dot(weights: Sequence[float], terms: Sequence[float]) -> float:

@@ -325,7 +325,8 @@ class _Api:
         return Response(msgspec.json.encode(self._card()))
 
     async def _health(self, _: Request) -> Response:
-        return Response(b'{"status":"ok"}')
+        alive = self._engine.alive
+        return Response(b'{"status":"ok"}' if alive else b'{"status":"stopped"}', 200 if alive else 503)
 
     async def _metrics_text(self, _: Request) -> Response:
         if self._engine.store is not None:

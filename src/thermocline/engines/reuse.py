@@ -86,7 +86,9 @@ class Reuse:
             return None
         receipt = self._tried(
             "accounting",
-            lambda: store.receipts.record(request.request_id, request.tokens, plan, self._loaded, prefill_seconds),
+            lambda: store.receipts.record(
+                request.request_id, request.tokens, plan, self._loaded, prefill_seconds, root=self._root
+            ),
         )
         for part in receipt.missing if receipt else ():
             self._metrics.count("missing_blocks_total", part.stop - part.start, (("reason", part.reason),))

@@ -94,6 +94,11 @@ class Engine:
         """The transformers tokenizer."""
         return self.served.tokenizer
 
+    @property
+    def alive(self) -> bool:
+        """True while the engine's thread runs, and requests can be taken."""
+        return self._thread.is_alive() and not self._closed
+
     # -- for any thread ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest, watcher: Callable[[Event], object] | None = None) -> Generation:
@@ -173,6 +178,8 @@ class Engine:
         with torch.inference_mode():
             self._warm_up()
             while self._admit():
+                if not self._running:
+                    continue
                 if self._take_step(self._running[0]):
                     self._running.rotate(-1)
                 else:
@@ -185,8 +192,10 @@ class Engine:
             for tokens in WARM_UP_TOKENS:
                 if (kv := self._pool.take(1)) is not None:
                     kv.length = max(0, min(kv.capacity, self.served.context_tokens) - max(WARM_UP_TOKENS))
-                    self._compute(np.zeros(tokens, np.uint32), kv)
-                    self._pool.give(kv)
+                    try:
+                        self._compute(np.zeros(tokens, np.uint32), kv)
+                    finally:
+                        self._pool.give(kv)
         except Exception:
             LOG.exception("the warm-up failed")
         finally:
@@ -196,14 +205,25 @@ class Engine:
         """Start waiting requests while there is memory for them; sleep while nothing is to do. False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
-            while self._waiting:
-                generation = self._waiting[0]
-                kv = self._pool.take(len(generation.request.tokens) + generation.request.max_new_tokens)
-                if kv is None:
-                    break
+            while self._waiting and self._start(self._waiting[0]):
                 self._waiting.popleft()
-                self._running.append(_Turn(generation, kv, self._steps(generation, kv)))
-            return bool(self._running)
+            return bool(self._running) or not self._closed
+
+    def _start(self, generation: Generation) -> bool:
+        """Let a waiting request run, or end it where it cannot; False while it has to wait for others' memory."""
+        if generation.cancelled:
+            self._end(generation, Finish.CANCELLED)
+            return True
+        try:
+            kv = self._pool.take(len(generation.request.tokens) + generation.request.max_new_tokens)
+        except Exception as error:  # noqa: BLE001  # no memory: this request gets an answer, the others go on
+            self._fail(generation, error)
+            return True
+        if kv is not None:
+            self._running.append(_Turn(generation, kv, self._steps(generation, kv)))
+        elif not self._running:
+            self._fail(generation, MemoryError("no memory is left for a request"))
+        return kv is not None or not self._running
 
     def _take_step(self, turn: _Turn) -> bool:
         """One step of one request; False when it has ended, and its memory is free again."""

@@ -122,7 +122,7 @@ class Books:
         with self.lock:
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
                 if self.index.add(layout, key, block.parent, block.depth, name, used) == NO_NODE:
-                    self.tiers[name].remove(layout, keys[at:])
+                    self._forget(name, layout, keys[at:])
                     return at
             self.ghosts.forget(layout, keys)
         return len(keys)
@@ -132,7 +132,7 @@ class Books:
         now, wall = self.clock.now(), self.clock.wall()
         for found in tier.found():
             used = (now - np.maximum(0.0, wall - np.array(found.stored_wall_seconds))).tolist()
-            tier.remove(found.layout, self.index.restore(found, tier.name, used))
+            self._forget(tier.name, found.layout, self.index.restore(found, tier.name, used))
         self._expire_blocks(now, len(self.index))
 
     def evict(self, name: str, count: int) -> int:
@@ -224,10 +224,18 @@ class Books:
                 if self.index.node(*place) == NO_NODE:
                     self.ghosts.note(*place, ghost)
             for layout, keys in gone.items():
-                self.tiers[name].remove(layout, keys)
+                self._forget(name, layout, keys)
         if left:
             self.metrics.count("evicted_blocks_total", left, (("tier", name), ("reason", reason)))
         return left
+
+    def _forget(self, name: str, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
+        """Have a tier forget blocks. One that raises keeps their room; the books go on."""
+        try:
+            self.tiers[name].remove(layout, keys)
+        except Exception:  # a tier that breaks its promise must not break a request: logged, and the tier has failed
+            LOG.exception("tier %s broke its promise while removing", name)
+            self.failed(name, "save")
 
 
 _MAY_BE_GONE = frozenset({Outcome.CORRUPT, Outcome.MISS, Outcome.FAILED})

@@ -38,20 +38,23 @@ class _Prompt:
 
 
 class Likeness:
-    """The last prompts, in memory only, bounded in number and tokens. Not thread-safe."""
+    """The last prompts, in memory only, bounded in number and tokens. Not thread-safe.
+
+    Only prompts of one `group` (a secret number per cache salt) resemble each other: it enters every hash.
+    """
 
     def __init__(self) -> None:
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
         self._holders: Counter[int] = Counter()
         self._tokens = 0
 
-    def closest(self, tokens: NDArray[np.uint32], start: int, stop: int) -> Resemblance | None:
+    def closest(self, tokens: NDArray[np.uint32], start: int, stop: int, *, group: int = 0) -> Resemblance | None:
         """The recent prompt that parts from this one at a token in [start, stop), and holds most of what follows.
 
         None where none holds half of it. A prompt that goes on where an earlier one ended does not part from it; one
         that asks another question behind the same text does, but has little in common with it from there on.
         """
-        hashes, positions = _sample(tokens)
+        hashes, positions = _sample(tokens, group)
         if self._holders.keys().isdisjoint(hashes.tolist()):
             return None  # text that nobody sent lately: no need to compare it with every prompt
         best: Resemblance | None = None
@@ -65,13 +68,13 @@ class Likeness:
                 best = Resemblance(request, at, share)
         return best
 
-    def note(self, request: str, tokens: NDArray[np.uint32]) -> None:
+    def note(self, request: str, tokens: NDArray[np.uint32], *, group: int = 0) -> None:
         """Remember a prompt; a later one of the same request takes its place."""
         if len(tokens) > TOKENS_KEPT_MAX:
             return
         if request in self._prompts:
             self._forget(self._prompts.pop(request))
-        prompt = self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens)[0]))
+        prompt = self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens, group)[0]))
         self._tokens += len(tokens)
         self._holders.update(prompt.sample.tolist())
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
@@ -93,13 +96,13 @@ def _share(rest: NDArray[np.uint64], sample: NDArray[np.uint64]) -> float:
     return float((sample[np.minimum(places, len(sample) - 1)] == rest).mean())
 
 
-def _sample(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def _sample(tokens: NDArray[np.uint32], group: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Hashes of about one window in `SAMPLE_ONE_IN`, and where the windows begin."""
     if len(tokens) < WINDOW_TOKENS:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     wide = tokens.astype(np.uint64)
     count = len(tokens) - WINDOW_TOKENS + 1
-    hashes = np.zeros(count, np.uint64)
+    hashes = np.full(count, group, np.uint64)
     for at in range(WINDOW_TOKENS):
         hashes = (hashes ^ wide[at : at + count]) * _MULTIPLIER
         hashes ^= hashes >> np.uint64(29)

@@ -311,4 +311,4 @@ def _save_guarded(write: _Write, start: int) -> Job:
     return job
 
 
-_REFUSED = frozenset({Outcome.FULL, Outcome.LATE, Outcome.FAILED})
+_REFUSED = frozenset({Outcome.FULL, Outcome.MISS, Outcome.LATE, Outcome.FAILED})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from thermocline.blocks.key import BlockKey, root_key
 from thermocline.store.likeness import Likeness
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
@@ -40,15 +41,26 @@ class Receipts:
         self._lock = threading.Lock()
 
     def record(
-        self, request: str, tokens: NDArray[np.uint32], plan: Plan, loaded: Loaded | None, prefill_seconds: float
+        self,
+        request: str,
+        tokens: NDArray[np.uint32],
+        plan: Plan,
+        loaded: Loaded | None,
+        prefill_seconds: float,
+        *,
+        root: BlockKey | None = None,
     ) -> Receipt:
-        """Make the receipt of a request and keep it. `loaded` is None where nothing was loaded."""
+        """Make the receipt of a request and keep it. `loaded` is None where nothing was loaded.
+
+        Its prompt is compared only with those of the same `root`: a receipt says nothing about another salt's prompts.
+        """
+        group = int.from_bytes((root or root_key())[:8], "little")
         loaded = loaded or NOTHING
         missing = account(plan, loaded)
         with self._lock:
-            missing = self._diverged(missing, tokens, plan.layouts[0].tokens_per_block)
+            missing = self._diverged(missing, tokens, plan.layouts[0].tokens_per_block, group)
             receipt = make_receipt(request, plan, loaded, prefill_seconds, missing)
-            self._likeness.note(request, tokens)
+            self._likeness.note(request, tokens, group=group)
             self._ring.pop(request, None)
             self._ring[request] = receipt
             while len(self._ring) > self._kept:
@@ -68,14 +80,14 @@ class Receipts:
             return [receipt for receipt, _ in zip(reversed(self._ring.values()), range(count), strict=False)]
 
     def _diverged(
-        self, missing: Sequence[Missing], tokens: NDArray[np.uint32], tokens_per_block: int
+        self, missing: Sequence[Missing], tokens: NDArray[np.uint32], tokens_per_block: int, group: int
     ) -> tuple[Missing, ...]:
         """Blocks never seen, of a prompt that mostly was: the reason is the token where it parts from another."""
         parts = list(missing)
         at = next((at for at, part in enumerate(parts) if part.reason in _UNSEEN), None)
         if at is not None:
             start = parts[at].start * tokens_per_block
-            like = self._likeness.closest(tokens, start, start + tokens_per_block)
+            like = self._likeness.closest(tokens, start, start + tokens_per_block, group=group)
             if like:
                 detail = (
                     f"token {like.at} differs from request {like.request}, which holds {like.share:.0%} of what follows"

@@ -85,7 +85,9 @@ class DiskTier:
         self._unpublished = 0  # blocks from save to visible
         self._unpublished_bytes = 0
         self._quarantined_bytes = 0
-        self._starved = False
+        self._unsynced: list[_Write] = []  # this and the next: the writer's own
+        self._unlogged: list[tuple[LayoutId, BlockKey, int]] = []
+        self._starved = self._told_of_size = False
         self._grow_at = float("-inf")
         self._closing = self._stopped = self._busy = self._let_go_once = False
         self._files = ExitStack()
@@ -126,8 +128,8 @@ class DiskTier:
         try:
             for (first, places), read in zip(runs, reads, strict=True):
                 if not read.wait(deadline - self._clock.now()):
-                    outcomes[first : first + len(places)] = [Outcome.LATE] * len(places)
-                    continue
+                    outcomes[first:] = [Outcome.LATE] * (len(keys) - first)
+                    break
                 for at, place in enumerate(places):
                     index = first + at
                     outcomes[index] = self._accept(layout, shelf, keys[index], place, read, at * size, into[index])
@@ -269,8 +271,10 @@ class DiskTier:
         if self._closing or (shelf and shelf.length_bytes != length_bytes):
             return [], Outcome.FAILED
         if size > self._slots.unit_bytes:
-            LOG.warning("disk tier: a frame of %d bytes exceeds a segment of %d", size, self._slots.unit_bytes)
-            return [], Outcome.LATE
+            if not self._told_of_size:
+                self._told_of_size = True
+                LOG.warning("disk tier: a frame of %d bytes exceeds a segment of %d", size, self._slots.unit_bytes)
+            return [], Outcome.MISS
         queue_room = max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
         log_room = self._journal.records_max - self._held() - self._unpublished
         wanted = min(count, queue_room, log_room)
@@ -281,33 +285,59 @@ class DiskTier:
         return places, Outcome.FULL if log_room <= queue_room else Outcome.LATE
 
     def _write_loop(self) -> None:
-        unsynced: list[_Write] = []
-        unlogged: list[tuple[LayoutId, BlockKey, int]] = []
-        while not self._stopped:
-            with self._lock:
-                if not unsynced:
-                    self._lock.wait_for(self._has_work)
-                batch = self._next_group()
-                unlogged += self._forgotten
-                self._stopped = self._closing and not (batch or self._forgotten)
-                self._forgotten = []
-                self._busy = True
-            if self._starved:
-                self._grow()
-            if self._log(self._removals(unlogged)):
-                unlogged = []
-                unsynced += self._write(batch)
-            else:  # nothing may be written over what the log still names
-                for write in batch:
-                    self._fail(write)
-            if self._stopped or not self._writes or sum(write.nbytes for write in unsynced) >= GROUP_BYTES_MAX:
-                self._settle(unsynced)
-                unsynced = []
+        try:
+            while not self._stopped:
+                batch = self._next_round()
+                try:
+                    self._write_round(batch)
+                except Exception:  # a defect must not end this thread: jobs would never be done, and `close` would wait
+                    LOG.exception("disk tier: a round of writing failed")
+                    self._take_back([*self._unsynced, *batch])
+                    self._unsynced = []
+                with self._lock:
+                    self._busy = False
+                    self._lock.notify_all()
+        finally:
+            self._let_go()
+
+    def _next_round(self) -> list[_Write]:
+        """Wait for something to do; the writes of the next round."""
+        with self._lock:
+            if not self._unsynced:
+                self._lock.wait_for(self._has_work)
+            batch = self._next_group()
+            self._stopped = self._closing and not (batch or self._forgotten)
+            self._unlogged += self._forgotten
+            self._forgotten = []
+            self._busy = True
+        return batch
+
+    def _write_round(self, batch: Sequence[_Write]) -> None:
+        """Log what was forgotten, write, log what was written; sync when nothing more waits or the group is full."""
+        if self._starved and not self._closing:
+            self._grow()
+        if self._log(self._removals(self._unlogged)):
+            self._unlogged = []
+            self._unsynced += self._write(batch)
+        else:  # nothing may be written over what the log still names
+            for write in batch:
+                self._fail(write)
+        if self._stopped or not self._writes or sum(write.nbytes for write in self._unsynced) >= GROUP_BYTES_MAX:
+            self._settle(self._unsynced)
+            self._unsynced = []
+            if not self._closing:
                 self._grow()  # after the sync: nobody waits for it now
-            with self._lock:
-                self._busy = False
-                self._lock.notify_all()
-        self._let_go()
+
+    def _take_back(self, writes: Sequence[_Write]) -> None:
+        """Undo writes in whatever state a defect left them."""
+        for write in writes:
+            if not write.job.done:
+                if self.remove(write.layout, write.keys):
+                    self._queued_bytes -= write.nbytes
+                    write.job.outcomes[: len(write.places)] = [Outcome.FAILED] * len(write.places)
+                    write.job.set_done()
+                else:
+                    self._fail(write)
 
     def _has_work(self) -> bool:
         return bool(self._writes or self._forgotten or self._closing or (self._starved and self._may_grow()))

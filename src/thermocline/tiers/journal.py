@@ -144,6 +144,7 @@ class Journal:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._end = -(-os.fstat(self._fd).st_size // PAGE_BYTES) * PAGE_BYTES
         self._fresh_bytes = 0
+        self._tail = False  # True while bytes behind the end may lie in the file
         self._name_unsynced = created
         self._compact_at = 0
 
@@ -184,6 +185,7 @@ class Journal:
 
     def compact(self) -> None:
         """Rewrite the log with its live records only. Raises OSError; the log is whole even then."""
+        self._cut_tail()
         self.rewrite(read(self._path).live)
 
     def rewrite(self, live: Records) -> None:
@@ -223,11 +225,21 @@ class Journal:
         return self._end // PAGE_BYTES + -(-len(records) // RECORDS_PER_PAGE) <= self._pages_max
 
     def _write(self, records: Records) -> None:
+        self._cut_tail()
         raw = pack(records, self.epoch)
+        self._tail = True
         written = os.pwrite(self._fd, raw, self._end)
-        if written != len(raw):  # a full disk may take a part; the next write puts its own pages over it
+        if written != len(raw):
+            self._cut_tail()
             raise OSError(errno.ENOSPC, f"index log: {written} of {len(raw)} bytes written")
         self._end += len(raw)
+        self._tail = False
+
+    def _cut_tail(self) -> None:
+        """Cut off what a failed write left: whole pages of it would be read as words that nobody said."""
+        if self._tail:
+            os.ftruncate(self._fd, self._end)
+            self._tail = False
 
 
 def split(column: Records) -> Iterator[bytes]:

@@ -58,9 +58,15 @@ class MemoryTier:
         """See `Tier.save`. Copies before it returns: the job is done, as durable as memory can be."""
         length = block_length(blocks)
         slots = self._slab.take(length, len(blocks)) if blocks else []
-        for slot, key, block in zip(slots, keys, blocks, strict=False):
-            copy_in(block.pieces, self._slab.view(slot, length))
-            self._publish(layout, key, _Entry(slot, length, block.sum))
+        done = 0
+        try:
+            for slot, key, block in zip(slots, keys, blocks, strict=False):
+                copy_in(block.pieces, self._slab.view(slot, length))
+                self._publish(layout, key, _Entry(slot, length, block.sum))
+                done += 1
+        finally:
+            for slot in slots[done:]:  # pieces that are no plain memory: the caller's mistake must not cost room
+                self._slab.give(slot)
         job = Job([Outcome.HIT] * len(slots) + [Outcome.FULL] * (len(blocks) - len(slots)))
         job.set_done()
         return job

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from thermocline.tiers.journal import sync_directory
 from thermocline.tiers.tier import Piece
 
-READ_BYTES_MAX = 4 * 1024 * 1024
-"""One read. Large enough to run at the device's speed, small enough that checking one hides behind reading the next."""
+READ_BYTES_MAX = 4 * 1024 * 1024 + 4096
+"""One read: a frame of 4 MiB fits. Large enough to run at the device's speed, small enough that checking one hides
+behind reading the next."""
 
 READS_WAITING_MAX = 65_536
 _BUSY = OSError(errno.EBUSY, "too many reads wait")
@@ -68,14 +69,14 @@ class Segments:
             if os.fstat(fd).st_size != self.segment_bytes:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.ftruncate(fd, self.segment_bytes)
+            if fresh:
+                sync_directory(self._path)
         except OSError:
             os.close(fd)
             if fresh:
                 path.unlink(missing_ok=True)
             raise
         self._fds[number] = fd
-        if fresh:
-            sync_directory(self._path)
 
     def remove(self, number: int) -> None:
         """Delete a segment's file."""
@@ -126,7 +127,7 @@ def open_direct(path: Path, flags: int) -> int:
 class Read:
     """One read under way. Its buffer is the reader's until `wait` returns True, then the caller's until `release`."""
 
-    __slots__ = ("_abandoned", "_arrived", "_buffer", "_lock", "_pool", "error", "fd", "nbytes", "offset")
+    __slots__ = ("_abandoned", "_arrived", "_buffer", "_lock", "_pool", "_token", "error", "fd", "nbytes", "offset")
 
     def __init__(self, pool: queue.SimpleQueue[NDArray[np.uint8]], fd: int, offset: int, nbytes: int) -> None:
         self._pool = pool
@@ -135,6 +136,8 @@ class Read:
         self._buffer: NDArray[np.uint8] | None = None
         self._arrived = threading.Event()
         self._abandoned = False
+        self._token: NDArray[np.uint8] | None = None
+        """The buffer of the pool that a larger read keeps from others, so that as many are under way as of any size."""
         self._lock = threading.Lock()
 
     def wait(self, seconds: float) -> bool:
@@ -163,8 +166,7 @@ class Read:
     def run(self, buffer: NDArray[np.uint8]) -> None:
         """For the reader thread: read into this buffer of the pool, or into larger memory; or record why not."""
         if not self._abandoned and self.nbytes > buffer.nbytes:
-            self._pool.put(buffer)
-            buffer = aligned_memory(self.nbytes)
+            self._token, buffer = buffer, aligned_memory(self.nbytes)
         if not self._abandoned:
             try:
                 got = os.preadv(self.fd, [buffer[: self.nbytes].data], self.offset)
@@ -182,8 +184,7 @@ class Read:
         self._give_back(buffer)
 
     def _give_back(self, buffer: NDArray[np.uint8]) -> None:
-        if buffer.nbytes == READ_BYTES_MAX:
-            self._pool.put(buffer)
+        self._pool.put(buffer if self._token is None else self._token)
 
 
 class Readers:

@@ -81,8 +81,8 @@ class Usage:
 class Job:
     """The progress of a save: first visible (may be matched), then durable (survives the process, or the tier cannot).
 
-    `outcomes` has one entry per block: PENDING at first, HIT once it is stored. A dropped block is FULL (no room), LATE
-    (too much waits to be written already) or FAILED (the medium refused).
+    `outcomes` has one entry per block: PENDING at first, HIT once it is stored. A dropped block is FULL (no room), MISS
+    (it can never fit), LATE (too much waits to be written already) or FAILED (the medium refused).
     """
 
     __slots__ = ("_done", "_lock", "_visible", "_when_done", "_when_visible", "outcomes")

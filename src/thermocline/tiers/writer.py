@@ -69,6 +69,7 @@ class FrameWriter:
             self._bounce = aligned_memory(count * padded_bytes)
         target = self._bounce[at * padded_bytes : (at + 1) * padded_bytes]
         copy_in(pieces, target)
+        target[sum(piece.nbytes for piece in pieces) :] = 0
         return target
 
 
