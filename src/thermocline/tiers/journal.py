@@ -1,6 +1,7 @@
 """The disk tier's index log: which key lies in which slot, in pages that each carry their own sum.
 
-A page is written once and never rewritten, so a torn write can only lose the records that were being written. A page
+A page is never rewritten once its write succeeded, and what a failed write left is cut off, so a torn write can only
+lose the records that were being written. A page
 whose sum is wrong is skipped and counted, and reading goes on behind it. When too much of the log is history, the live
 records are written to a new file that takes the log's place in one rename: the log is its own snapshot. The same is
 done at opening where pages were damaged, so that damage does not pile up.
