@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from thermocline.blocks.slots import Slot, SlotMap
+from thermocline.blocks.slots import UNITS_SEARCHED, Slot, SlotMap
 
 UNIT = 16
 SIZES = (1, 2, 3, 5, 16)
@@ -127,6 +127,18 @@ def test_side_by_side():
         slots.give(slot)
     assert [slot.number for slot in slots.take(1, 3)] == [4, 5, 6]
     assert sorted(slot.number for slot in slots.take(1, 9)) == [0, 12, 13, 14, 15], "and then whatever is left"
+
+
+def test_room_in_many_units():
+    """As many slots as are free are found, also where they are scattered over more units than one look searches."""
+    slots = _fresh(UNITS_SEARCHED * 3)
+    for slot in slots.take(1, UNIT * UNITS_SEARCHED * 3):
+        if slot.number == 3:
+            slots.give(slot)
+    assert slots.free_slots(1) == UNITS_SEARCHED * 3
+    assert len(slots.take(1, 10_000)) == UNITS_SEARCHED * 3
+    assert slots.take(1, 1) == []
+    slots.check_integrity()
 
 
 def test_larger_than_a_unit():

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +221,27 @@ def test_a_short_write(tier, monkeypatch):
     assert hits(save(tier, A, KEYS).outcomes) == 12
     assert hits(load(tier, A, KEYS)) == 12
     tier.check_integrity()
+
+
+def test_done_means_synced(tier, monkeypatch):
+    """A job is done only after every segment that it wrote to, and then the log's name and pages, were synced."""
+    synced, real = set(), os.fdatasync
+
+    def record(fd):
+        synced.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        real(fd)
+
+    monkeypatch.setattr(segments.os, "fdatasync", record)
+    layout, length = layout_of("large", 1_000_000), 1_000_000
+    keys = chain(3, 12)
+    at_the_end = []
+    job = tier.save(layout, keys, blocks_of(layout, keys, length))
+    job.watch(done=lambda _: at_the_end.append(set(synced)))
+    assert job.wait(PATIENCE_SECONDS)
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    touched = {str(where(tier, layout, key)[0]) for key in keys}
+    assert len(touched) > 1
+    assert at_the_end[0] >= touched | {str(where(tier, layout, keys[0])[0].with_name("index.log"))}
 
 
 def test_a_failing_sync_takes_replacements_back(tier, monkeypatch):

@@ -72,7 +72,9 @@ class SlotMap:
                 unit = self._start(self._empty.pop(), slot_bytes)
                 insort(runs, (len(unit.free), unit.number, 0))
             elif at < 0:
-                break
+                runs = self._free_runs(slot_bytes)  # those of the units that were not searched yet
+                if not runs:
+                    break
             else:
                 length, number, index = runs.pop(at)
                 taken += self._mark(self._units[number], index, min(length, wanted))
