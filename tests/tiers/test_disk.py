@@ -299,6 +299,32 @@ def test_pieces_that_are_no_plain_memory(tier):
     tier.check_integrity()
 
 
+def test_a_defect_in_the_writer(opened, tmp_path, monkeypatch):
+    """An exception that nobody expects ends no thread: the jobs are FAILED, their room is free, and the next go in."""
+    tier = opened(tmp_path / "tier")
+    free = tier.free_slots(LENGTH)
+    real = tier._additions
+    monkeypatch.setattr(tier, "_additions", lambda writes: real(None))
+    for _ in range(3):
+        assert set(save(tier, A, KEYS).outcomes) == {Outcome.FAILED}
+    monkeypatch.undo()
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    assert tier.free_slots(LENGTH) == free
+    tier.check_integrity()
+    assert hits(save(tier, A, KEYS).outcomes) == 12
+    assert hits(load(tier, A, KEYS)) == 12
+
+
+def test_padding_is_zero(tier):
+    """The rest of a block's last page is zeroes on disk, never a part of an earlier block."""
+    long, short = layout_of("long", 3 * 4096), layout_of("short", 4096 + 1)
+    save(tier, long, KEYS, 3 * 4096, cuts=2)
+    save(tier, short, KEYS, 4096 + 1, cuts=2)
+    for key in KEYS:
+        segment, offset, length = where(tier, short, key)
+        assert not any(segment.read_bytes()[offset + 4096 + length : offset + 3 * 4096])
+
+
 def test_a_watcher_that_raises(tier):
     """A watcher that raises is logged; the others are called, and the writer goes on."""
     told = threading.Event()
