@@ -106,7 +106,8 @@ class _Raw:
         """16 MiB from anywhere in what was written, in reads as large as the tier's, by as many threads."""
         places = min(self._writes, CAPACITY_BYTES // REQUEST_BYTES)
         start = int(self._random.integers(places)) * REQUEST_BYTES
-        parts = range(start, start + REQUEST_BYTES, READ_BYTES_MAX)
+        stop = start + REQUEST_BYTES
+        parts = [(at, min(READ_BYTES_MAX, stop - at)) for at in range(start, stop, READ_BYTES_MAX)]
         assert sum(self._threads.map(self._read_one, parts)) == REQUEST_BYTES
 
     def close(self) -> None:
@@ -114,10 +115,11 @@ class _Raw:
         self._threads.shutdown()
         os.close(self._fd)
 
-    def _read_one(self, offset: int) -> int:
+    def _read_one(self, part: tuple[int, int]) -> int:
+        offset, nbytes = part
         buffer = self._buffers.get()
         try:
-            return os.preadv(self._fd, [buffer[: min(READ_BYTES_MAX, REQUEST_BYTES)]], offset)
+            return os.preadv(self._fd, [buffer[:nbytes]], offset)
         finally:
             self._buffers.put(buffer)
 
