@@ -89,6 +89,27 @@ def pack(records: Records, epoch: int) -> bytes:
 
 def read(path: Path) -> Recovered:
     """All of the log that is intact. An absent log is an empty one; a damaged page costs only its own records."""
+    raw, pages, good = _intact(path)
+    total = -(-len(raw) // PAGE_BYTES)
+    head = pages["head"]
+    known = _known(pages)
+    unknown = int(np.count_nonzero((head["magic"] == MAGIC) & (head["version"] != VERSION)))
+    pages = rows(pages, np.flatnonzero(known))
+    epoch = int(pages["head"]["epoch"].max(initial=0))
+    bad = total - len(pages) - unknown
+    bad_inside = (good[-1] // PAGE_BYTES + 1 if good else 0) - len(pages) - unknown
+    return Recovered(_live(_records(pages)), epoch, total, bad, bad_inside, unknown)
+
+
+def removals(path: Path) -> Records:
+    """Every REMOVE that can still be read, whatever became of its place later."""
+    _, pages, _ = _intact(path)
+    records = _records(rows(pages, np.flatnonzero(_known(pages))))
+    return rows(records, np.flatnonzero(records["kind"] == REMOVE))
+
+
+def _intact(path: Path) -> tuple[bytes, Records, list[int]]:
+    """The log's bytes, its pages with a right sum, and where these begin."""
     raw = path.read_bytes() if path.exists() else b""
     view = memoryview(raw)[: len(raw) - len(raw) % PAGE_BYTES]
     good = [
@@ -96,18 +117,21 @@ def read(path: Path) -> Recovered:
         for start in range(0, len(view), PAGE_BYTES)
         if xxh3_128_digest(view[start + SUM_BYTES : start + PAGE_BYTES]) == view[start : start + SUM_BYTES]
     ]
-    total = -(-len(raw) // PAGE_BYTES)
-    pages = rows(np.frombuffer(view, _PAGE), np.array(good, np.int64) // PAGE_BYTES)
+    return raw, rows(np.frombuffer(view, _PAGE), np.array(good, np.int64) // PAGE_BYTES), good
+
+
+def _known(pages: Records) -> NDArray[np.bool_]:
     head = pages["head"]
-    ours = head["magic"] == MAGIC
-    known = ours & (head["version"] == VERSION) & (head["count"] <= RECORDS_PER_PAGE)
-    unknown = int(np.count_nonzero(ours & (head["version"] != VERSION)))
-    pages = rows(pages, np.flatnonzero(known))
+    known: NDArray[np.bool_] = (
+        (head["magic"] == MAGIC) & (head["version"] == VERSION) & (head["count"] <= RECORDS_PER_PAGE)
+    )
+    return known
+
+
+def _records(pages: Records) -> Records:
     inside = np.arange(RECORDS_PER_PAGE) < pages["head"]["count"][:, None]
-    epoch = int(pages["head"]["epoch"].max(initial=0))
-    bad = total - len(pages) - unknown
-    bad_inside = (good[-1] // PAGE_BYTES + 1 if good else 0) - len(pages) - unknown
-    return Recovered(_live(pages["records"][inside]), epoch, total, bad, bad_inside, unknown)
+    records: Records = pages["records"][inside]
+    return records
 
 
 def rows(array: Records, numbers: NDArray[np.int64]) -> Records:
