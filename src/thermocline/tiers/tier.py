@@ -208,3 +208,19 @@ class LendingTier(Tier, Protocol):
 
     def block(self, layout: LayoutId, key: BlockKey) -> tuple[Piece, bytes] | None:
         """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""
+
+
+class SharedTier(Tier, Protocol):
+    """A tier that other processes use as well: it evicts by itself, and only asking tells what it holds now."""
+
+    depth_max: int | None
+    """Blocks deeper than this are never kept."""
+
+    def find(self, layout: LayoutId, keys: Sequence[BlockKey], deadline: float) -> list[Outcome]:
+        """Which of the keys are there now: HIT or MISS, or LATE or FAILED for all where that could not be learned.
+
+        One round trip for all keys, over by `deadline` and by the tier's own bound.
+        """
+
+    def known(self, layout: LayoutId, keys: Sequence[BlockKey]) -> Bitmap:
+        """Which of the keys this process wrote, or met there, not long ago, or is writing. Asks nobody."""
