@@ -157,16 +157,21 @@ def why(request_id: str, url: str, api_key_file: str | None, as_json: bool) -> N
 
 @app.command()
 @click.argument("path")
+@click.option("--repair", is_flag=True, help="Drop what is damaged, and find blocks again that a damaged log lost.")
 @_json_flag
-def check(path: str, as_json: bool) -> int:
-    """Read every block of a disk tier and verify it. Changes nothing; exits 1 when something is damaged."""
+def check(path: str, repair: bool, as_json: bool) -> int:
+    """Read every block of a disk tier and verify it. Exits 1 when something is damaged.
+
+    Changes nothing without --repair; with it, a second run finds nothing to do. No server may have the path open.
+    """
     from pathlib import Path
 
     import msgspec
 
     from thermocline.tiers.check import check_path
+    from thermocline.tiers.repair import repair_path
 
-    found = check_path(Path(path), progress=_show_progress)
+    found = (repair_path if repair else check_path)(Path(path), progress=_show_progress)
     if as_json:
         click.echo(msgspec.json.encode(found).decode())
     else:

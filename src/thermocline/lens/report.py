@@ -90,15 +90,27 @@ def conclude(receipt: Receipt) -> str:
 
 
 def render_check(found: CheckReport) -> str:
-    """What a check of a disk tier found, in words."""
+    """What a check of a disk tier found, in words, and what a repair did."""
     lines = [f"{found.path}: {found.blocks:,} blocks, {found.bytes:,} bytes, in {found.segments:,} segments"]
-    counts = (
+    counts = [
         (found.corrupt, "blocks do not verify, and would be refused"),
         (found.orphans, "blocks lack an ancestor, and cannot be matched"),
         (found.torn_pages, "pages of the log have a wrong sum"),
         (found.unknown_pages, "pages of the log were written by another release"),
-    )
+    ]
+    done = found.repaired
+    if done is not None:
+        counts = [
+            (done.restored, "blocks were found again by their frames"),
+            (done.corrupt, "blocks that did not verify were dropped"),
+            (done.orphans, "blocks that lacked an ancestor were dropped"),
+            (done.void, "records that cannot be true were dropped"),
+            (done.log_pages, "damaged pages of the log were dropped"),
+            (done.files, "files that a crash left over were removed"),
+        ]
     lines += [f"  {count:,} {words}" for count, words in counts if count]
+    if done is not None and not any(count for count, _ in counts):
+        lines.append("  nothing had to be repaired")
     lines.append(
         "so: every block that can be matched is right" if found.ok else f"so: damaged. {_ADVICE[Reason.CORRUPT]}"
     )

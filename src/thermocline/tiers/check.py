@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from thermocline.blocks.frame import PAGE_BYTES, payload_sum, read_header
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.errors import TierError
-from thermocline.tiers import directory, journal, shelves
-from thermocline.tiers.segments import Segments, aligned_memory, open_direct
-from thermocline.tiers.shelves import Recorded, Shelf, slot_at
+from thermocline.tiers import directory, journal, scan, shelves
+from thermocline.tiers.scan import Progress
+from thermocline.tiers.segments import Segments
+from thermocline.tiers.shelves import Recorded
 
-Progress = Callable[[int, int], None]
+
+class Repairs(msgspec.Struct, kw_only=True):
+    """What a repair did. All zero where there was nothing to do, and then nothing was written.
+
+    Dropped from the log were blocks that do not verify (`corrupt`) or lack an ancestor (`orphans`), and records that
+    cannot be true (`void`: a place that is not there, or in use twice). `restored` blocks were found by their frames
+    alone. `log_pages` with a wrong sum are gone, and so are `files` that a crash left over.
+    """
+
+    corrupt: int
+    orphans: int
+    void: int
+    restored: int
+    log_pages: int
+    files: int
 
 
 class CheckReport(msgspec.Struct, kw_only=True):
@@ -28,7 +38,8 @@ class CheckReport(msgspec.Struct, kw_only=True):
 
     `blocks` and `bytes` (of payload) are what the log names, `corrupt` the blocks of these that would be refused.
     `torn_pages` of the log have a wrong sum; at its end they are what a crash leaves, and no damage. `orphans` lack an
-    ancestor and can never be matched. `unknown_pages` were written by another release.
+    ancestor and can never be matched. `unknown_pages` were written by another release. After a repair the counts are
+    those of the directory as it is now, and `repaired` says what was done.
     """
 
     path: str
@@ -40,6 +51,7 @@ class CheckReport(msgspec.Struct, kw_only=True):
     unknown_pages: int
     segments: int
     ok: bool
+    repaired: Repairs | None = None
 
 
 def check_path(path: Path, *, progress: Progress | None = None) -> CheckReport:
@@ -71,10 +83,11 @@ def _lock(path: Path) -> int | None:
 
 def _check(path: Path, segment_bytes: int, progress: Progress) -> CheckReport:
     history = journal.read(path / directory.LOG_FILE)
-    there = Segments(path, segment_bytes).existing()
+    files = Segments(path, segment_bytes)
+    there = files.existing()
     named = set(there) | set(np.unique(history.live["segment"]).tolist())
     parts = shelves.recorded(history.live, named, segment_bytes)
-    corrupt = _corrupt(path, parts, progress)
+    corrupt = sum(not verifies for _, _, verifies in scan.verify(files, parts, progress))
     return CheckReport(
         path=str(path),
         blocks=sum(len(part.records) for part in parts),
@@ -96,59 +109,3 @@ def _orphans(part: Recorded) -> int:
         if parent in reachable:
             reachable.add(key)
     return len(found.keys) - (len(reachable) - 1)
-
-
-def _corrupt(path: Path, parts: Sequence[Recorded], progress: Progress) -> int:
-    """How many blocks do not verify."""
-    total = sum(len(part.records) for part in parts)
-    done = corrupt = 0
-    progress(0, total)
-    for part in parts:
-        frame = aligned_memory(part.shelf.frame_bytes)
-        for key, fd, offset in _in_order(path, part.shelf):
-            _read(fd, frame, offset)
-            corrupt += not _verifies(part, key, frame)
-            done += 1
-            progress(done, total)
-    return corrupt
-
-
-def _in_order(path: Path, shelf: Shelf) -> Iterator[tuple[BlockKey, int, int]]:
-    """Every block with the open file and the offset of its frame, in the order in which they lie on disk."""
-    entries = sorted(shelf.entries.items(), key=lambda entry: entry[1])
-    for number, some in groupby(entries, key=lambda entry: slot_at(entry[1]).unit):
-        fd = _open(path, number, shelf.frame_bytes)
-        try:
-            for key, place in some:
-                yield key, fd, slot_at(place).number * shelf.frame_bytes
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-
-def _verifies(part: Recorded, key: BlockKey, frame: NDArray[np.uint8]) -> bool:
-    """The frame is what the tier would ask for: header sum, key, layout, length, payload sum."""
-    header, length = read_header(frame[:PAGE_BYTES]), part.shelf.length_bytes
-    if header is None or (header.key, header.layout, header.length_bytes) != (key, part.layout, length):
-        return False
-    return payload_sum([frame[PAGE_BYTES : PAGE_BYTES + length]]) == header.payload_sum
-
-
-def _open(path: Path, number: int, segment_bytes: int) -> int:
-    """A segment's file, read past the page cache; -1 where there is none any more."""
-    try:
-        return open_direct(Segments(path, segment_bytes).file(number), os.O_RDONLY)
-    except FileNotFoundError:
-        return -1
-
-
-def _read(fd: int, frame: NDArray[np.uint8], offset: int) -> None:
-    """Fill a frame; what cannot be read is zeroes, which never verify."""
-    frame[:] = 0
-    try:
-        got = os.preadv(fd, [frame.data], offset)
-    except OSError as error:
-        if error.errno not in {errno.EBADF, errno.EIO}:
-            raise
-        got = 0
-    frame[got:] = 0
