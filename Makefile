@@ -21,7 +21,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
-.PHONY: help demo test test-long lint format types docs generate bench check clean engine
+.PHONY: help demo test test-long lint format types docs generate bench check clean engine redis-server
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +35,10 @@ demo: $(BASE) ## Show it all on this machine, within minutes (ARGS=--json for on
 	fi; \
 	$(BIN)/thermocline demo --engine-ready $(ENGINE) $(ARGS)
 
-test: $(DEV) ## Every promise in its short form (ARGS="-k disk" for some)
+test: $(DEV) redis-server ## Every promise in its short form (ARGS="-k disk" for some)
 	@$(BIN)/python -m pytest -m "not faults_long" $(ARGS)
 
-test-long: $(DEV) ## The long fault matrix too; takes a while
+test-long: $(DEV) redis-server ## The long fault matrix too; takes a while
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(DEV) ## ruff: every rule but the reasoned exceptions, and the format
@@ -68,6 +68,17 @@ clean: ## Remove everything that make made
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
+
+# The Redis tier is tested against a real server. Where there is none and it cannot be had, those tests are skipped.
+redis-server:
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || { \
+		echo "no redis-server here" >&2; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+				redis-server; } >&2 </dev/null || true; \
+		fi; \
+		command -v redis-server >/dev/null || \
+			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
 $(BIN)/python:
