@@ -23,7 +23,7 @@ from thermocline.store.index import NO_NODE, Index
 from thermocline.store.leases import Leases
 from thermocline.store.plan import Covered, Plan
 from thermocline.store.receipt import Missing, Reason
-from thermocline.tiers.tier import Block, Outcome, Tier
+from thermocline.tiers.tier import Block, Outcome, SharedTier, Tier
 
 LOG = logging.getLogger("thermocline.store")
 EVICT_BATCH = 16
@@ -48,12 +48,15 @@ class Books:
         metrics: Metrics,
         ttl_seconds: float | None,
         lease_seconds: float,
+        shared: Sequence[SharedTier] = (),
     ) -> None:
+        """`tiers` from warm to cold are in the index; `shared` ones are not, as they evict by themselves."""
         self.clock = clock
         self.metrics = metrics
         self.policy = policy
         self.ttl_seconds = ttl_seconds
         self.tiers: dict[str, Tier] = {tier.name: tier for tier in tiers}
+        self.shared: dict[str, SharedTier] = {tier.name: tier for tier in shared}
         self.warm = tiers[0].name
         self.lock = threading.RLock()
         self.index = Index(list(self.tiers), policy)
@@ -62,7 +65,7 @@ class Books:
         self.saving: set[tuple[LayoutId, BlockKey]] = set()
         # Two for each tier: a disk that still takes writes may hang in every read, and a full one may still be read.
         self._breakers: dict[tuple[str, Verb], Breaker] = {}
-        for name in self.tiers:
+        for name in (*self.tiers, *self.shared):
             self._breakers[name, "load"], self._breakers[name, "save"] = Breaker(), Breaker()
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -71,6 +74,10 @@ class Books:
         """How many leading blocks each tier holds of every layout."""
         index = self.index
         return [Covered(name, min(index.covered(layout.id, keys, name) for layout in layouts)) for name in self.tiers]
+
+    def tier(self, name: str) -> Tier:
+        """A tier of either kind."""
+        return self.shared[name] if name in self.shared else self.tiers[name]
 
     def allows(self, name: str, verb: Verb) -> bool:
         """False while the tier's breaker is open."""
@@ -102,10 +109,11 @@ class Books:
         return (*parts, *self.ghosts.explain(layout.id, keys, start, others, now))
 
     def pins_for(self, plan: Plan) -> list[tuple[int, str]]:
-        """The deepest block of every run, in its tier: holding these holds the whole plan."""
+        """The deepest block of every run, in its tier: holding these holds the whole plan, but for shared tiers."""
         return [
             (self.index.node(layout.id, plan.keys[run.stop - 1]), run.tier)
             for run in plan.runs
+            if run.tier in self.tiers
             for layout in plan.layouts
         ]
 
@@ -156,6 +164,11 @@ class Books:
         now = self.clock.now()
         damaged = Ghost(Reason.CORRUPT, f"left {name}", "it did not verify", now)
         vanished = Ghost(Reason.EVICTED, f"left {name}", "it was not there any more", now)
+        if name in self.shared:
+            for key, outcome in zip(keys, outcomes, strict=True):
+                if outcome is Outcome.CORRUPT and self.index.node(layout, key) == NO_NODE:
+                    self.ghosts.note(layout, key, damaged)
+            return
         for key, outcome in zip(keys, outcomes, strict=True):
             node = self.index.node(layout, key) if outcome in _MAY_BE_GONE else NO_NODE
             # Another request may have saved it again since, or be about to enter what it saved.
@@ -196,6 +209,8 @@ class Books:
                 assert entered == held, f"{name}: {entered} blocks in the index, {held} in the tier"
                 if not self.leases:
                     assert self.index.pins(name) == 0, f"{name}: pins are left over"
+            for tier in self.shared.values():
+                tier.check_integrity()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

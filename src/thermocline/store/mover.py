@@ -13,6 +13,7 @@ from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.store.books import Books
 from thermocline.store.index import NEVER_USED, NO_NODE, Place
+from thermocline.store.shared import SharedTiers, save_guarded
 from thermocline.tiers.segments import aligned_memory
 from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, Tier
 
@@ -42,10 +43,14 @@ class _Write:
 class Mover:
     """Demotes and promotes for one store. Only `prefetch` uses a thread of its own; tiers write in theirs."""
 
-    def __init__(self, books: Books, warm: LendingTier, cold: Sequence[Tier], load: Load, save: Save) -> None:
+    def __init__(
+        self, books: Books, warm: LendingTier, cold: Sequence[Tier], shared: SharedTiers, load: Load, save: Save
+    ) -> None:
         self._books = books
         self._warm = warm
         self._cold = list(cold)
+        self._shared = shared
+        self._offered = 0  # jobs of shared tiers under way
         self._load = load
         self._save = save
         self._writing: dict[str, set[int]] = {tier.name: set() for tier in cold}
@@ -56,13 +61,28 @@ class Mover:
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
-    def write_down(self, layout: LayoutId, keys: Sequence[BlockKey], job: Job) -> Job:
-        """Start writing the path that ends with the last of `keys` to the colder tiers; `job` is done when they are."""
-        jobs = [self._write_path(tier, layout, keys[-1]) for tier in self._cold] if keys else []
+    def write_down(self, layout: Layout, path: Sequence[BlockKey], saved: Sequence[BlockKey], job: Job) -> Job:
+        """Start writing a path, of which blocks were just saved, to the other tiers; `job` is done when they are."""
+        jobs = [self._write_path(tier, layout.id, saved[-1]) for tier in self._cold] if saved else []
         waiting = [started for started in jobs if started is not None]
+        waiting += self._offer(layout, path) if saved and self._shared else ()
         job.set_visible()
         _when_all_done(waiting, job.set_done)
         return job
+
+    def _offer(self, layout: Layout, path: Sequence[BlockKey]) -> list[Job]:
+        jobs = self._shared.offer(layout, path)
+
+        def ended(_: object) -> None:
+            with self._books.lock:
+                self._offered -= 1
+                self._idle.notify_all()
+
+        with self._books.lock:
+            self._offered += len(jobs)
+        for job in jobs:
+            job.watch(done=ended)
+        return jobs
 
     def hand_down(self, count: int) -> None:
         """Start writing `count` leaves that the warm tier would lose next and no other has, before their time comes."""
@@ -76,7 +96,7 @@ class Mover:
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until nothing is on its way down; False if `seconds` passed first."""
         with self._idle:
-            return self._idle.wait_for(lambda: not any(self._writing.values()), seconds)
+            return self._idle.wait_for(lambda: not (self._offered or any(self._writing.values())), seconds)
 
     def close(self, seconds: float) -> None:
         """Stop promoting; hand down what only the warm tier holds, as long as tiers take it and time lasts.
@@ -169,7 +189,7 @@ class Mover:
         jobs: list[tuple[int, Job]] = []
         at = 0
         for _ in range(DOWN_ROUNDS_MAX):
-            job = _save_guarded(write, at)
+            job = save_guarded(write.tier, write.layout, write.keys[at:], write.blocks[at:])
             taken = next((i for i, outcome in enumerate(job.outcomes) if outcome in _REFUSED), len(job.outcomes))
             full = taken < len(job.outcomes) and job.outcomes[taken] is Outcome.FULL
             jobs.append((at, job))
@@ -274,13 +294,15 @@ class Mover:
             return self._books.index.covered(layout.id, keys, self._warm.name)
 
     def _source(self, layout: Layout, keys: Sequence[BlockKey], start: int) -> tuple[str | None, int]:
-        """The first colder tier that is up and holds more than `start` blocks, and how many."""
+        """The first tier but the warm one that is up and holds more than `start` blocks, and how many."""
         with self._books.lock:
             for tier in self._cold:
                 stop = self._books.index.covered(layout.id, keys, tier.name)
                 if stop > start and self._books.allows(tier.name, "load"):
                     return tier.name, stop
-        return None, 0
+        tokens = len(keys) * layout.tokens_per_block
+        answers = self._shared.ask([layout], keys, tokens) if self._shared else []
+        return next(((answer.tier, answer.held) for answer in answers if answer.held > start), (None, 0))
 
 
 def _when_all_done(jobs: Sequence[Job], then: Callable[[], None]) -> None:
@@ -299,16 +321,6 @@ def _when_all_done(jobs: Sequence[Job], then: Callable[[], None]) -> None:
     for job in jobs:
         job.watch(done=one_ended)
     one_ended(None)
-
-
-def _save_guarded(write: _Write, start: int) -> Job:
-    try:
-        return write.tier.save(write.layout, write.keys[start:], write.blocks[start:])
-    except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not written
-        LOG.exception("tier %s raised while saving", write.tier.name)
-    job = Job([Outcome.FAILED] * len(write.keys[start:]))
-    job.set_done()
-    return job
 
 
 _REFUSED = frozenset({Outcome.FULL, Outcome.MISS, Outcome.LATE, Outcome.FAILED})

@@ -17,10 +17,11 @@ from thermocline.store.books import Books
 from thermocline.store.evict import Eviction, LeastRecent
 from thermocline.store.index import NO_NODE
 from thermocline.store.mover import Mover
-from thermocline.store.plan import Plan, make_plan
+from thermocline.store.plan import Covered, Plan, make_plan
 from thermocline.store.receipt import Missing, Reason, merged
 from thermocline.store.receipts import RECEIPTS_KEPT, Loaded, Receipts
-from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, Tier, Usage
+from thermocline.store.shared import SharedTiers
+from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, SharedTier, Tier, Usage
 
 LOG = logging.getLogger("thermocline.store")
 LEASE_SECONDS = 30.0
@@ -34,7 +35,8 @@ class Store:
     """Keeps blocks in tiers from warm to cold, each prefix-closed. Any thread may call any verb.
 
     The warm tier is memory of this process and takes every save; what it holds is written on to the colder ones behind
-    the caller's back. The store owns its tiers and closes them.
+    the caller's back. Shared tiers among those belong to other processes too: they are asked at a match, and offered
+    what is saved. The store owns its tiers and closes them.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Store:
         self.costs = LearnedCosts()
         self.receipts = Receipts(receipts_kept)
         self.metrics = Metrics()
+        shared = [tier for tier in cold if isinstance(tier, SharedTier)]
+        cold = [tier for tier in cold if not isinstance(tier, SharedTier)]
         self._books = Books(
             [warm, *cold],
             clock=self._clock,
@@ -63,27 +67,34 @@ class Store:
             metrics=self.metrics,
             ttl_seconds=ttl_seconds,
             lease_seconds=lease_seconds,
+            shared=shared,
         )
-        self._mover = Mover(self._books, warm, cold, self._load_from, self._save_at)
+        self._shared = SharedTiers(self._books, warm, shared, self.costs)
+        self._mover = Mover(self._books, warm, cold, self._shared, self._load_from, self._save_at)
         for tier in cold:
             self._books.restore(tier)
 
     # -- match ---------------------------------------------------------------------------------------------------------
 
     def match(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Plan:
-        """The plan for a prompt whose full blocks have these keys. Touches no medium; takes a lease if it loads.
+        """The plan for a prompt whose full blocks have these keys; takes a lease if it loads.
 
-        With several layouts (ranks, groups) only blocks that all of them have count. Release the plan's lease when the
-        load is over, whatever became of it.
+        Touches no medium, but asks a shared tier for what the store's own lack: one round trip, within a bound. With
+        several layouts (ranks, groups) only blocks that all of them have count. Release the plan's lease when the load
+        is over, whatever became of it.
         """
         books, now = self._books, self._clock.now()
+        answers = self._shared.ask(layouts, keys, prompt_tokens) if self._shared and not self._closed else []
         with books.lock:
             books.expire(now)
             held = books.covered(layouts, keys)
             up = [tier for tier in held if books.allows(tier.tier, "load") and not self._closed]
+            up += [Covered(answer.tier, answer.held) for answer in answers if answer.held > answer.start]
             plan = make_plan(layouts, keys, prompt_tokens, up, self.costs)
             matched = max((tier.blocks for tier in up), default=0)
             missing = books.explain(layouts, keys, matched, held, now)
+            for answer in answers:
+                missing = answer.blamed(missing)
             books.touch(layouts, keys, held, now)
             for run in plan.runs:
                 books.trying(run.tier, "load")
@@ -160,7 +171,7 @@ class Store:
         self, name: str, layout: Layout, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
     ) -> list[Outcome]:
         """Ask one tier, and learn from its answer: its speed, its failures, which blocks it does not have after all."""
-        tier, started = self._books.tiers[name], self._clock.now()
+        tier, started = self._books.tier(name), self._clock.now()
         try:
             outcomes = _load_all(tier, layout, keys, into, deadline)
         except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not loaded
@@ -208,7 +219,7 @@ class Store:
             outcomes[at - start] = Outcome.FULL
         books.not_admitted(layout.id, [keys[at] for at in wanted[taken:]])
         self._count_saved(layout, taken, len(wanted) - taken)
-        return self._mover.write_down(layout.id, [keys[at] for at in wanted[:taken]], Job(outcomes))
+        return self._mover.write_down(layout, keys, [keys[at] for at in wanted[:taken]], Job(outcomes))
 
     def _save_at(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int) -> Job:
         return self.save(layout, keys, blocks, start=start)
@@ -287,7 +298,7 @@ class Store:
 
     def usage(self) -> dict[str, Usage]:
         """What every tier holds."""
-        return {name: tier.usage() for name, tier in self._books.tiers.items()}
+        return {name: tier.usage() for name, tier in (*self._books.tiers.items(), *self._books.shared.items())}
 
     def measure(self) -> None:
         """Bring the gauges up to date; a scrape calls this first."""
@@ -317,7 +328,7 @@ class Store:
                 return
             self._closed = True
         self._mover.close(seconds)
-        for name, tier in self._books.tiers.items():
+        for name, tier in (*self._books.tiers.items(), *self._books.shared.items()):
             try:
                 tier.close()
             except Exception:  # the others are to be closed all the same

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,6 +210,7 @@ class LendingTier(Tier, Protocol):
         """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""
 
 
+@runtime_checkable
 class SharedTier(Tier, Protocol):
     """A tier that other processes use as well: it evicts by itself, and only asking tells what it holds now."""
 

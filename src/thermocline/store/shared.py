@@ -1,0 +1,225 @@
+"""Shared tiers: other processes use them too. They are asked at a match, and offered what was saved.
+
+Nothing of them is in the index: they evict by themselves, so what they held a moment ago says little. What they answer
+is a bitmap, and counts as far as it has no hole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from thermocline.blocks.key import NO_PARENT, BlockKey
+from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.costs.model import Costs
+from thermocline.store.books import Books
+from thermocline.store.receipt import Missing, Reason
+from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier, Tier
+
+LOG = logging.getLogger("thermocline.store")
+ASK_SECONDS_MAX = 0.05
+GAIN_MIN = 1.5
+"""A shared tier is small and everybody's: it takes what is loaded so many times faster than computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a shared tier said of blocks [start, stop): it holds those before `held`.
+
+    `why` is set where it said nothing, and is then the reason for all of them that nothing better is known of; those
+    before `sure` it held lately, so there it is the reason whatever else is known.
+    """
+
+    tier: str
+    start: int
+    stop: int
+    held: int
+    sure: int = 0
+    why: tuple[Reason, str] | None = None
+
+    def blamed(self, missing: Sequence[Missing]) -> tuple[Missing, ...]:
+        """These reasons, with the tier's silence as the reason where it is one."""
+        if self.why is None:
+            return tuple(missing)
+        parts: list[Missing] = []
+        for part in missing:
+            first = max(part.start, self.start)
+            last = min(part.stop, self.stop if part.reason in _UNSURE else self.sure)
+            if first >= last:
+                parts.append(part)
+                continue
+            parts.append(Missing(part.start, first, part.reason, part.detail))
+            parts.append(Missing(first, last, *self.why))
+            parts.append(Missing(last, part.stop, part.reason, part.detail))
+        return tuple(parts)
+
+
+class SharedTiers:
+    """All shared tiers of one store."""
+
+    def __init__(self, books: Books, warm: LendingTier, tiers: Sequence[SharedTier], costs: Costs) -> None:
+        self._books = books
+        self._warm = warm
+        self._tiers = list(tiers)
+        self._costs = costs
+
+    def __bool__(self) -> bool:
+        return bool(self._tiers)
+
+    # -- ask -----------------------------------------------------------------------------------------------------------
+
+    def ask(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], prompt_tokens: int) -> list[Answer]:
+        """Ask for what the store's own tiers lack of this path, where having it would pay: one round trip a tier."""
+        with self._books.lock:
+            own = self._books.covered(layouts, keys)
+            reach = max((held.blocks for held in own if self._books.allows(held.tier, "load")), default=0)
+        answers: list[Answer] = []
+        for tier in self._tiers:
+            stop = _beginning(tier, keys)
+            if reach < stop:
+                answers.append(self._ask_one(tier, layouts, keys, (reach, stop), prompt_tokens))
+                reach = answers[-1].held
+        return answers
+
+    def _ask_one(
+        self,
+        tier: SharedTier,
+        layouts: Sequence[Layout],
+        keys: Sequence[BlockKey],
+        part: tuple[int, int],
+        prompt_tokens: int,
+    ) -> Answer:
+        start, stop = part
+        books, name = self._books, tier.name
+        why = self._why_not_ask(name, layouts, part, prompt_tokens)
+        held = start
+        if why is None:
+            with books.lock:
+                books.trying(name, "load")
+            deadline = books.clock.now() + ASK_SECONDS_MAX
+            found = [_find(tier, layout, keys[start:stop], deadline) for layout in layouts]
+            refused = {outcome for outcomes in found for outcome in outcomes} & _SILENT.keys()
+            with books.lock:
+                (books.failed if refused else books.succeeded)(name, "load")
+            if refused:
+                reason, words = _SILENT[min(refused)]
+                why = (reason, f"{name} {words}, and may hold them")
+            else:
+                held += min(map(_leading_hits, found))
+        sure = start
+        if why is not None:
+            known = [tier.known(layout.id, keys[start:stop]) for layout in layouts]
+            sure += next(
+                (at for at, all_know in enumerate(zip(*known, strict=True)) if not all(all_know)), stop - start
+            )
+        return Answer(name, start, stop, held, sure, why)
+
+    def _why_not_ask(
+        self, name: str, layouts: Sequence[Layout], part: tuple[int, int], prompt_tokens: int
+    ) -> tuple[Reason, str] | None:
+        """Not while it is set aside, and not where even all of it would take longer to load than to compute."""
+        start, stop = part
+        if not self._books.allows(name, "load"):
+            return Reason.TIER_DOWN, f"{name} is set aside after failures, and may hold them"
+        size = layouts[0].tokens_per_block
+        loading = self._costs.transfer((stop - start) * sum(layout.block_bytes for layout in layouts), name)
+        before, behind = start * size, stop * size
+        computing = self._costs.recompute(prompt_tokens - before, before)
+        computing -= self._costs.recompute(prompt_tokens - behind, behind)
+        if loading < computing:
+            return None
+        return (
+            Reason.DECLINED,
+            f"loading from {name} would take {loading:.4f} s, computing {computing:.4f} s: not asked",
+        )
+
+    # -- offer ---------------------------------------------------------------------------------------------------------
+
+    def offer(self, layout: Layout, keys: Sequence[BlockKey]) -> list[Job]:
+        """Have each tier write what it lacks of the beginning of a path that is in the warm tier, where that pays."""
+        jobs = [self._offer_one(tier, layout, keys[: _beginning(tier, keys)]) for tier in self._tiers]
+        return [job for job in jobs if job is not None]
+
+    def _offer_one(self, tier: SharedTier, layout: Layout, keys: Sequence[BlockKey]) -> Job | None:
+        books, index = self._books, self._books.index
+        with books.lock:
+            if not books.allows(tier.name, "save") or not self._pays(tier.name, layout, len(keys)):
+                return None
+            known = tier.known(layout.id, keys)
+            lent = self._lend(layout, keys)
+            wanted = [at for at in range(len(lent)) if not known[at]]
+            if not wanted:
+                return None
+            node = index.node(layout.id, keys[wanted[-1]])
+            index.pin(node, self._warm.name)
+            books.trying(tier.name, "save")
+        job = save_guarded(tier, layout.id, [keys[at] for at in wanted], [lent[at] for at in wanted])
+        job.watch(done=partial(self._offered, tier.name, node))
+        return job
+
+    def _pays(self, name: str, layout: Layout, blocks: int) -> bool:
+        """The value of a byte there: seconds saved against seconds of transfer."""
+        computing = self._costs.recompute(blocks * layout.tokens_per_block, 0)
+        return computing >= GAIN_MIN * self._costs.transfer(blocks * layout.block_bytes, name)
+
+    def _lend(self, layout: Layout, keys: Sequence[BlockKey]) -> list[Block]:
+        """The blocks of a path as far as the warm tier holds them, without a copy."""
+        blocks: list[Block] = []
+        for at, key in enumerate(keys):
+            held = self._books.index.holds(self._books.index.node(layout.id, key), self._warm.name)
+            lent = self._warm.block(layout.id, key) if held else None
+            if lent is None:
+                break
+            blocks.append(Block(keys[at - 1] if at else NO_PARENT, at + 1, [lent[0]], lent[1]))
+        return blocks
+
+    def _offered(self, name: str, node: int, job: Job) -> None:
+        books = self._books
+        for outcome in set(job.outcomes):
+            label = (("tier", name), ("outcome", outcome))
+            books.metrics.count("save_blocks_total", job.outcomes.count(outcome), label)
+        with books.lock:
+            books.index.unpin(node, self._warm.name)
+            if Outcome.FAILED in job.outcomes:
+                books.failed(name, "save")
+            elif Outcome.HIT in job.outcomes:
+                books.succeeded(name, "save")
+
+
+def _find(tier: SharedTier, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> list[Outcome]:
+    try:
+        found = tier.find(layout.id, keys, deadline)
+        if len(found) == len(keys):
+            return found
+        LOG.error("tier %s gave %d answers to %d questions", tier.name, len(found), len(keys))
+    except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not asked further
+        LOG.exception("tier %s raised when it was asked", tier.name)
+    return [Outcome.FAILED] * len(keys)
+
+
+def save_guarded(tier: Tier, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
+    """The tier's own save; where it raises, a job of which nothing was taken."""
+    try:
+        return tier.save(layout, keys, blocks)
+    except Exception:  # a tier that breaks its promise must not break a request: counted, logged, not written
+        LOG.exception("tier %s raised while saving", tier.name)
+    job = Job([Outcome.FAILED] * len(keys))
+    job.set_done()
+    return job
+
+
+def _beginning(tier: SharedTier, keys: Sequence[BlockKey]) -> int:
+    return len(keys) if tier.depth_max is None else min(len(keys), tier.depth_max)
+
+
+def _leading_hits(outcomes: Sequence[Outcome]) -> int:
+    return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
+
+
+_UNSURE = frozenset({Reason.NEVER_SEEN, Reason.UNKNOWN})
+_SILENT = {
+    Outcome.FAILED: (Reason.TIER_DOWN, "failed"),
+    Outcome.LATE: (Reason.LATE, "did not answer in time"),
+}
