@@ -31,6 +31,7 @@ BENCHES = {
         Entry("keys", "naming 131,072 tokens: our keys over the bare hash loop; and only the new tokens of a turn", 5),
         Entry("match", "the longest match among a million blocks: bisection, and the whole plan with its lease", 20),
         Entry("tiers", "verified loads over plain copies; disk over raw direct I/O, fresh and 95 % full", 40),
+        Entry("recovery", "a million blocks found again at a start, over reading and verifying their log alone", 60),
         Entry("start", "`import thermocline` and `thermocline --help` over bare python", 10),
         Entry("ttft", "first token: no cache, memory, new process on the same disk, retained cache", 120, engine=True),
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),

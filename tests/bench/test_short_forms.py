@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bench import harness, keys, match, start, tiers_disk, tiers_memory
+from bench import harness, keys, match, recovery, start, tiers_disk, tiers_memory
 from bench.harness import Progress
 
 MIB = 1024 * 1024
@@ -45,6 +45,14 @@ def test_start(monkeypatch, progress):
     monkeypatch.setattr(start, "ROUNDS", 1)
     monkeypatch.setenv("PYTHONPATH", str(harness.ROOT / "src"))
     _is_sound(start.run(progress))
+
+
+def test_recovery(monkeypatch, progress):
+    """`bench recovery` finds every block of the log that it wrote, in a process of its own."""
+    monkeypatch.setattr(recovery, "ROUNDS", 1)
+    monkeypatch.setattr(recovery, "BLOCKS", 5_000)
+    monkeypatch.setenv("PYTHONPATH", str(harness.ROOT / "src"))
+    _is_sound(recovery.run(progress))
 
 
 def test_memory(monkeypatch, progress):
