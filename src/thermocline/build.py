@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import SettingsError
-from thermocline.settings import Settings
+from thermocline.settings import Settings, read_key
 from thermocline.store.store import Store
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
+from thermocline.tiers.redis import RedisTier
+from thermocline.tiers.redis_scripts import Space
+from thermocline.tiers.tier import Tier
+from thermocline.wire.resp import Address
 
 
 def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
-    """A store with a memory tier, and a disk tier where `disk_path` is set. The caller closes it.
+    """A store with a memory tier, disk where `disk_path` is set, Redis where `redis_url` is. The caller closes it.
 
-    Raises TierError (DiskInUseError, DiskFormatError) where the disk path cannot be used, and SettingsError where
-    there is not as much memory. Then nothing is left open.
+    Raises TierError (DiskInUseError, DiskFormatError) where the disk path cannot be used or Redis refuses us, and
+    SettingsError where there is not as much memory. Then nothing is left open.
     """
     clock = clock or SystemClock()
     _check_memory(settings.memory_bytes)
-    cold = []
-    if settings.disk_path is not None:
-        queue_bytes = min(settings.write_queue_bytes, settings.memory_bytes // 2)
-        cold.append(DiskTier(settings.disk_path, settings.disk_bytes, clock=clock, queue_bytes_max=queue_bytes))
-    try:
-        warm = MemoryTier(settings.memory_bytes, clock=clock)
-    except OSError as error:
-        for tier in cold:
-            tier.close()
-        raise _too_much_memory(settings.memory_bytes, error.strerror) from error
+    with ExitStack() as opened:
+        cold = list(_colder(settings, clock, opened))
+        try:
+            warm = MemoryTier(settings.memory_bytes, clock=clock)
+        except OSError as error:
+            raise _too_much_memory(settings.memory_bytes, error.strerror) from error
+        opened.pop_all()
     return Store(
         warm,
         cold,
@@ -38,6 +41,38 @@ def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
         lease_seconds=settings.lease_seconds,
         load_seconds_max=settings.load_seconds_max,
         receipts_kept=settings.receipts_kept,
+    )
+
+
+def _colder(settings: Settings, clock: Clock, opened: ExitStack) -> Iterator[Tier]:
+    """The tiers below memory, from fast to slow; `opened` closes them."""
+    queue_bytes = min(settings.write_queue_bytes, settings.memory_bytes // 2)
+    tier: Tier
+    if settings.disk_path is not None:
+        tier = DiskTier(settings.disk_path, settings.disk_bytes, clock=clock, queue_bytes_max=queue_bytes)
+        opened.callback(tier.close)
+        yield tier
+    if settings.redis_url is not None:
+        secret = settings.redis_password_file
+        password = None if secret is None else read_key(secret, what="password of the Redis server")
+        tier = RedisTier(
+            Address.parse(settings.redis_url, password=password, ca_file=settings.redis_ca_file),
+            _space(settings),
+            clock=clock,
+            wait_seconds=settings.redis_wait_seconds,
+            queue_bytes_max=queue_bytes,
+        )
+        opened.callback(tier.close)
+        yield tier
+
+
+def _space(settings: Settings) -> Space:
+    return Space(
+        settings.redis_namespace.encode(),
+        settings.redis_bytes,
+        settings.redis_ttl_seconds,
+        settings.redis_prefix_tokens // settings.tokens_per_block,
+        settings.redis_gain_min,
     )
 
 

@@ -38,6 +38,7 @@ class Kind(enum.StrEnum):
 
     TEXT = "TEXT"
     COUNT = "COUNT"
+    NUMBER = "NUMBER"
     SIZE = "SIZE"
     DURATION = "DURATION"
     PATH = "PATH"
@@ -85,11 +86,13 @@ class Setting:
             return "none"
         if self.kind is Kind.SIZE and isinstance(value, int):
             return _size_text(value)
+        if self.kind is Kind.NUMBER:
+            return f"{value:g}"
         return f"{value:g}s" if self.kind is Kind.DURATION else str(value)
 
     def show_bound(self, bound: float) -> str:
         """A bound as a person would write it."""
-        return self.show(bound if self.kind is Kind.DURATION else int(bound))
+        return self.show(bound if self.kind in {Kind.DURATION, Kind.NUMBER} else int(bound))
 
     def _check_bounds(self, value: float) -> None:
         if not self.least <= value <= self.most:
@@ -125,6 +128,14 @@ def _count(raw: object) -> int:
     raise ValueError("must be a whole number")
 
 
+def _number(raw: object) -> float:
+    if isinstance(raw, int | float) and not isinstance(raw, bool):
+        return float(raw)
+    if isinstance(raw, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", raw):
+        return float(raw)
+    raise ValueError("must be a number")
+
+
 def _size(raw: object) -> int:
     """Bytes from 1073741824, "1GiB" (1024 based), "2GB" (1000 based)."""
     if isinstance(raw, int) and not isinstance(raw, bool):
@@ -154,6 +165,7 @@ def _unit(text: str, units: Mapping[str, float]) -> float | None:
 _READERS: Mapping[Kind, Callable[[object], Value]] = {
     Kind.TEXT: _text,
     Kind.COUNT: _count,
+    Kind.NUMBER: _number,
     Kind.SIZE: _size,
     Kind.DURATION: _duration,
     Kind.PATH: _path,
@@ -188,6 +200,42 @@ class Settings:
     disk_path: Path | None = _setting(Kind.PATH, None, "The disk tier's folder; without one nothing is kept on disk.")
     disk_bytes: int = _setting(
         Kind.SIZE, 10 << 30, "The disk tier's hard limit, logs included.", least=16 << 20, most=1 << 60
+    )
+    redis_url: str | None = _setting(
+        Kind.TEXT,
+        None,
+        "A Redis or Valkey server that engines share: redis://host:6379/0, rediss://host (TLS), unix:///path.",
+    )
+    redis_password_file: Path | None = _setting(
+        Kind.PATH, None, "A file whose first line is the password of the Redis server."
+    )
+    redis_ca_file: Path | None = _setting(
+        Kind.PATH, None, "The certificate authority of a rediss:// server; none trusts those of the system."
+    )
+    redis_namespace: str = _setting(
+        Kind.TEXT, "thermocline", "What all our keys in Redis begin with; engines share blocks within one namespace."
+    )
+    redis_bytes: int = _setting(
+        Kind.SIZE, 4 << 30, "The most that our values in Redis take, of all engines.", least=1 << 20, most=1 << 50
+    )
+    redis_ttl_seconds: float = _setting(
+        Kind.DURATION, 86400.0, "Values in Redis that nobody used for this long expire.", least=1, most=1e9
+    )
+    redis_prefix_tokens: int = _setting(
+        Kind.COUNT, 4096, "Only the first so many tokens of a prompt are kept in Redis.", least=16, most=1 << 30
+    )
+    redis_gain_min: float = _setting(
+        Kind.NUMBER,
+        1.5,
+        "Redis takes only what is predicted to load this many times faster than it is computed; 0 takes all.",
+        most=1e6,
+    )
+    redis_wait_seconds: float = _setting(
+        Kind.DURATION,
+        0.05,
+        "How long a request waits for Redis without a byte; then it goes on without it.",
+        least=0.001,
+        most=10,
     )
     ttl_seconds: float | None = _setting(
         Kind.DURATION,
@@ -305,7 +353,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str
 
 def _is_service_link(variable: str, raw: str) -> bool:
     """Kubernetes sets THERMOCLINE_PORT=tcp://... and others for a service called thermocline: those are not ours."""
-    return "://" in raw or re.match(r"THERMOCLINE_(SERVICE|PORT_\d+)_", variable) is not None
+    port = variable == _variable("port") and "://" in raw
+    return port or re.match(r"THERMOCLINE_(SERVICE|PORT_\d+)_", variable) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -332,18 +381,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_key(path: Path) -> str:
-    """The API key: the first line of the file. Raises SettingsError where there is none."""
+def read_key(path: Path, *, what: str = "API key") -> str:
+    """A secret (`what` names it): the first line of the file. Raises SettingsError where there is none."""
     try:
         key = path.read_text(encoding="ascii").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
-            f"cannot read the API key from {path}: {error}",
-            hint="name a readable file whose first line is the key, in ASCII",
+            f"cannot read the {what} from {path}: {error}",
+            hint=f"name a readable file whose first line is the {what}, in ASCII",
         ) from None
     if not key:
         raise SettingsError(
-            f"the first line of {path} is empty, so there is no API key",
-            hint="write the key there, such as the output of `openssl rand -hex 32`",
+            f"the first line of {path} is empty, so there is no {what}",
+            hint="write it there, such as the output of `openssl rand -hex 32`",
         )
     return key

@@ -20,8 +20,6 @@ from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier,
 
 LOG = logging.getLogger("thermocline.store")
 ASK_SECONDS_MAX = 0.05
-GAIN_MIN = 1.5
-"""A shared tier is small and everybody's: it takes what is loaded so many times faster than computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ class SharedTiers:
     def _offer_one(self, tier: SharedTier, layout: Layout, keys: Sequence[BlockKey]) -> Job | None:
         books, index = self._books, self._books.index
         with books.lock:
-            if not books.allows(tier.name, "save") or not self._pays(tier.name, layout, len(keys)):
+            if not books.allows(tier.name, "save") or not self._pays(tier, layout, len(keys)):
                 return None
             known = tier.known(layout.id, keys)
             lent = self._lend(layout, keys)
@@ -159,10 +157,10 @@ class SharedTiers:
         job.watch(done=partial(self._offered, tier.name, node))
         return job
 
-    def _pays(self, name: str, layout: Layout, blocks: int) -> bool:
+    def _pays(self, tier: SharedTier, layout: Layout, blocks: int) -> bool:
         """The value of a byte there: seconds saved against seconds of transfer."""
         computing = self._costs.recompute(blocks * layout.tokens_per_block, 0)
-        return computing >= GAIN_MIN * self._costs.transfer(blocks * layout.block_bytes, name)
+        return computing >= tier.gain_min * self._costs.transfer(blocks * layout.block_bytes, tier.name)
 
     def _lend(self, layout: Layout, keys: Sequence[BlockKey]) -> list[Block]:
         """The blocks of a path as far as the warm tier holds them, without a copy."""

@@ -81,7 +81,6 @@ class RedisTier:
         *,
         name: str = "redis",
         clock: Clock | None = None,
-        depth_max: int | None = None,
         wait_seconds: float = WAIT_SECONDS,
         queue_bytes_max: int = 64 * MIB,
     ) -> None:
@@ -90,7 +89,7 @@ class RedisTier:
         Raises TierError where the server refuses user or password.
         """
         self.name = name
-        self.depth_max = depth_max
+        self.depth_max, self.gain_min = space.depth_max, space.gain_min
         self._address, self._space = address, space
         self._clock = clock or SystemClock()
         self._wait_seconds = wait_seconds

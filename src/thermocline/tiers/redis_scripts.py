@@ -80,11 +80,16 @@ TOUCH = _BEGIN + _TOUCH + _END
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """One namespace of a server: all keys in it begin with its name, and its values take `capacity_bytes` at most."""
+    """One namespace of a server: all keys in it begin with its name, and its values take `capacity_bytes` at most.
+
+    A value that nobody used for `ttl_seconds` expires. `depth_max` and `gain_min` are those of `SharedTier`.
+    """
 
     namespace: bytes
     capacity_bytes: int
     ttl_seconds: float
+    depth_max: int | None = None
+    gain_min: float = 0.0
     ttl_text: bytes = field(init=False)
     _first: tuple[bytes, ...] = field(init=False)
 

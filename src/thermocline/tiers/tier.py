@@ -217,6 +217,9 @@ class SharedTier(Tier, Protocol):
     depth_max: int | None
     """Blocks deeper than this are never kept."""
 
+    gain_min: float
+    """Only beginnings that are loaded at least so many times faster than computed are worth their room."""
+
     def find(self, layout: LayoutId, keys: Sequence[BlockKey], deadline: float) -> list[Outcome]:
         """Which of the keys are there now: HIT or MISS, or LATE or FAILED for all where that could not be learned.
 
