@@ -244,14 +244,26 @@ def test_done_means_synced(tier, monkeypatch):
     assert at_the_end[0] >= touched | {str(where(tier, layout, keys[0])[0].with_name("index.log"))}
 
 
-def test_a_failing_sync_takes_replacements_back(tier, monkeypatch):
-    """A replacement whose sync fails is not held, and neither is what it replaced: a miss, never the wrong version."""
+def test_a_failing_sync_leaves_what_was_to_be_replaced(tier, monkeypatch):
+    """A replacement whose sync fails is not held, and what it was to replace, which is durable, still is."""
     save(tier, A, KEYS)
     mend = _fails(monkeypatch, segments, "fdatasync")
     assert set(save(tier, A, KEYS, version=1).outcomes) == {Outcome.FAILED}
     mend()
-    assert set(load(tier, A, KEYS)) == {Outcome.MISS}
+    assert set(load(tier, A, KEYS)) == {Outcome.HIT}
     tier.check_integrity()
+
+
+def test_a_replacement_gives_back_its_room_once_it_is_durable(tier):
+    """However often blocks are replaced, only their last version takes room, and the log names no other."""
+    for version in range(5):
+        save(tier, A, KEYS, version=version)
+    assert set(load(tier, A, KEYS, versions=(4,))) == {Outcome.HIT}
+    assert tier.wait_idle(60)
+    used = tier._slots.used_bytes
+    tier.check_integrity()
+    tier.remove(A, KEYS[:1])
+    assert tier._slots.used_bytes == used * 11 // 12
 
 
 def test_a_failing_read(tier, monkeypatch):

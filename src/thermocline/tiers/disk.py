@@ -85,6 +85,7 @@ class DiskTier:
         self._unpublished = 0  # blocks from save to visible
         self._unpublished_bytes = 0
         self._quarantined_bytes = 0
+        self._replaced: list[tuple[LayoutId, BlockKey, int]] = []  # older places, given back after the next sync
         self._unsynced: list[_Write] = []  # this and the next: the writer's own
         self._unlogged: list[tuple[LayoutId, BlockKey, int]] = []
         self._starved = self._told_of_size = False
@@ -202,6 +203,7 @@ class DiskTier:
             )
             known = sum(len(shelf.entries) * shelf.frame_bytes for shelf in self._shelves.values())
             known += self._unpublished_bytes + self._quarantined_bytes
+            known += sum(self._shelves[layout].frame_bytes for layout, _, _ in self._replaced)
             assert known == self._slots.used_bytes, f"{self._slots.used_bytes} bytes in use, {known} accounted for"
 
     def close(self) -> None:
@@ -276,7 +278,7 @@ class DiskTier:
                 LOG.warning("disk tier: a frame of %d bytes exceeds a segment of %d", size, self._slots.unit_bytes)
             return [], Outcome.MISS
         queue_room = max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
-        log_room = self._journal.records_max - self._held() - self._unpublished
+        log_room = self._journal.records_max - self._held() - self._unpublished - len(self._replaced)
         wanted = min(count, queue_room, log_room)
         places = [place_of(slot) for slot in self._slots.take(size, wanted)]
         if len(places) < wanted:
@@ -306,7 +308,7 @@ class DiskTier:
             if not self._unsynced:
                 self._lock.wait_for(self._has_work)
             batch = self._next_group()
-            self._stopped = self._closing and not (batch or self._forgotten)
+            self._stopped = self._closing and not (batch or self._forgotten or self._replaced)
             self._unlogged += self._forgotten
             self._forgotten = []
             self._busy = True
@@ -368,6 +370,8 @@ class DiskTier:
     def _write_frames(self, write: _Write) -> bool:
         try:
             self._writer.write(write.layout, write.keys, write.blocks, write.places)
+            if any(self.holds(write.layout, write.keys)):  # the log names the older frame until this one is durable
+                self._crew.run([partial(self._segments.sync, number) for number in _segments_of([write])])
         except OSError as error:
             LOG.warning("disk tier: a write failed: %s", error)
         except Exception:  # pieces that are no plain memory: the caller's mistake must not end this thread
@@ -383,16 +387,15 @@ class DiskTier:
             old = entries.get(key)
             entries[key] = place
             if old is not None:
-                self._forget(write.layout, key, old)
+                self._replaced.append((write.layout, key, old))
         self._unpublished -= len(write.places)
         self._unpublished_bytes -= write.nbytes
 
     def _settle(self, unsynced: Sequence[_Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
-            touched = {slot_at(place).unit for write in unsynced for place in write.places}
             log = [self._journal.sync] if unsynced else []
-            self._crew.run([*log, *(partial(self._segments.sync, number) for number in touched)])
+            self._crew.run([*log, *(partial(self._segments.sync, number) for number in _segments_of(unsynced))])
         except OSError as error:
             LOG.warning("disk tier: a sync failed: %s", error)
             for write in unsynced:
@@ -400,6 +403,9 @@ class DiskTier:
                 write.job.outcomes[: len(write.places)] = [Outcome.FAILED] * len(write.places)
         with self._lock:
             self._queued_bytes -= sum(write.nbytes for write in unsynced)
+            replaced, self._replaced = self._replaced, []
+            for layout, key, place in replaced:
+                self._forget(layout, key, place)
         for write in unsynced:
             write.job.set_done()
 
@@ -544,3 +550,7 @@ class DiskTier:
             self._journal.rewrite(np.concatenate([np.empty(0, journal.RECORD), *(part.records for part in parts)]))
         except OSError as error:  # what is there serves as well
             LOG.warning("disk tier: the index log could not be written anew: %s", error)
+
+
+def _segments_of(writes: Sequence[_Write]) -> set[int]:
+    return {slot_at(place).unit for write in writes for place in write.places}
