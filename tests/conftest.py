@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.faults.redis_server import RedisServer
 
 HERE = Path(__file__).parent
 
 # A slow machine is no failure, and a failing example prints the line that replays it.
 hypothesis.settings.register_profile("thermocline", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("thermocline")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One server for all tests that do it no harm; each empties it first. Skips the test where there is none."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

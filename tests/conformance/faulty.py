@@ -10,15 +10,21 @@ import enum
 import os
 import random
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from thermocline.blocks.frame import PAGE_BYTES
+from thermocline.blocks.frame import PAGE_BYTES, read_header
+from thermocline.clock import SystemClock
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
+from thermocline.tiers.redis import RedisTier
 from thermocline.tiers.shelves import slot_at
 from thermocline.tiers.tier import Job, Outcome
+from thermocline.wire.resp import connect, encode
+
+CLOCK = SystemClock()
 
 
 class Fault(enum.StrEnum):
@@ -30,10 +36,12 @@ class Fault(enum.StrEnum):
     FAIL = "fail"  # a load answers FAILED, likewise
     DROP = "drop"  # a save is not taken: LATE or FAILED
     FULL = "full"  # a save finds no room
+    SILENT = "silent"  # a shared tier does not say what it holds
 
 
 LOAD_FAULTS = (Fault.CORRUPT, Fault.LOSE, Fault.LATE, Fault.FAIL)
 SAVE_FAULTS = (Fault.DROP, Fault.FULL)
+FIND_FAULTS = (Fault.SILENT,)
 
 
 @dataclass
@@ -87,6 +95,12 @@ class FaultyTier:
                 damage(self._tier, layout, key, self.schedule.pick)
         return self._tier.load(layout, keys, into, deadline)
 
+    def find(self, layout, keys, deadline):
+        """See `SharedTier.find`."""
+        if keys and self.schedule.next(FIND_FAULTS) is not None:
+            return [(Outcome.LATE, Outcome.FAILED)[self.schedule.pick(2)]] * len(keys)
+        return self._tier.find(layout, keys, deadline)
+
     def save(self, layout, keys, blocks):
         """See `Tier.save`."""
         fault = self.schedule.next(SAVE_FAULTS) if keys else None
@@ -99,15 +113,33 @@ class FaultyTier:
 
 
 def damage(tier, layout, key, pick):
-    """Flip one bit of a stored block, anywhere in its payload; on disk also in its header page."""
+    """Flip one bit of a stored block, anywhere in its payload; of a frame also in its header page."""
     if isinstance(tier, MemoryTier):
         view, _ = tier.block(layout, key)
         view[pick(view.nbytes)] ^= 1 << pick(8)
     elif isinstance(tier, DiskTier):
         segment, offset, length = where(tier, layout, key)
         flip(segment, offset + pick(PAGE_BYTES + length), pick(8))
+    elif isinstance(tier, RedisTier):
+        flip_value(tier, layout, key, pick)
     else:
         raise TypeError(tier)
+
+
+def flip_value(tier, layout, key, pick):
+    """Flip one bit of a value in Redis, header page or payload; nothing if it is gone or damaged already."""
+    name = tier._space.value(layout, key)
+    deadline = CLOCK.now() + 10.0
+    with closing(connect(tier._address, now=CLOCK.now, deadline=deadline)) as link:
+
+        def ask(*words):
+            link.send([encode(*words)], deadline)
+            return link.reply(deadline)
+
+        header = read_header(np.frombuffer(ask(b"GETRANGE", name, b"0", b"%d" % (PAGE_BYTES - 1)), np.uint8))
+        if header is not None:
+            at = b"%d" % pick(8 * (PAGE_BYTES + header.length_bytes))
+            ask(b"SETBIT", name, at, b"%d" % (1 - ask(b"GETBIT", name, at)))
 
 
 def where(tier, layout, key):

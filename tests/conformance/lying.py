@@ -8,6 +8,7 @@ from dataclasses import replace
 from thermocline.blocks.frame import payload_sum
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
+from thermocline.tiers.redis import RedisTier
 from thermocline.tiers.tier import Block, Job, Outcome
 
 
@@ -186,6 +187,9 @@ class Leaks(_Liar):
         removed = self._tier.remove(layout, keys)
         if removed and isinstance(self._tier, MemoryTier):
             self._tier._slab.take(4096, 40 * removed)
+        elif removed and isinstance(self._tier, RedisTier):
+            space = self._tier._space
+            self._tier._space = replace(space, capacity_bytes=space.capacity_bytes * 19 // 20)
         elif removed:
             with self._tier._lock:
                 self._tier._slots.take(8192, 40 * removed)
@@ -318,3 +322,5 @@ LIARS = [
 ]
 ONLY_PERSISTENT = {FindsNothing, FindsChildrenFirst, LosesParents, DropsOnClosing}
 ONLY_MEMORY = {TearsConcurrentReads}
+NOT_IF_IT_EVICTS = {KeepsTheOld, NeverFull}
+"""What such a tier may do: blocks do not change, and it is never full."""

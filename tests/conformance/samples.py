@@ -107,8 +107,11 @@ def hits(outcomes):
     return Counter(outcomes)[Outcome.HIT]
 
 
-def fill(tier, layout, length=LENGTH, *, seed=1, batch=16, observe=lambda: None):
-    """Save until the tier says FULL three times in a row; returns the keys that it took. `observe` is called often."""
+def fill(tier, layout, length=LENGTH, *, seed=1, batch=16, evicts=False, observe=lambda: None):
+    """Save until the tier says FULL three times in a row; returns the keys that it took. `observe` is called often.
+
+    A tier that evicts by itself is given a half more than it has room for, and those that it still holds are returned.
+    """
     held, full = [], 0
     deadline = CLOCK.now() + PATIENCE_SECONDS
     turn = 0
@@ -119,6 +122,8 @@ def fill(tier, layout, length=LENGTH, *, seed=1, batch=16, observe=lambda: None)
         observe()
         held += [key for key, outcome in zip(keys, job.outcomes, strict=True) if outcome is Outcome.HIT]
         full = 0 if Outcome.HIT in job.outcomes else full + (Outcome.FULL in job.outcomes)
+        if evicts and len(held) * length > 1.5 * tier.usage().capacity_bytes:
+            return [key for key, there in zip(held, tier.holds(layout, held), strict=True) if there]
         if Outcome.LATE in job.outcomes:
             CLOCK.sleep(0.01)
         assert CLOCK.now() < deadline, "the tier takes nothing and is not FULL either"

@@ -6,17 +6,18 @@ import pytest
 
 from tests.conformance import openings
 from tests.conformance.faulty import Fault, FaultyTier, Schedule
-from tests.conformance.samples import chain, hits, layout_of, load, save
+from tests.conformance.samples import CLOCK, chain, hits, layout_of, load, save
+from tests.conformance.test_tiers import KINDS
 from thermocline.tiers.tier import Outcome
 
 LAYOUT = layout_of()
 KEYS = chain(3, 8)
 
 
-@pytest.fixture(params=["memory", "disk"])
-def opening(request, tmp_path):
+@pytest.fixture(params=["memory", "disk", "redis"])
+def opening(request):
     """A tier without faults of its own."""
-    opening = openings.memory() if request.param == "memory" else openings.disk(tmp_path)
+    opening = KINDS[request.param](request)
     yield opening
     opening.close()
 
@@ -41,7 +42,7 @@ def test_a_seed_replays(opening):
     assert histories[0] == histories[1] != histories[2]
 
 
-@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.SILENT])
 def test_each_fault_happens(opening, fault):
     """A fault that is always on shows in the outcomes that it stands for, and never as wrong bytes."""
     plain = opening.open()
@@ -59,6 +60,18 @@ def test_each_fault_happens(opening, fault):
     }
     assert expected[fault]()
     plain.check_integrity()
+
+
+def test_silence(redis_server):
+    """A shared tier that is silent says of no block that it is there, nor that it is not."""
+    opening = openings.redis(redis_server)
+    plain = opening.open()
+    save(plain, LAYOUT, KEYS)
+    tier = FaultyTier(plain, Schedule(chances={Fault.SILENT: 1.0}))
+    assert set(tier.find(LAYOUT, KEYS, CLOCK.now() + 10)) <= {Outcome.LATE, Outcome.FAILED}
+    assert tier.schedule.happened == {Fault.SILENT: 1}
+    assert hits(load(tier, LAYOUT, KEYS)) == len(KEYS)
+    opening.close()
 
 
 def test_no_chance_no_fault(opening):
