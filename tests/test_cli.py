@@ -16,7 +16,10 @@ import pytest
 
 import thermocline
 from thermocline import cli
+from thermocline.metrics import Metrics
 from thermocline.settings import DECLARED
+from thermocline.store.receipt import Missing, Reason, Receipt
+from thermocline.store.receipts_file import ReceiptsFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +74,9 @@ def test_every_verb_speaks_json(verb):
         (["config", "--host", "0.0.0.0"], "hint: set api_key_file, or listen on 127.0.0.1"),  # noqa: S104  # is refused
         (["why", "--url", "ftp://127.0.0.1"], "hint: write it as http://127.0.0.1:8000"),
         (["why", "--url", "http://192.0.2.1"], "hint: use https"),
+        (["why", "--last", "3"], "hint: write `thermocline why --summary`"),
+        (["why", "--summary", "--file", "missing.jsonl"], "hint: name the file that the server's receipts_path names"),
+        (["why", "--summary", "--last", "0"], "hint: `thermocline why --help` shows what it takes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -99,6 +105,26 @@ def test_config(run, monkeypatch, tmp_path):
     rows = json.loads(run(*argv, "--json")[1])
     assert rows["memory_bytes"] == {"value": 2 << 30, "from": str(path)}
     assert rows["disk_path"] == {"value": None, "from": "default"}
+
+
+def test_summary_of_a_file(run, tmp_path):
+    """`why --summary --file` adds up the receipts of a file, the last ones only if asked, as text and as JSON."""
+    path = tmp_path / "receipts.jsonl"
+    file = ReceiptsFile(path, 1 << 20, metrics=Metrics())
+    for number in range(5):
+        missing = (Missing(number % 2, 2, Reason.EVICTED), Missing(2, 3, Reason.TAIL))
+        loaded = 32 * (number % 2)
+        row = {"request": f"r{number}", "prompt_tokens": 70, "tokens_per_block": 32, "missing": missing}
+        row |= {"loaded_tokens": loaded, "computed_tokens": 70 - loaded, "by_tier": {"disk": loaded} if loaded else {}}
+        file.append(Receipt(**(dict.fromkeys(Receipt.__struct_fields__, 0.0) | row)))
+    file.close()
+    code, out, err = run("why", "--summary", "--file", str(path))
+    assert (code, err) == (0, "")
+    assert out.startswith("5 requests\n")
+    assert out.endswith("raise memory_bytes or disk_bytes, or set disk_path.\n")
+    found = json.loads(run("why", "--summary", "--file", str(path), "--last", "2", "--json")[1])
+    assert (found["requests"], found["prompt_tokens"], found["loaded_tokens"]) == (2, 140, 32)
+    assert found["by_reason"][0] == {"reason": "evicted", "tokens": 96, "requests": 2, "detail": "", "alike": 2}
 
 
 def test_bench_outside_a_checkout(run, monkeypatch, tmp_path):

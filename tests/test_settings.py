@@ -40,6 +40,8 @@ OTHER = {
     "body_bytes_max": "1MiB",
     "lease_seconds": "5s",
     "receipts_kept": "9",
+    "receipts_path": "/nowhere/receipts.jsonl",
+    "receipts_bytes": "1MiB",
     "write_queue_bytes": "16MiB",
     "load_seconds_max": "500ms",
 }

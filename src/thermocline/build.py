@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import SettingsError
 from thermocline.settings import Settings, read_key
+from thermocline.store.receipts_file import ReceiptsFile
 from thermocline.store.store import Store
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
@@ -33,7 +34,7 @@ def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
         except OSError as error:
             raise _too_much_memory(settings.memory_bytes, error.strerror) from error
         opened.pop_all()
-    return Store(
+    store = Store(
         warm,
         cold,
         clock=clock,
@@ -42,6 +43,9 @@ def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
         load_seconds_max=settings.load_seconds_max,
         receipts_kept=settings.receipts_kept,
     )
+    if settings.receipts_path is not None:
+        store.receipts.keep_in(ReceiptsFile(settings.receipts_path, settings.receipts_bytes, metrics=store.metrics))
+    return store
 
 
 def _colder(settings: Settings, clock: Clock, opened: ExitStack) -> Iterator[Tier]:

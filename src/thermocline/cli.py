@@ -13,8 +13,11 @@ import thermocline
 from thermocline.errors import BenchError, ThermoclineError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from thermocline.settings import Settings
 
+LAST_MAX = 999_999
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
     OK: "done, and what was checked holds",
@@ -142,17 +145,67 @@ def bench(name: str, save: bool, as_json: bool) -> int:
 
 @app.command()
 @click.argument("request_id", metavar="REQUEST", default="last")
+@click.option("--summary", is_flag=True, help="Add up the last requests instead: why is the hit rate what it is?")
+@click.option(
+    "--last", metavar="COUNT", type=click.IntRange(1, LAST_MAX), help="With --summary, only the last so many."
+)
+@click.option("--file", metavar="FILE", help="With --summary, read the file of `receipts_path`, and ask no server.")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @_json_flag
-def why(request_id: str, url: str, api_key_file: str | None, as_json: bool) -> None:
+def why(
+    request_id: str,
+    summary: bool,
+    last: int | None,
+    file: str | None,
+    url: str,
+    api_key_file: str | None,
+    as_json: bool,
+) -> None:
     """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
     from pathlib import Path
 
     from thermocline.lens import fetch, report
 
-    body = fetch.receipt(url, request_id, Path(api_key_file) if api_key_file else None)
+    key_file = Path(api_key_file) if api_key_file else None
+    if summary:
+        _summary(last, url, key_file, Path(file) if file else None, as_json=as_json)
+        return
+    if last is not None or file is not None:
+        raise _MistakeError("--last and --file add requests up", "write `thermocline why --summary`")
+    body = fetch.receipt(url, request_id, key_file)
     click.echo(body.decode() if as_json else report.render(report.read(body)))
+
+
+def _summary(last: int | None, url: str, key_file: Path | None, file: Path | None, *, as_json: bool) -> None:
+    import msgspec
+
+    from thermocline.lens import fetch, report
+    from thermocline.lens.summary import summarise
+
+    count = last or LAST_MAX
+    if file is None:
+        listed = report.read_list(fetch.receipts(url, count, key_file))
+        found = summarise(listed.data)
+    else:
+        read = fetch.receipts_in(file, count)
+        found = summarise(read.receipts, skipped=read.skipped)
+    if as_json:
+        click.echo(msgspec.json.encode(found).decode())
+    elif sys.stdout.isatty():
+        _print_in_colour(report.render_summary(found, bars=True), report.BAR)
+    else:
+        click.echo(report.render_summary(found))
+
+
+def _print_in_colour(text: str, bar: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = Text(text)
+    shown.highlight_regex(bar + "+", "cyan")
+    shown.highlight_regex("^so: .*", "bold")
+    Console(highlight=False).print(shown)
 
 
 @app.command()

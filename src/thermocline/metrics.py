@@ -54,6 +54,7 @@ _TABLE = (
     Metric("tier_used_bytes", "gauge", "Bytes used, headers and logs included.", ("tier",)),
     Metric("tier_capacity_bytes", "gauge", "The tier's hard limit.", ("tier",)),
     Metric("leases", "gauge", "Plans that protect their blocks now."),
+    Metric("receipts_dropped_total", "counter", "Receipts that could not be written to `receipts_path`."),
     Metric("series_refused_total", "counter", "Counts not shown because there are too many series."),
 )
 DECLARED = {metric.name: metric for metric in _TABLE}

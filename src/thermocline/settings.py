@@ -262,6 +262,16 @@ class Settings:
         Kind.DURATION, 30.0, "How long a plan protects its blocks from eviction.", least=0.001, most=86400
     )
     receipts_kept: int = _setting(Kind.COUNT, 1024, "How many receipts `why` can look back on.", least=1, most=1 << 20)
+    receipts_path: Path | None = _setting(
+        Kind.PATH, None, "A file to which every receipt is appended as a line of JSON: figures and reasons, no text."
+    )
+    receipts_bytes: int = _setting(
+        Kind.SIZE,
+        64 << 20,
+        "The size at which the receipts file becomes the older one of two.",
+        least=1 << 16,
+        most=1 << 40,
+    )
     write_queue_bytes: int = _setting(
         Kind.SIZE, 64 << 20, "Bytes that may wait for the disk; saves beyond are dropped.", least=1 << 20, most=1 << 40
     )

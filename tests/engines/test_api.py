@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from tests.engines.eager import eager_store
+from thermocline.engines import api
 from thermocline.engines.api import ApiServer
 from thermocline.engines.models import Model
 from thermocline.engines.transformers import Engine
@@ -223,6 +224,20 @@ def test_receipts_can_be_fetched(client: Client) -> None:
     listed = client.get("/receipts")["data"]
     assert [entry["request"] for entry in listed[:2]] == [answers[1]["id"], answers[0]["id"]]
     assert "receipted" not in json.dumps(listed)
+
+
+def test_as_many_receipts_as_asked_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`limit` says how many receipts are listed, newest first; a body has a bound, and says when it has not all."""
+    ids = [client.post("/v1/completions", prompt=f"{n} {TEXT}", max_tokens=1)["id"] for n in range(3)]
+    listed = client.get("/receipts?limit=2")
+    assert [entry["request"] for entry in listed["data"]] == [ids[2], ids[1]]
+    assert client.get("/receipts?limit=0")["data"] == []
+    assert len(client.get("/receipts?limit=999999999")["data"]) >= 3
+    for wrong in ("-1", "x", "1e9", "1" * 10, "%D9%A3"):
+        assert client.send("GET", f"/receipts?limit={wrong}")[0] == 400
+    monkeypatch.setattr(api, "RECEIPTS_BYTES_MAX", 800)
+    listed = client.get("/receipts?limit=3")
+    assert ([entry["request"] for entry in listed["data"]], listed["has_more"]) == ([ids[2]], True)
 
 
 def test_models_health_and_metrics(client: Client) -> None:

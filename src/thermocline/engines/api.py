@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Self, TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -33,6 +34,7 @@ from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
 from thermocline.errors import RequestError, ThermoclineError
 from thermocline.settings import Settings, is_loopback, read_key
+from thermocline.store.receipt import Receipt
 from thermocline.wire import openai
 from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Handler, Request, Response, Routes
@@ -43,6 +45,8 @@ ENCODE_AT_ONCE_CHARACTERS = 4096
 """Longer texts are tokenised in another thread: 32 kB take some 12 ms, and other streams would wait."""
 
 RECEIPTS_LISTED = 100
+RECEIPTS_BYTES_MAX = 15 << 20
+LIMIT_DIGITS_MAX = 9
 DRAIN_SECONDS = 20.0
 OPEN_ROUTES = frozenset({"/health"})
 
@@ -333,10 +337,10 @@ class _Api:
             self._engine.store.measure()
         return Response(self._metrics.text().encode(), content_type="text/plain; version=0.0.4")
 
-    async def _receipts(self, _: Request) -> Response:
+    async def _receipts(self, request: Request) -> Response:
         store = self._engine.store
-        latest = store.receipts.latest(RECEIPTS_LISTED) if store else []
-        return Response(msgspec.json.encode({"object": "list", "data": latest}))
+        latest = store.receipts.latest(_limit(request.query)) if store else []
+        return Response(await asyncio.to_thread(_listed, latest))
 
     async def _receipt(self, request: Request) -> Response:
         store = self._engine.store
@@ -415,6 +419,28 @@ async def _events(running: _Running, answers: Answers, *, with_usage: bool) -> A
     if with_usage:
         yield openai.event(answers.last_piece(running.usage(answers)))
     yield openai.DONE
+
+
+def _limit(query: str) -> int:
+    """How many receipts a query asks for. Raises RequestError for something that is not a number."""
+    text = parse_qs(query).get("limit", [str(RECEIPTS_LISTED)])[0]
+    if not text.isascii() or not text.isdecimal() or len(text) > LIMIT_DIGITS_MAX:
+        msg = f"limit is not a number of at most {LIMIT_DIGITS_MAX} digits"
+        raise RequestError(msg, hint="write ?limit=1000", param="limit")
+    return int(text)
+
+
+def _listed(receipts: Sequence[Receipt]) -> bytes:
+    """Receipts as JSON, as many as fit into a bounded body."""
+    data: list[msgspec.Raw] = []
+    room = RECEIPTS_BYTES_MAX
+    for receipt in receipts:
+        encoded = msgspec.json.encode(receipt)
+        room -= len(encoded) + 1
+        if room < 0:
+            break
+        data.append(msgspec.Raw(encoded))
+    return msgspec.json.encode({"object": "list", "data": data, "has_more": len(data) < len(receipts)})
 
 
 async def _aside(size: int, call: Callable[..., T], *args: object) -> T:

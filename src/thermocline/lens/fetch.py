@@ -1,17 +1,25 @@
-"""Ask a running server for a receipt."""
+"""Where receipts come from: a running server, or the file that it writes."""
 
 from __future__ import annotations
 
 import http.client
+from collections import deque
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
+
+import msgspec
 
 from thermocline.errors import SettingsError, UnreachableError
 from thermocline.settings import is_loopback, read_key
+from thermocline.store.receipt import Receipt
+from thermocline.store.receipts_file import LINE_BYTES_MAX, older
 
 TIMEOUT_SECONDS = 5.0
 BODY_BYTES_MAX = 16 << 20
+_FILE_HINT = "name the file that the server's receipts_path names"
 
 
 def receipt(url: str, request_id: str, api_key_file: Path | None = None) -> bytes:
@@ -21,19 +29,74 @@ def receipt(url: str, request_id: str, api_key_file: Path | None = None) -> byte
     used and no redirect followed. Raises SettingsError for a URL or key file that cannot be used, UnreachableError
     when there is no such server or it does not have the receipt.
     """
+    return _get(url, f"/receipts/{quote(request_id, safe='')}", api_key_file, f"no receipt of {request_id}")
+
+
+def receipts(url: str, last: int, api_key_file: Path | None = None) -> bytes:
+    """The last receipts as JSON, newest first: at most `last`, and no more than fit in one bounded answer.
+
+    Raises as `receipt`.
+    """
+    return _get(url, f"/receipts?limit={last}", api_key_file, "no receipts")
+
+
+class Found(NamedTuple):
+    """Receipts of a file, oldest first, and how many lines were something else."""
+
+    receipts: tuple[Receipt, ...]
+    skipped: int
+
+
+def receipts_in(path: Path, last: int) -> Found:
+    """The last receipts in a file that `receipts_path` named, and in the one before it.
+
+    Passes over what is no receipt, such as a last line that a crash cut. Raises SettingsError where there is no file.
+    """
+    kept: deque[Receipt] = deque(maxlen=last)
+    skipped, opened = 0, 0
+    for generation in (older(path), path):
+        try:
+            with generation.open("rb") as file:
+                opened += 1
+                for line in _lines(file):
+                    try:
+                        kept.append(msgspec.json.decode(line, type=Receipt))
+                    except (msgspec.DecodeError, UnicodeDecodeError):
+                        skipped += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SettingsError(f"cannot read {generation}: {error.strerror}", hint=_FILE_HINT) from None
+    if not opened:
+        raise SettingsError(f"there is no file {path}", hint=_FILE_HINT)
+    return Found(tuple(kept), skipped)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Whole lines; of one that is too long to be a receipt, only its beginning."""
+    while line := file.readline(LINE_BYTES_MAX):
+        rest = line
+        while not rest.endswith(b"\n") and rest:
+            rest = file.readline(LINE_BYTES_MAX)
+        yield line
+
+
+def _get(url: str, path: str, api_key_file: Path | None, missing: str) -> bytes:
     connection, prefix = _connect(url)
     headers = {"Authorization": f"Bearer {read_key(api_key_file)}"} if api_key_file else {}
     try:
-        connection.request("GET", f"{prefix}/receipts/{quote(request_id, safe='')}", headers=headers)
+        connection.request("GET", prefix + path, headers=headers)
         response = connection.getresponse()
-        body = response.read(BODY_BYTES_MAX)
+        body = response.read(BODY_BYTES_MAX + 1)
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(
             f"no server answers at {url}: {error}", hint="start one with `thermocline serve`, or name it with --url"
         ) from None
     finally:
         connection.close()
-    _refuse_failure(response.status, url, request_id)
+    _refuse_failure(response.status, url, missing)
+    if len(body) > BODY_BYTES_MAX:
+        raise UnreachableError(f"{url} answered with more than is read", hint="ask for fewer with --last")
     return body
 
 
@@ -55,12 +118,12 @@ def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
     return http.client.HTTPConnection(parts.hostname, port, timeout=TIMEOUT_SECONDS), parts.path.rstrip("/")
 
 
-def _refuse_failure(status: int, url: str, request_id: str) -> None:
+def _refuse_failure(status: int, url: str, missing: str) -> None:
     if status == HTTPStatus.OK:
         return
     if status == HTTPStatus.NOT_FOUND:
         raise UnreachableError(
-            f"{url} has no receipt of {request_id}",
+            f"{url} has {missing}",
             hint="ids are in the answers; `receipts_kept` says how many it remembers",
         )
     if status == HTTPStatus.UNAUTHORIZED:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from thermocline.errors import UnreachableError
+from thermocline.lens.summary import ReasonShare, Summary, token_range
 from thermocline.store.receipt import Missing, Reason, Receipt
 
 if TYPE_CHECKING:  # numpy, which a receipt does not need
     from thermocline.tiers.check import CheckReport
 
+BAR, BAR_WIDTH = "\u2588", 40
 _WORDS = {
     Reason.NEVER_SEEN: "was never seen before",
     Reason.UNKNOWN: "is not remembered; it may have been here long ago",
@@ -50,6 +53,13 @@ _ADVICE = {
 }
 
 
+class ReceiptList(msgspec.Struct, frozen=True):
+    """What a server tells of its last requests, newest first; `has_more` where not all that was asked for fits."""
+
+    data: tuple[Receipt, ...]
+    has_more: bool = False
+
+
 def read(body: bytes) -> Receipt:
     """A receipt from the JSON that a server sends. Raises UnreachableError if it is something else."""
     try:
@@ -57,6 +67,17 @@ def read(body: bytes) -> Receipt:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UnreachableError(
             f"the server's answer is not a receipt: {error}", hint="is it a thermocline server of this version?"
+        ) from None
+
+
+def read_list(body: bytes) -> ReceiptList:
+    """A list of receipts from the JSON that a server sends. Raises UnreachableError if it is something else."""
+    try:
+        return msgspec.json.decode(body, type=ReceiptList)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnreachableError(
+            f"the server's answer is not a list of receipts: {error}",
+            hint="is it a thermocline server of this version?",
         ) from None
 
 
@@ -83,10 +104,71 @@ def conclude(receipt: Receipt) -> str:
     """One or two sentences: what the reason behind most of the computed tokens means, and what to do about it."""
     tokens: Counter[Reason] = Counter()
     for missing in receipt.missing:
-        start, stop = _tokens(missing, receipt)
+        start, stop = token_range(missing, receipt)
         tokens[missing.reason] += max(1, stop - start)
     del tokens[Reason.TAIL]
     return _ADVICE[tokens.most_common(1)[0][0] if tokens else Reason.TAIL]
+
+
+def render_summary(summary: Summary, *, bars: bool = False) -> str:
+    """A summary in words: the hit rate, where tokens came from, why the others were computed, and what to do.
+
+    With `bars`, each share has a bar beside it.
+    """
+    whole = summary.prompt_tokens
+    lines = [
+        f"{summary.requests:,} requests{_period(summary)}",
+        f"  prompts   {whole:>12,} tokens",
+        f"  loaded    {summary.loaded_tokens:>12,} tokens  {_share(summary.loaded_tokens, whole)}: the hit rate",
+    ]
+    if summary.skipped:
+        lines.append(f"  left out  {summary.skipped:>12,} that are no whole receipts")
+    if summary.by_tier:
+        lines.append("loaded from")
+        lines += [_bar_line(tier, tokens, whole, bars=bars) for tier, tokens in summary.by_tier.items()]
+    if summary.by_reason:
+        lines.append("computed, because it")
+    for share in summary.by_reason:
+        lines.append(_bar_line(share.reason.name, share.tokens, whole, bars=bars))
+        lines += [f"    {line}" for line in _told(share)]
+    lines.append(f"so: {conclude_summary(summary)}")
+    return "\n".join(lines)
+
+
+def conclude_summary(summary: Summary) -> str:
+    """The answer to "why is my hit rate 30 %?": the reason that costs most tokens, and the one thing to do about it."""
+    if not summary.prompt_tokens:
+        return "No request has been answered yet."
+    worst = next((share for share in summary.by_reason if share.reason is not Reason.TAIL and share.tokens), None)
+    hit = f"The hit rate is {summary.hit_rate:.0%}."
+    if worst is None:
+        return f"{hit} {_ADVICE[Reason.TAIL]}"
+    part = _share(worst.tokens, summary.prompt_tokens).strip()
+    return f"{hit} {part} of all prompt tokens are {worst.reason.name}. {_ADVICE[worst.reason]}"
+
+
+def _told(share: ReasonShare) -> list[str]:
+    lines = [_WORDS[share.reason]]
+    if share.detail and share.reason is not Reason.TAIL:
+        more = f", and {share.alike - 1:,} more like it" if share.alike > 1 else ""
+        lines.append(f"in {share.requests:,} requests, such as: {share.detail}{more}")
+    return lines
+
+
+def _period(summary: Summary) -> str:
+    if not summary.last_wall_seconds:
+        return ""
+    first, last = (_moment(at) for at in (summary.first_wall_seconds, summary.last_wall_seconds))
+    return f", {first} to {last} UTC"
+
+
+def _moment(wall_seconds: float) -> str:
+    return f"{datetime.fromtimestamp(wall_seconds, UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def _bar_line(name: str, tokens: int, whole: int, *, bars: bool) -> str:
+    bar = "  " + BAR * max(1, round(BAR_WIDTH * tokens / whole)) if bars and tokens else ""
+    return f"  {name:12} {tokens:>9,} tokens  {_share(tokens, whole)}{bar}"
 
 
 def render_check(found: CheckReport) -> str:
@@ -118,16 +200,10 @@ def render_check(found: CheckReport) -> str:
 
 
 def _explain(missing: Missing, receipt: Receipt) -> str:
-    start, stop = _tokens(missing, receipt)
+    start, stop = token_range(missing, receipt)
     what = f"token {start:,}" if stop - start == 1 else f"tokens {start:,} to {stop - 1:,}"
     detail = f" ({missing.detail})" if missing.detail and missing.reason is not Reason.TAIL else ""
     return f"{what}: {missing.reason.name} - {_WORDS[missing.reason]}{detail}"
-
-
-def _tokens(missing: Missing, receipt: Receipt) -> tuple[int, int]:
-    size, prompt = receipt.tokens_per_block, receipt.prompt_tokens
-    stop = prompt if missing.reason is Reason.TAIL else missing.stop * size
-    return min(missing.start * size, prompt), min(stop, prompt)
 
 
 def _tiers(receipt: Receipt) -> str:

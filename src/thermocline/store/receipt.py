@@ -40,7 +40,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """The account of one request.
 
     `missing` covers every block from the first that was computed to the last; TAIL is the partial block at the end, or
-    the block of the one token that must be computed.
+    the block of the one token that must be computed. `wall_seconds` is when it was made, since 1970.
     """
 
     request: str
@@ -56,6 +56,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     planned_load_seconds: float
     planned_recompute_seconds: float
     planned_cold_seconds: float
+    wall_seconds: float = 0.0
 
 
 def merged(parts: Sequence[Missing]) -> tuple[Missing, ...]:

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thermocline.blocks.key import BlockKey, root_key
+from thermocline.clock import Clock, SystemClock
 from thermocline.store.likeness import Likeness
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
+from thermocline.store.receipts_file import ReceiptsFile
 
 RECEIPTS_KEPT = 1024
 
@@ -32,10 +34,12 @@ NOTHING = Loaded(0, {}, (), 0.0)
 
 
 class Receipts:
-    """A bounded ring of receipts by request. Safe to use from several threads."""
+    """A bounded ring of receipts by request, and a file of them if there is one. Safe to use from several threads."""
 
-    def __init__(self, kept: int = RECEIPTS_KEPT) -> None:
+    def __init__(self, kept: int = RECEIPTS_KEPT, *, clock: Clock | None = None) -> None:
         self._kept = kept
+        self._clock = clock or SystemClock()
+        self._file: ReceiptsFile | None = None
         self._ring: OrderedDict[str, Receipt] = OrderedDict()
         self._likeness = Likeness()
         self._lock = threading.Lock()
@@ -59,13 +63,25 @@ class Receipts:
         missing = account(plan, loaded)
         with self._lock:
             missing = self._diverged(missing, tokens, plan.layouts[0].tokens_per_block, group)
-            receipt = make_receipt(request, plan, loaded, prefill_seconds, missing)
+            receipt = make_receipt(request, plan, loaded, prefill_seconds, missing, self._clock.wall())
             self._likeness.note(request, tokens, group=group)
             self._ring.pop(request, None)
             self._ring[request] = receipt
             while len(self._ring) > self._kept:
                 self._ring.popitem(last=False)
+        if self._file is not None:
+            self._file.append(receipt)
         return receipt
+
+    def keep_in(self, file: ReceiptsFile) -> None:
+        """Append every receipt from now on to this file, too. It is closed with the receipts."""
+        self._file = file
+
+    def close(self) -> None:
+        """Write what waits for the file, if there is one. A second call does nothing."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def get(self, request: str) -> Receipt | None:
         """The receipt of a request (`last`: the latest one), if it is still kept."""
@@ -111,7 +127,12 @@ def account(plan: Plan, loaded: Loaded) -> tuple[Missing, ...]:
 
 
 def make_receipt(
-    request: str, plan: Plan, loaded: Loaded, prefill_seconds: float, missing: Sequence[Missing]
+    request: str,
+    plan: Plan,
+    loaded: Loaded,
+    prefill_seconds: float,
+    missing: Sequence[Missing],
+    wall_seconds: float,
 ) -> Receipt:
     """A pure function of what was planned, what was loaded, and why not more."""
     tokens_per_block = plan.layouts[0].tokens_per_block
@@ -130,6 +151,7 @@ def make_receipt(
         planned_load_seconds=plan.load_seconds,
         planned_recompute_seconds=plan.recompute_seconds,
         planned_cold_seconds=plan.cold_seconds,
+        wall_seconds=wall_seconds,
     )
 
 

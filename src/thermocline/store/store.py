@@ -56,7 +56,7 @@ class Store:
         self._warm = warm
         self._closed = False
         self.costs = LearnedCosts()
-        self.receipts = Receipts(receipts_kept)
+        self.receipts = Receipts(receipts_kept, clock=self._clock)
         self.metrics = Metrics()
         shared = [tier for tier in cold if isinstance(tier, SharedTier)]
         cold = [tier for tier in cold if not isinstance(tier, SharedTier)]
@@ -333,6 +333,7 @@ class Store:
                 tier.close()
             except Exception:  # the others are to be closed all the same
                 LOG.exception("tier %s could not be closed", name)
+        self.receipts.close()
 
 
 def _load_all(
