@@ -27,7 +27,7 @@ help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Torch installs in the background while the demo shows what needs no model; it waits for the stamp before the rest.
-demo: $(BASE) ## Show it all on this machine, within minutes (ARGS=--json for one JSON object)
+demo: $(BASE) redis-server ## Show it all on this machine, within minutes (ARGS=--json for one JSON object)
 	@if ! $(MAKE) -q $(ENGINE); then \
 		rm -f $(ENGINE) $(ENGINE).failed; \
 		set -m; { $(MAKE) $(ENGINE) || echo $(CURDIR)/$(ENGINE_LOG) >$(ENGINE).failed; } >$(ENGINE_LOG) 2>&1 </dev/null & \
@@ -99,7 +99,7 @@ $(BASE): pyproject.toml | $(BIN)/python
 $(ENGINE): pyproject.toml $(BASE)
 	$(call say,installing the engine: CPU torch $(TORCH) and transformers)
 	@exec 9>$(VENV)/.lock; flock 9; rm -f $@.failed; $(BIN)/python -m pip --version; $(install_torch)
-	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine]'
+	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,bench]'
 	@touch $@
 
 define install_torch

@@ -17,7 +17,7 @@ from thermocline.errors import BenchError
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What `bench list` says of a bench. Its module is `bench.NAME` and has `run(progress) -> Report`."""
+    """What `bench list` says of a bench. Its module, `bench.NAME` with _ for -, has `run(progress) -> Report`."""
 
     name: str
     answers: str
@@ -31,6 +31,9 @@ BENCHES = {
         Entry("keys", "naming 131,072 tokens: our keys over the bare hash loop; and only the new tokens of a turn", 5),
         Entry("match", "the longest match among a million blocks: bisection, and the whole plan with its lease", 20),
         Entry("tiers", "verified loads over plain copies; disk over raw direct I/O, fresh and 95 % full", 40),
+        Entry(
+            "redis-tier", "blocks from Redis over MGET with a copy, and over two keys per block as a peer has them", 20
+        ),
         Entry("recovery", "a million blocks found again at a start, over reading and verifying their log alone", 60),
         Entry("start", "`import thermocline` and `thermocline --help` over bare python", 10),
         Entry("ttft", "first token: no cache, memory, new process on the same disk, retained cache", 120, engine=True),
@@ -50,7 +53,7 @@ def main(name: str, json_output: bool, save: bool) -> int:  # noqa: FBT001  # th
         raise BenchError(f"no bench {name}", hint=hint)
     if entry.engine and importlib.util.find_spec("torch") is None:
         raise BenchError(f"bench {name} runs a model, and torch is not installed", hint="run `make engine` first")
-    result = harness.measure(name, importlib.import_module(f"bench.{name}").run)
+    result = harness.measure(name, importlib.import_module(f"bench.{name.replace('-', '_')}").run)
     if save:
         harness.save(result)
     print(harness.to_json(result) if json_output else harness.to_text(result))

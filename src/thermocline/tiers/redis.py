@@ -33,7 +33,7 @@ LOG = logging.getLogger("thermocline.tiers")
 MIB = 1024 * 1024
 WAIT_SECONDS = 0.05
 LINKS = 2
-AHEAD_BYTES = 16 * MIB
+AHEAD_BYTES = 32 * MIB
 """Values asked for and not received yet: the server keeps them in memory, so it must not be all of a long prompt."""
 
 PART_BYTES = 8 * MIB

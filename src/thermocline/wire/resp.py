@@ -137,7 +137,7 @@ def _expect_ok(link: Link, deadline: float, *command: bytes) -> None:
 class Link:
     """One connection, used by one thread at a time. Requests are answered in their order."""
 
-    __slots__ = ("_ahead", "_now", "_scatters", "_sock", "_start", "_stop", "gap_seconds", "usable")
+    __slots__ = ("_ahead", "_now", "_raw", "_scatters", "_seconds", "_sock", "_start", "_stop", "gap_seconds", "usable")
 
     def __init__(self, sock: socket.socket, *, now: Callable[[], float], gap_seconds: float) -> None:
         """`now` is the clock of all deadlines. No wait for the next byte lasts longer than `gap_seconds`."""
@@ -145,8 +145,10 @@ class Link:
         self._now = now
         self.gap_seconds = gap_seconds
         self._scatters = not isinstance(sock, ssl.SSLSocket)
-        self._ahead = memoryview(bytearray(LINE_BYTES_MAX))
+        self._raw = bytearray(LINE_BYTES_MAX)
+        self._ahead = memoryview(self._raw)
         self._start = self._stop = 0  # what was received ahead
+        self._seconds = -1.0  # the socket's timeout
         self.usable = True
         """False once it is closed, or stands in the middle of a reply."""
 
@@ -154,7 +156,7 @@ class Link:
         """Send all of it. Raises OSError."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while views:
-            self._sock.settimeout(self._patience(deadline))
+            self._be_patient(deadline)
             sent = self._sock.sendmsg(views[:BUFFERS_MAX]) if self._scatters else self._sock.send(views[0])
             views, _ = _behind(views, sent)
 
@@ -211,35 +213,40 @@ class Link:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _patience(self, deadline: float) -> float:
-        left = deadline - self._now()
-        if left <= 0:
+    def _be_patient(self, deadline: float) -> None:
+        """Give the next call on the socket as long as it may take."""
+        seconds = min(deadline - self._now(), self.gap_seconds)
+        if seconds <= 0:
             raise TimeoutError(errno.ETIMEDOUT, "no time is left")
-        return max(SECONDS_MIN, min(left, self.gap_seconds))
+        seconds = max(SECONDS_MIN, seconds)
+        if seconds != self._seconds:  # it is a system call, and mostly the gap
+            self._sock.settimeout(seconds)
+            self._seconds = seconds
 
     def _line(self, deadline: float) -> bytes:
         while True:
-            held = bytes(self._ahead[self._start : self._stop])
-            end = held.find(b"\r\n")
+            start, stop = self._start, self._stop
+            end = self._raw.find(b"\r\n", start, stop)
             if end >= 0:
-                self._start += end + 2
-                return held[:end]
-            if len(held) == LINE_BYTES_MAX:
+                self._start = end + 2
+                return bytes(self._ahead[start:end])
+            if stop - start == LINE_BYTES_MAX:
                 raise _broken("a line without an end")
-            self._ahead[: len(held)] = held
-            self._start, self._stop = 0, len(held)
+            self._raw[: stop - start] = self._raw[start:stop]
+            self._start, self._stop = 0, stop - start
             self._stop += self._receive([self._ahead[self._stop :]], deadline)
 
     def _fill(self, views: Sequence[memoryview], deadline: float) -> None:
         """Fill all of `views`: with what was received ahead, then from the socket, which brings what follows too."""
-        left, _ = self._drain(views)
+        left = self._drain(views) if self._stop > self._start else list(views)
         while left:
             more = [self._ahead] if len(left) < BUFFERS_MAX else []
             got = self._receive([*left[:BUFFERS_MAX], *more], deadline)
             left, over = _behind(left, got)
             self._start, self._stop = 0, over
 
-    def _drain(self, views: Sequence[memoryview]) -> tuple[list[memoryview], int]:
+    def _drain(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Fill views with what was received ahead; those that are left."""
         held = self._ahead[self._start : self._stop]
         for view in views:
             part = min(len(view), len(held))
@@ -247,10 +254,10 @@ class Link:
             held = held[part:]
         taken = self._stop - self._start - len(held)
         self._start += taken
-        return _behind(views, taken)
+        return _behind(views, taken)[0]
 
     def _receive(self, views: list[memoryview], deadline: float) -> int:
-        self._sock.settimeout(self._patience(deadline))
+        self._be_patient(deadline)
         got = self._sock.recvmsg_into(views)[0] if self._scatters else self._sock.recv_into(views[0])
         if not got:
             raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
