@@ -164,6 +164,19 @@ def test_a_device_that_hangs(file, readers, gate):
     after.release()
 
 
+def test_reads_that_nobody_waits_for_do_not_pile_up(file, readers, gate):
+    """While a device hangs, given up reads leave the queue, and those that are waited for keep their turn."""
+    wanted = [readers.submit(file, page * PAGE, PAGE) for page in range(32)]
+    for _ in range(5_000):
+        readers.submit(file, 0, PAGE).release()
+    assert readers._queue.qsize() <= 2 * segments.READS_SWEPT_MIN
+    gate.open.set()
+    for page, read in enumerate(wanted):
+        assert read.wait(PATIENCE_SECONDS)
+        assert set(read.bytes) == {page}
+        read.release()
+
+
 def test_closing_while_a_device_hangs(file, gate):
     """Closing does not wait longer than it was told, and ends reads that were not begun; later ones are refused."""
     readers = Readers(2)

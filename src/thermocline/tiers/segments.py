@@ -23,6 +23,7 @@ READ_BYTES_MAX = 4 * 1024 * 1024 + 4096
 behind reading the next."""
 
 READS_WAITING_MAX = 65_536
+READS_SWEPT_MIN = 512
 _BUSY = OSError(errno.EBUSY, "too many reads wait")
 _CLOSED = OSError(errno.EBADF, "the tier is closed")
 PIECES_MAX = 1000  # the kernel takes 1,024 pieces per call
@@ -158,6 +159,11 @@ class Read:
         if buffer is not None:
             self._give_back(buffer)
 
+    @property
+    def abandoned(self) -> bool:
+        """True once nobody waits for it any more."""
+        return self._abandoned
+
     def fail(self, error: OSError) -> None:
         """For the readers: this read will not happen."""
         self.error = error
@@ -197,6 +203,7 @@ class Readers:
             self._pool.put(aligned_memory(READ_BYTES_MAX))
         self._lock = threading.Lock()
         self._closed = False
+        self._sweep_at = READS_SWEPT_MIN
         self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -207,11 +214,26 @@ class Readers:
         with self._lock:
             if self._closed:
                 read.fail(_CLOSED)
-            elif self._queue.qsize() >= READS_WAITING_MAX:  # a device that hangs, and callers that went away
+                return read
+            if self._queue.qsize() >= self._sweep_at:  # a device that hangs, and callers that went away
+                self._sweep()
+            if self._queue.qsize() >= READS_WAITING_MAX:
                 read.fail(_BUSY)
             else:
                 self._queue.put(read)
         return read
+
+    def _sweep(self) -> None:
+        """Drop the reads that nobody waits for; at most as many are kept as there are others."""
+        kept = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._queue.get_nowait()
+                if waiting is not None and not waiting.abandoned:
+                    kept.append(waiting)
+        for waiting in kept:
+            self._queue.put(waiting)
+        self._sweep_at = max(READS_SWEPT_MIN, 2 * len(kept))
 
     def close(self, seconds: float) -> None:
         """Stop the threads. One that hangs in a read is left behind; it is a daemon and owns its buffer."""
