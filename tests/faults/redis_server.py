@@ -26,6 +26,11 @@ NAMES = ("redis-server", "valkey-server")
 Reply = bytes | int | list["Reply"] | None
 
 
+def program() -> str | None:
+    """The server's program, if this machine has one."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 class RedisError(Exception):
     """The server answered with an error."""
 
@@ -34,10 +39,10 @@ class RedisServer:
     """Started with the object, with these options of redis.conf; ended by `close`, whatever state it is in."""
 
     def __init__(self, folder: Path, **options: str) -> None:
-        program = next(filter(None, map(shutil.which, NAMES)), None)
-        if program is None:
+        found = program()
+        if found is None:
             pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
-        self._program = program
+        self._program = found
         self._options = options
         self.port = _free_port()
         self.socket_path = folder / "redis.sock"

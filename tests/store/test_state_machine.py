@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.conformance.faulty import Fault, FaultyTier, Schedule, damage
+from tests.faults.redis_server import RedisError, RedisServer, program
 from tests.store.making import (
     BLOCK_BYTES,
     GUARD_SECONDS,
@@ -24,45 +28,94 @@ from tests.store.making import (
     make_layout,
 )
 from thermocline.blocks.layout import Layout
-from thermocline.clock import ManualClock
+from thermocline.clock import SystemClock
 from thermocline.store.plan import Plan
 from thermocline.store.store import Store
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
+from thermocline.tiers.redis import RedisTier
+from thermocline.tiers.redis_scripts import Space
 from thermocline.tiers.tier import Outcome
+from thermocline.wire.resp import Address
 
-MEMORY_BLOCKS = 48
+MEMORY_BLOCKS = 24
 DISK_BYTES = 1_700_000  # one segment, of 128 frames
+REDIS_BYTES = 64 * 2 * BLOCK_BYTES
 LAYOUTS = [make_layout("one"), make_layout("two")]
 TRUNKS = {salt: chain(f"{salt} system", 6) for salt in ("salt", "pepper")}
-PATHS = [chain(f"{salt} {number}", 30, behind=TRUNKS[salt]) for salt in TRUNKS for number in range(4)]
+PATHS = [chain(f"{salt} {number}", 30, behind=TRUNKS[salt]) for salt in TRUNKS for number in range(2)]
 
 layouts = st.sampled_from(LAYOUTS)
 paths = st.sampled_from(PATHS)
 lengths = st.integers(0, 36)
 
 
+class JumpingClock(SystemClock):
+    """The machine's clock, but sleeping takes no time."""
+
+    __slots__ = ("jumped",)
+
+    def __init__(self):
+        self.jumped = 0.0
+
+    def now(self):
+        """See `Clock.now`."""
+        return SystemClock.now() + self.jumped
+
+    def wall(self):
+        """See `Clock.wall`."""
+        return SystemClock.wall() + self.jumped
+
+    def sleep(self, seconds):
+        """Move forward without waiting."""
+        self.jumped += seconds
+
+
 class StoreMachine(RuleBasedStateMachine):
-    """Memory for 48 blocks, disk for 128, and prompts of some 500."""
+    """Memory for 24 blocks, disk for 128, Redis for 64, and prompts of some 250; each tier may fail as it likes."""
+
+    server: RedisServer | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="thermocline-test-"))
-        self.clock = ManualClock(1e6)
+        self.clock = JumpingClock()
         self.plans: list[Plan] = []
+        self.redis = None
 
-    @initialize(ttl=st.sampled_from([None, 300.0]), queue_blocks=st.sampled_from([1, 8, 1000]))
-    def open_first(self, ttl, queue_blocks):
+    @initialize(
+        ttl=st.sampled_from([None, 300.0]),
+        queue_blocks=st.sampled_from([1, 8, 1000]),
+        faults=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+        seed=st.integers(0, 2**32),
+        cold=st.sampled_from(["disk", "redis", "disk and redis"]),
+    )
+    def open_first(self, ttl, queue_blocks, faults, seed, cold):
         self.ttl, self.queue_bytes = ttl, queue_blocks * 2 * BLOCK_BYTES
+        self.schedule = Schedule(seed, dict.fromkeys(Fault, faults))
+        self.cold = cold
+        if self.server is not None:
+            self.server.call("CONFIG", "SET", "maxmemory", "0")
+            self.server.call("FLUSHALL")
         self.open()
 
     def open(self) -> None:
         warm = MemoryTier(MEMORY_BLOCKS * BLOCK_BYTES, clock=self.clock)
-        disk = DiskTier(self.folder, DISK_BYTES, clock=self.clock, queue_bytes_max=self.queue_bytes)
-        self.store = Store(warm, [disk], clock=self.clock, ttl_seconds=self.ttl, lease_seconds=60.0)
+        cold = []
+        if "disk" in self.cold:
+            disk = DiskTier(self.folder, DISK_BYTES, clock=self.clock, queue_bytes_max=self.queue_bytes)
+            cold.append(FaultyTier(disk, self.schedule))
+        if "redis" in self.cold and self.server is not None:
+            space = Space(b"machine", REDIS_BYTES, 200.0, gain_min=0.0)
+            self.redis = RedisTier(Address.parse(self.server.url), space, clock=self.clock)
+            cold.append(FaultyTier(self.redis, self.schedule))
+        self.store = Store(
+            FaultyTier(warm, self.schedule), cold, clock=self.clock, ttl_seconds=self.ttl, lease_seconds=60.0
+        )
 
     def teardown(self) -> None:
-        self.store.close()
+        if hasattr(self, "store"):
+            self.store.close()
         shutil.rmtree(self.folder)
 
     @rule(layout=layouts, path=paths, length=lengths, start=lengths)
@@ -78,6 +131,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(asked=st.lists(layouts, min_size=1, max_size=2, unique=True), path=paths, length=lengths)
     def ask(self, asked, path, length):
         ask(self.store, path[:length], *asked)
+
+    @rule(asked=st.lists(layouts, min_size=1, max_size=2, unique=True), path=paths, length=lengths)
+    def request(self, asked, path, length):
+        """What an engine does: load what there is, compute the rest, save it."""
+        ask(self.store, path[:length], *asked)
+        for layout in asked:
+            start = self.store.unsaved(layout, path[:length])
+            self.store.save(layout, path[:length], contents(layout, path[start:length]), start=start)
+
+    @rule(layout=layouts, path=paths, length=lengths)
+    def ask_again(self, layout, path, length):
+        """What was in a tier a moment ago is asked for by two requests in a row."""
+        self.request([layout], path, length)
+        self.request([layout], path, length)
 
     @rule(layout=layouts, path=paths, length=lengths)
     def match(self, layout, path, length):
@@ -120,6 +187,35 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.flush(GUARD_SECONDS)
         flip_on_disk(self.folder, path[at], layout)
 
+    @precondition(lambda self: self.redis is not None)
+    @rule(layout=layouts, path=paths, at=st.integers(0, 35))
+    def damage_redis(self, layout, path, at):
+        if self.server.call("EXISTS", self.redis._space.value(layout.id, path[at])):
+            damage(self.redis, layout.id, path[at], self.schedule.pick)
+
+    @precondition(lambda self: self.redis is not None)
+    @rule(layout=layouts, path=paths, at=st.integers(0, 34))
+    def swap_in_redis(self, layout, path, at):
+        """One block's value lies under another's key."""
+        space = self.redis._space
+        with suppress(RedisError):  # there is no such value
+            self.server.call("COPY", space.value(layout.id, path[at]), space.value(layout.id, path[at + 1]), "REPLACE")
+
+    @precondition(lambda self: self.redis is not None)
+    @rule(how=st.sampled_from(["lose all", "lose the books", "cut links", "restart", "full", "room", "room"]))
+    def trouble_redis(self, how):
+        """The server loses what it held, its connections or its room."""
+        if how == "restart":
+            self.server.restart()
+        words = {
+            "lose all": ("FLUSHALL",),
+            "lose the books": ("DEL", "machine:index", "machine:used"),
+            "cut links": ("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"),
+            "full": ("CONFIG", "SET", "maxmemory", "1"),
+            "room": ("CONFIG", "SET", "maxmemory", "0"),
+        }.get(how, ("PING",))
+        self.server.call(*words)
+
     @rule()
     def reopen(self):
         """What is on disk before and was not damaged is there afterwards, and nothing else."""
@@ -140,7 +236,26 @@ class StoreMachine(RuleBasedStateMachine):
             assert len(self.store._books.leases) == 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _server(tmp_path_factory):
+    """A real server for the machine; where there is none, it runs without that tier."""
+    if program() is None:
+        yield
+        return
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        StoreMachine.server = server
+        yield
+        StoreMachine.server = None
+
+
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=30)
-TestStoreMachine.__doc__ = "Saves, loads, leases, prefetches, damage, time and restarts in any order."
+TestStoreMachine.__doc__ = "Saves, loads, leases, prefetches, faults, damage, time and restarts in any order."
 TestStoreMachine.runTest.__doc__ = "Whatever happens, loaded bytes are what was saved, books add up, room is kept."
+
+
+@pytest.mark.faults_long
+class TestStoreMachineLong(StoreMachine.TestCase):
+    """The same, 10,000 times."""
+
+    settings = settings(max_examples=10_000, stateful_step_count=30)
