@@ -353,7 +353,9 @@ class RedisTier:
             self._links.ping(self._wait_seconds)
 
     def _reconnect(self) -> None:
+        """Connect what is not connected. Where links were lost, the line of the writer is likely to be lost as well."""
         try:
+            self._see_that_it_answers()
             if self._line is None:
                 self._line = self._connect(WRITE_GAP_SECONDS)
                 with self._lock:
@@ -368,6 +370,14 @@ class RedisTier:
             self._disconnect()
         with self._lock:
             self._lock.notify_all()
+
+    def _see_that_it_answers(self) -> None:
+        line = self._line
+        if line is not None:
+            try:
+                self._run(line, encode(b"PING"), self._clock.now() + self._wait_seconds)
+            except OSError:
+                self._cut()
 
     def _connect(self, gap_seconds: float | None = None) -> Link:
         deadline = self._clock.now() + CONNECT_SECONDS_MAX
