@@ -74,6 +74,7 @@ def test_every_verb_speaks_json(verb):
         (["config", "--host", "0.0.0.0"], "hint: set api_key_file, or listen on 127.0.0.1"),  # noqa: S104  # is refused
         (["why", "--url", "ftp://127.0.0.1"], "hint: write it as http://127.0.0.1:8000"),
         (["why", "--url", "http://192.0.2.1"], "hint: use https"),
+        (["why", "--excerpt"], "hint: leave out --excerpt"),
         (["why", "--last", "3"], "hint: write `thermocline why --summary`"),
         (["why", "--summary", "--file", "missing.jsonl"], "hint: name the file that the server's receipts_path names"),
         (["why", "--summary", "--last", "0"], "hint: `thermocline why --help` shows what it takes"),

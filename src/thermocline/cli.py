@@ -150,6 +150,7 @@ def bench(name: str, save: bool, as_json: bool) -> int:
     "--last", metavar="COUNT", type=click.IntRange(1, LAST_MAX), help="With --summary, only the last so many."
 )
 @click.option("--file", metavar="FILE", help="With --summary, read the file of `receipts_path`, and ask no server.")
+@click.option("--excerpt", is_flag=True, help="Show the text where a prompt parts from another: on a terminal only.")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @_json_flag
@@ -158,6 +159,7 @@ def why(
     summary: bool,
     last: int | None,
     file: str | None,
+    excerpt: bool,
     url: str,
     api_key_file: str | None,
     as_json: bool,
@@ -173,7 +175,9 @@ def why(
         return
     if last is not None or file is not None:
         raise _MistakeError("--last and --file add requests up", "write `thermocline why --summary`")
-    body = fetch.receipt(url, request_id, key_file)
+    if excerpt and (as_json or not sys.stdout.isatty()):
+        raise _MistakeError("text of prompts is shown on a terminal only", "leave out --excerpt")
+    body = fetch.receipt(url, request_id, key_file, excerpt=excerpt)
     click.echo(body.decode() if as_json else report.render(report.read(body)))
 
 

@@ -240,6 +240,54 @@ def test_as_many_receipts_as_asked_for(client: Client, monkeypatch: pytest.Monke
     assert ([entry["request"] for entry in listed["data"]], listed["has_more"]) == ([ids[2]], True)
 
 
+def parted(client: Client, name: str) -> str:
+    """Two prompts that part at their top; the id of the second one's answer."""
+    numbers = np.random.default_rng(list(name.encode())).integers(10_000, size=200)
+    for stamp in ("10 o'clock", "11 o'clock"):
+        prompt = f"{name} is asked at {stamp}. {numbers.tolist()}"
+        answer = client.post("/v1/completions", prompt=prompt, max_tokens=1)
+    return str(answer["id"])
+
+
+def test_an_excerpt_shows_where_two_prompts_part(client: Client) -> None:
+    """Asked for it, the server shows at most 80 characters of both prompts around the token where they part."""
+    request = parted(client, "Susan")
+    receipt = client.get(f"/receipts/{request}?excerpt=1")
+    assert receipt["missing"][0]["reason"] == "diverged"
+    excerpt = receipt.pop("excerpt")
+    assert (excerpt["before"] + excerpt["this"]).startswith("Susan is asked at 11 o'clock. [")
+    assert (excerpt["before"] + excerpt["other"]).startswith("Susan is asked at 10 o'clock. [")
+    assert excerpt["this"].startswith("1 o'clock")
+    assert excerpt["other"].startswith("0 o'clock")
+    assert all(len(excerpt["before"] + excerpt[part]) <= 80 for part in ("this", "other"))
+    assert client.get(f"/receipts/{request}") == receipt
+    assert "clock" not in json.dumps(client.get("/receipts"))
+    assert "clock" not in client.send("GET", "/metrics")[2].decode()
+    before = client.get("/receipts?limit=2")["data"][1]["request"]
+    assert client.get(f"/receipts/{before}?excerpt=1")["excerpt"] is None
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "Via", "X-Real-IP"])
+def test_no_excerpt_through_a_proxy(client: Client, header: str) -> None:
+    """What a proxy passes on may come from anywhere: it gets the receipt, and no text."""
+    request = parted(client, header)
+    status, _, body = client.send("GET", f"/receipts/{request}?excerpt=1", headers={header: "192.0.2.1"})
+    assert (status, json.loads(body)["error"]["code"]) == (403, "not_local")
+    assert client.send("GET", f"/receipts/{request}", headers={header: "192.0.2.1"})[0] == 200
+
+
+def test_no_excerpt_from_an_open_listener(engine: Engine, tmp_path: Path) -> None:
+    """A server that other machines reach shows no text to anybody, whoever has the key."""
+    (tmp_path / "key").write_text("open sesame\n")
+    settings = Settings(port=0, host="0.0.0.0", api_key_file=tmp_path / "key")  # noqa: S104  # that is what is tested
+    with ApiServer(engine, settings) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104  # an address to connect to
+        client = Client(url, {"authorization": "Bearer open sesame"})
+        request = parted(client, "Open")
+        status, _, body = client.send("GET", f"/receipts/{request}?excerpt=1")
+        assert (status, json.loads(body)["error"]["code"]) == (403, "not_local")
+
+
 def test_models_health_and_metrics(client: Client) -> None:
     """The served model is listed and says what it is; counters come in Prometheus' format."""
     (card,) = client.get("/v1/models")["data"]

@@ -16,7 +16,8 @@ class _Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # the name that http.server calls
         self.asked.append((self.path, self.headers.get("Authorization")))
-        status = int(self.path.rpartition("/")[2]) if self.path[-1].isdigit() else 200
+        named = self.path.rpartition("/")[2]
+        status = int(named) if named.isdigit() else 200
         self.send_response(status)
         self.send_header("Location", "/receipts/last")
         self.send_header("Content-Length", "2")
@@ -49,8 +50,35 @@ def test_question(server, tmp_path, monkeypatch):
     assert asked == [("/prefix/receipts/a%2F..%2Fb%3Fc", "Bearer secret")]
 
 
+def test_question_for_an_excerpt(server):
+    """Text is asked for on this machine only, and not even over https from another one."""
+    url, asked = server
+    fetch.receipt(url, "last", excerpt=True)
+    assert asked[0][0] == "/receipts/last?excerpt=1"
+    for other in ("https://example.org", "https://192.0.2.1:8000", "https://127.0.0.1.example.org"):
+        with pytest.raises(SettingsError, match="stays on its own") as caught:
+            fetch.receipt(other, "last", excerpt=True)
+        assert caught.value.hint
+
+
+def test_question_for_many(server):
+    """A list is asked for with its length."""
+    url, asked = server
+    assert fetch.receipts(url, 12) == b"{}"
+    assert asked[0][0] == "/receipts?limit=12"
+
+
+def test_answers_are_bounded(server, monkeypatch):
+    """An answer longer than what is read is an error with a hint, not a part of it."""
+    monkeypatch.setattr(fetch, "BODY_BYTES_MAX", 1)
+    with pytest.raises(UnreachableError, match="more than is read") as caught:
+        fetch.receipts(server[0], 12)
+    assert "--last" in caught.value.hint
+
+
 @pytest.mark.parametrize(
-    ("status", "words"), [(404, "has no receipt"), (401, "wants an API key"), (302, "status 302"), (500, "status 500")]
+    ("status", "words"),
+    [(404, "has no receipt"), (401, "wants an API key"), (403, "refuses"), (302, "status 302"), (500, "status 500")],
 )
 def test_failures(server, status, words):
     """Another status than 200 is an error with a hint; a redirect is not followed."""

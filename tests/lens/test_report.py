@@ -7,7 +7,7 @@ import pytest
 
 from thermocline.errors import UnreachableError
 from thermocline.lens import report
-from thermocline.store.receipt import Missing, Reason, Receipt
+from thermocline.store.receipt import Excerpt, ExcerptedReceipt, Missing, Reason, Receipt
 from thermocline.tiers.check import CheckReport
 
 
@@ -56,6 +56,21 @@ def test_every_reason(reason):
     assert report.conclude(receipt) not in others
 
 
+def test_an_excerpt_is_harmless():
+    """Text of prompts is shown without what a terminal would obey, and only where the server sent it."""
+    plain = _receipt(Missing(0, 64, Reason.DIVERGED, "token 3 differs"), loaded=0)
+    excerpt = Excerpt(1003, "cmpl-0", "It is\n", "\x1b[2J7 o'clock\u202e", "6 o'clock")
+    shown = ExcerptedReceipt(**msgspec.structs.asdict(plain), excerpt=excerpt)
+    text = report.render(report.read(msgspec.json.encode(shown)))
+    assert text.splitlines()[8:12] == [
+        "where it parts from request cmpl-0, at token 1,003",
+        "  both     ...It is ",
+        "  this one  [2J7 o'clock ...",
+        "  that one 6 o'clock...",
+    ]
+    assert "both" not in report.render(report.read(msgspec.json.encode(plain)))
+
+
 def test_conclusion_follows_the_tokens():
     """The conclusion is about the reason behind most of the computed tokens, whatever comes first."""
     few, most = Missing(0, 2, Reason.CORRUPT), Missing(2, 64, Reason.EVICTED)
@@ -93,7 +108,7 @@ def test_check():
 def test_read():
     """A receipt read from JSON is the one that was written; anything else is an error with a hint."""
     receipt = _receipt(Missing(64, 65, Reason.TAIL))
-    assert report.read(msgspec.json.encode(receipt)) == receipt
+    assert report.read(msgspec.json.encode(receipt)) == ExcerptedReceipt(**msgspec.structs.asdict(receipt))
     for body in (b"", b"{}", b"[1]", b"\xff", b"<html>"):
         with pytest.raises(UnreachableError, match="not a receipt") as caught:
             report.read(body)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tests.store.making import BLOCK_BYTES, GUARD_SECONDS, LAYOUT, TOKENS_PER_BLOCK, chain, contents, save
 from thermocline.blocks.key import BlockKey, block_keys, root_key
 from thermocline.store import likeness
-from thermocline.store.likeness import Likeness
+from thermocline.store.likeness import Likeness, sampled
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt
 from thermocline.store.receipts import Loaded, Receipts, account
@@ -164,10 +164,10 @@ def test_what_was_evicted_is_not_called_diverged(make_store, clock):
 def test_the_prompt_that_explains_most_is_named():
     """Of several prompts that part in the same block, the one that holds most of the rest is named."""
     like, document = Likeness(), text(21, 800)
-    like.note("half", joined(text(22, 5), document[:500]))
-    like.note("whole", joined(text(23, 5), document))
-    like.note("none", text(24, 800))
-    found = like.closest(joined(text(25, 5), document), 0, 16)
+    like.note("half", sampled(joined(text(22, 5), document[:500])))
+    like.note("whole", sampled(joined(text(23, 5), document)))
+    like.note("none", sampled(text(24, 800)))
+    found = like.closest(sampled(joined(text(25, 5), document)), 0, 16)
     assert found is not None
     assert (found.request, found.at) == ("whole", 0)
     assert found.share > 0.9
@@ -178,22 +178,39 @@ def test_prompts_are_forgotten_within_bounds(monkeypatch):
     monkeypatch.setattr(likeness, "TOKENS_KEPT_MAX", 10_000)
     like = Likeness()
     for number in range(100):
-        like.note("same request", text(number, 900))
+        like.note("same request", sampled(text(number, 900)))
     for number in range(100):
-        like.note(f"request {number}", text(number, 10))
-    like.note("too long to be kept", text(1, 10_001))
+        like.note(f"request {number}", sampled(text(number, 10)))
+    like.note("too long to be kept", sampled(text(1, 10_001)))
     assert len(like._prompts) <= likeness.PROMPTS_KEPT
+    assert like._buckets.sum() == sum(len(prompt.sample) for prompt in like._prompts.values())
     assert like._tokens == sum(len(prompt.tokens) for prompt in like._prompts.values()) <= 10_000
+
+
+def test_both_prompts_of_a_parting_are_known_while_remembered(make_store):
+    """Of a DIVERGED prompt the store knows both token sequences and where they part, until either is forgotten."""
+    store, document = make_store(), text(3, 600)
+    one, two = joined(text(4, 10), text(5, 6), document), joined(text(4, 10), text(6, 6), document)
+    serve(store, "one", one)
+    serve(store, "two", two)
+    parting = store.receipts.parting("two")
+    assert (parting.other, parting.at) == ("one", 10)
+    assert np.array_equal(parting.mine, two)
+    assert np.array_equal(parting.others, one)
+    assert store.receipts.parting("one") is None
+    for number in range(likeness.PROMPTS_KEPT - 1):
+        serve(store, f"other {number}", text(100 + number, 20))
+    assert store.receipts.parting("two") is None
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8])
 def test_short_prompts_are_no_trouble(tokens):
     """A prompt shorter than one window resembles nothing and is remembered like any other."""
     like = Likeness()
-    like.note("long", text(1, 100))
-    like.note("short", text(2, tokens))
-    assert like.closest(text(3, tokens), 0, 16) is None
-    assert like.closest(text(4, 100), 0, 16) is None
+    like.note("long", sampled(text(1, 100)))
+    like.note("short", sampled(text(2, tokens)))
+    assert like.closest(sampled(text(3, tokens)), 0, 16) is None
+    assert like.closest(sampled(text(4, 100)), 0, 16) is None
 
 
 # -- the ring ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Events of generations as answers of the OpenAI API: whole, or piece by piece."""
+"""Events of generations as answers of the OpenAI API: whole, or piece by piece. And text for the operator's eyes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from msgspec import UnsetType
 
 from thermocline.engines.generation import Event
 from thermocline.engines.sampling import Choice
-from thermocline.engines.text import Text
+from thermocline.engines.text import Text, Tokens
+from thermocline.store.receipt import Excerpt
+from thermocline.store.receipts import Parting
 from thermocline.wire import openai
+
+BEFORE_CHARACTERS, AFTER_CHARACTERS = 30, 50
+EXCERPT_TOKENS = 24
 
 
 class Answers(Protocol):
@@ -174,3 +179,15 @@ class ChatAnswers:
         return openai.Answer(
             id=self.id, object=kind, created=self._created, model=self._model, choices=choices, usage=usage
         )
+
+
+def excerpt_of(text: Text, parting: Parting) -> Excerpt:
+    """At most 80 characters of each of two prompts, around the token where they part."""
+    start, stop = max(0, parting.at - EXCERPT_TOKENS), parting.at + EXCERPT_TOKENS
+    before = text.decode(parting.mine[start : parting.at].tolist())
+
+    def behind(tokens: Tokens) -> str:
+        return text.decode(tokens[start:stop].tolist())[len(before) :][:AFTER_CHARACTERS]
+
+    common = before[-BEFORE_CHARACTERS:]
+    return Excerpt(parting.at, parting.other, common, behind(parting.mine), behind(parting.others))

@@ -26,7 +26,7 @@ import msgspec
 from thermocline.build import store_from
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines import tiny
-from thermocline.engines.answers import Answers, ChatAnswers, CompletionAnswers
+from thermocline.engines.answers import Answers, ChatAnswers, CompletionAnswers, excerpt_of
 from thermocline.engines.generation import Event, Finish, GenerateRequest, Generation
 from thermocline.engines.models import load_model
 from thermocline.engines.sampling import GREEDY, Sampling
@@ -34,7 +34,7 @@ from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
 from thermocline.errors import RequestError, ThermoclineError
 from thermocline.settings import Settings, is_loopback, read_key
-from thermocline.store.receipt import Receipt
+from thermocline.store.receipt import ExcerptedReceipt, Receipt
 from thermocline.wire import openai
 from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Handler, Request, Response, Routes
@@ -48,6 +48,7 @@ RECEIPTS_LISTED = 100
 RECEIPTS_BYTES_MAX = 15 << 20
 LIMIT_DIGITS_MAX = 9
 DRAIN_SECONDS = 20.0
+FORWARDED = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"})
 OPEN_ROUTES = frozenset({"/health"})
 
 
@@ -350,7 +351,20 @@ class _Api:
             raise RequestError(
                 msg, hint="ids are in the answers; old receipts are dropped", status=404, code="not_found"
             )
-        return Response(msgspec.json.encode(receipt))
+        if parse_qs(request.query).get("excerpt") != ["1"]:
+            return Response(msgspec.json.encode(receipt))
+        self._check_local(request)
+        parting = store.receipts.parting(receipt.request) if store else None
+        excerpt = await asyncio.to_thread(excerpt_of, self._engine.text, parting) if parting else None
+        shown = ExcerptedReceipt(**msgspec.structs.asdict(receipt), excerpt=excerpt)
+        return Response(msgspec.json.encode(shown), headers={"cache-control": "no-store"})
+
+    def _check_local(self, request: Request) -> None:
+        """Text of prompts is for whoever sits at this machine. What a proxy passes on comes from anywhere."""
+        if not is_loopback(self._settings.host) or not FORWARDED.isdisjoint(request.headers):
+            msg = "text of prompts is shown on the server's own machine only"
+            hint = "listen on 127.0.0.1, and run `thermocline why --excerpt` there"
+            raise RequestError(msg, hint=hint, status=403, param="excerpt", code="not_local")
 
 
 class _Running:

@@ -19,17 +19,21 @@ from thermocline.store.receipts_file import LINE_BYTES_MAX, older
 
 TIMEOUT_SECONDS = 5.0
 BODY_BYTES_MAX = 16 << 20
+_EXCERPT_HINT = "run `thermocline why --excerpt` where the server runs, which must listen on 127.0.0.1"
 _FILE_HINT = "name the file that the server's receipts_path names"
 
 
-def receipt(url: str, request_id: str, api_key_file: Path | None = None) -> bytes:
-    """The receipt of one request as JSON; `last` names the newest.
+def receipt(url: str, request_id: str, api_key_file: Path | None = None, *, excerpt: bool = False) -> bytes:
+    """The receipt of one request as JSON; `last` names the newest. `excerpt` asks this machine's server for text, too.
 
     Plain HTTP goes to loopback only, because a receipt and the key would cross the network readable. No proxy is
     used and no redirect followed. Raises SettingsError for a URL or key file that cannot be used, UnreachableError
     when there is no such server or it does not have the receipt.
     """
-    return _get(url, f"/receipts/{quote(request_id, safe='')}", api_key_file, f"no receipt of {request_id}")
+    if excerpt and not is_loopback(urlsplit(url).hostname or ""):
+        raise SettingsError(f"{url} is another machine, and text of prompts stays on its own", hint=_EXCERPT_HINT)
+    path = f"/receipts/{quote(request_id, safe='')}{'?excerpt=1' if excerpt else ''}"
+    return _get(url, path, api_key_file, f"no receipt of {request_id}")
 
 
 def receipts(url: str, last: int, api_key_file: Path | None = None) -> bytes:
@@ -128,4 +132,6 @@ def _refuse_failure(status: int, url: str, missing: str) -> None:
         )
     if status == HTTPStatus.UNAUTHORIZED:
         raise UnreachableError(f"{url} wants an API key", hint="name its file with --api-key-file")
+    if status == HTTPStatus.FORBIDDEN:
+        raise UnreachableError(f"{url} refuses to tell that", hint=_EXCERPT_HINT)
     raise UnreachableError(f"{url} answered with status {status}", hint="is it a thermocline server?")

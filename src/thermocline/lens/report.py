@@ -10,7 +10,7 @@ import msgspec
 
 from thermocline.errors import UnreachableError
 from thermocline.lens.summary import ReasonShare, Summary, token_range
-from thermocline.store.receipt import Missing, Reason, Receipt
+from thermocline.store.receipt import Excerpt, ExcerptedReceipt, Missing, Reason, Receipt
 
 if TYPE_CHECKING:  # numpy, which a receipt does not need
     from thermocline.tiers.check import CheckReport
@@ -60,10 +60,10 @@ class ReceiptList(msgspec.Struct, frozen=True):
     has_more: bool = False
 
 
-def read(body: bytes) -> Receipt:
+def read(body: bytes) -> ExcerptedReceipt:
     """A receipt from the JSON that a server sends. Raises UnreachableError if it is something else."""
     try:
-        return msgspec.json.decode(body, type=Receipt)
+        return msgspec.json.decode(body, type=ExcerptedReceipt)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UnreachableError(
             f"the server's answer is not a receipt: {error}", hint="is it a thermocline server of this version?"
@@ -96,8 +96,24 @@ def render(receipt: Receipt) -> str:
     if receipt.missing:
         lines.append("why not more")
         lines += [f"  {_explain(missing, receipt)}" for missing in receipt.missing]
+    if isinstance(receipt, ExcerptedReceipt) and receipt.excerpt is not None:
+        lines += _excerpted(receipt.excerpt)
     lines.append(f"so: {conclude(receipt)}")
     return "\n".join(lines)
+
+
+def _excerpted(excerpt: Excerpt) -> list[str]:
+    return [
+        f"where it parts from request {excerpt.other_request}, at token {excerpt.token:,}",
+        f"  both     ...{_printable(excerpt.before)}",
+        f"  this one {_printable(excerpt.this)}...",
+        f"  that one {_printable(excerpt.other)}...",
+    ]
+
+
+def _printable(text: str) -> str:
+    """Text that came from anywhere, without what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def conclude(receipt: Receipt) -> str:

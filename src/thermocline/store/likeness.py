@@ -7,7 +7,7 @@ a sample of their windows of eight tokens, chosen by content (winnowing by hash 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,10 @@ SAMPLE_ONE_IN = 8
 PROMPTS_KEPT = 64
 TOKENS_KEPT_MAX = 4_000_000
 SHARE_MIN = 0.5
+KNOWN_SHARE_MIN = 0.4
+"""Below SHARE_MIN, as here the sample begins a little before the token where prompts part."""
 REST_SAMPLE_MAX = 256
+BUCKET_BITS = 21
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in Fibonacci hashing
 
 
@@ -31,61 +34,94 @@ class Resemblance:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A prompt, with the sample of its windows: their hashes, and where they begin."""
+
     tokens: NDArray[np.uint32]
-    sample: NDArray[np.uint64]
+    hashes: NDArray[np.uint64]
+    positions: NDArray[np.int64]
 
 
-class Likeness:
-    """The last prompts, in memory only, bounded in number and tokens. Not thread-safe.
+def sampled(tokens: NDArray[np.uint32], *, group: int = 0) -> Prompt:
+    """A prompt and its sample: some 20 us per thousand tokens, the most that comparing or keeping one takes.
 
     Only prompts of one `group` (a secret number per cache salt) resemble each other: it enters every hash.
     """
+    if len(tokens) < WINDOW_TOKENS:
+        return Prompt(tokens, np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    wide = tokens.astype(np.uint64)
+    count = len(tokens) - WINDOW_TOKENS + 1
+    hashes = np.full(count, group, np.uint64)
+    for at in range(WINDOW_TOKENS):
+        hashes ^= wide[at : at + count]
+        hashes *= _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    positions = np.flatnonzero(hashes & np.uint64(SAMPLE_ONE_IN - 1) == 0)
+    return Prompt(tokens, hashes[positions], positions)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    tokens: NDArray[np.uint32]
+    sample: NDArray[np.uint64]  # sorted
+
+
+class Likeness:
+    """The last prompts, in memory only, bounded in number and tokens. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
-        self._holders: Counter[int] = Counter()
+        self._prompts: OrderedDict[str, _Kept] = OrderedDict()
         self._tokens = 0
+        # How many hashes of all samples fall into each bucket. Text that nobody sent lately falls beside them, and is
+        # told at once: no need to compare it with every prompt.
+        self._buckets = np.zeros(1 << BUCKET_BITS, np.uint32)
 
-    def closest(self, tokens: NDArray[np.uint32], start: int, stop: int, *, group: int = 0) -> Resemblance | None:
+    def closest(self, prompt: Prompt, start: int, stop: int) -> Resemblance | None:
         """The recent prompt that parts from this one at a token in [start, stop), and holds most of what follows.
 
         None where none holds half of it. A prompt that goes on where an earlier one ended does not part from it; one
         that asks another question behind the same text does, but has little in common with it from there on.
         """
-        hashes, positions = _sample(tokens, group)
-        if self._holders.keys().isdisjoint(hashes.tolist()):
-            return None  # text that nobody sent lately: no need to compare it with every prompt
         best: Resemblance | None = None
-        for request, prompt in reversed(self._prompts.items()):
-            at = _parting(tokens, prompt.tokens, start, stop)
+        first = prompt.hashes[np.searchsorted(prompt.positions, start) :]
+        known = self._buckets[_bucket(first[:: 1 + len(first) // REST_SAMPLE_MAX])] > 0
+        if np.count_nonzero(known) < KNOWN_SHARE_MIN * len(known):
+            return None
+        for request, kept in reversed(self._prompts.items()):
+            at = _parting(prompt.tokens, kept.tokens, start, stop)
             if at is None:
                 continue
-            rest = hashes[positions >= at]
-            share = _share(rest[:: 1 + len(rest) // REST_SAMPLE_MAX], prompt.sample)
+            rest = prompt.hashes[np.searchsorted(prompt.positions, at) :]
+            share = _share(rest[:: 1 + len(rest) // REST_SAMPLE_MAX], kept.sample)
             if share >= SHARE_MIN and (best is None or share > best.share):
                 best = Resemblance(request, at, share)
         return best
 
-    def note(self, request: str, tokens: NDArray[np.uint32], *, group: int = 0) -> None:
+    def note(self, request: str, prompt: Prompt) -> None:
         """Remember a prompt; a later one of the same request takes its place."""
-        if len(tokens) > TOKENS_KEPT_MAX:
+        if len(prompt.tokens) > TOKENS_KEPT_MAX:
             return
         if request in self._prompts:
             self._forget(self._prompts.pop(request))
-        prompt = self._prompts[request] = _Prompt(tokens.copy(), np.unique(_sample(tokens, group)[0]))
-        self._tokens += len(tokens)
-        self._holders.update(prompt.sample.tolist())
+        kept = self._prompts[request] = _Kept(prompt.tokens.copy(), np.sort(prompt.hashes))
+        self._tokens += len(kept.tokens)
+        np.add.at(self._buckets, _bucket(kept.sample), 1)
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
             self._forget(self._prompts.popitem(last=False)[1])
 
-    def _forget(self, prompt: _Prompt) -> None:
-        self._tokens -= len(prompt.tokens)
-        for value in prompt.sample.tolist():
-            self._holders[value] -= 1
-            if not self._holders[value]:
-                del self._holders[value]
+    def tokens(self, request: str) -> NDArray[np.uint32] | None:
+        """The tokens of a prompt that is still remembered."""
+        kept = self._prompts.get(request)
+        return None if kept is None else kept.tokens
+
+    def _forget(self, kept: _Kept) -> None:
+        self._tokens -= len(kept.tokens)
+        np.subtract.at(self._buckets, _bucket(kept.sample), 1)
+
+
+def _bucket(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (hashes >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
 
 
 def _share(rest: NDArray[np.uint64], sample: NDArray[np.uint64]) -> float:
@@ -94,20 +130,6 @@ def _share(rest: NDArray[np.uint64], sample: NDArray[np.uint64]) -> float:
         return 0.0
     places = np.searchsorted(sample, rest)
     return float((sample[np.minimum(places, len(sample) - 1)] == rest).mean())
-
-
-def _sample(tokens: NDArray[np.uint32], group: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hashes of about one window in `SAMPLE_ONE_IN`, and where the windows begin."""
-    if len(tokens) < WINDOW_TOKENS:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    wide = tokens.astype(np.uint64)
-    count = len(tokens) - WINDOW_TOKENS + 1
-    hashes = np.full(count, group, np.uint64)
-    for at in range(WINDOW_TOKENS):
-        hashes = (hashes ^ wide[at : at + count]) * _MULTIPLIER
-        hashes ^= hashes >> np.uint64(29)
-    positions = np.flatnonzero(hashes % np.uint64(SAMPLE_ONE_IN) == 0)
-    return hashes[positions], positions
 
 
 def _parting(one: NDArray[np.uint32], other: NDArray[np.uint32], start: int, stop: int) -> int | None:

@@ -59,6 +59,25 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     wall_seconds: float = 0.0
 
 
+class Excerpt(msgspec.Struct, frozen=True):
+    """The text around the `token` where two prompts part: what both have `before` it, then `this` one and the `other`.
+
+    Never kept, logged or counted: made when the operator asks on the server's own machine.
+    """
+
+    token: int
+    other_request: str
+    before: str
+    this: str
+    other: str
+
+
+class ExcerptedReceipt(Receipt, frozen=True, kw_only=True):
+    """A receipt as it is shown to the operator."""
+
+    excerpt: Excerpt | None = None
+
+
 def merged(parts: Sequence[Missing]) -> tuple[Missing, ...]:
     """Adjacent stretches with the same reason and detail become one; empty ones vanish."""
     out: list[Missing] = []

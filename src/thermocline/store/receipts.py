@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from thermocline.blocks.key import BlockKey, root_key
 from thermocline.clock import Clock, SystemClock
-from thermocline.store.likeness import Likeness
+from thermocline.store.likeness import PROMPTS_KEPT, Likeness, Prompt, Resemblance, sampled
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
 from thermocline.store.receipts_file import ReceiptsFile
@@ -30,6 +30,16 @@ class Loaded:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Parting:
+    """Two prompts, `mine` and that of the request `other`, which are equal before token `at` and differ there."""
+
+    other: str
+    at: int
+    mine: NDArray[np.uint32]
+    others: NDArray[np.uint32]
+
+
 NOTHING = Loaded(0, {}, (), 0.0)
 
 
@@ -42,6 +52,7 @@ class Receipts:
         self._file: ReceiptsFile | None = None
         self._ring: OrderedDict[str, Receipt] = OrderedDict()
         self._likeness = Likeness()
+        self._partings: OrderedDict[str, Resemblance] = OrderedDict()
         self._lock = threading.Lock()
 
     def record(
@@ -61,10 +72,11 @@ class Receipts:
         group = int.from_bytes((root or root_key())[:8], "little")
         loaded = loaded or NOTHING
         missing = account(plan, loaded)
+        prompt = sampled(tokens, group=group)
         with self._lock:
-            missing = self._diverged(missing, tokens, plan.layouts[0].tokens_per_block, group)
+            missing = self._diverged(request, missing, prompt, plan.layouts[0].tokens_per_block)
             receipt = make_receipt(request, plan, loaded, prefill_seconds, missing, self._clock.wall())
-            self._likeness.note(request, tokens, group=group)
+            self._likeness.note(request, prompt)
             self._ring.pop(request, None)
             self._ring[request] = receipt
             while len(self._ring) > self._kept:
@@ -95,20 +107,32 @@ class Receipts:
         with self._lock:
             return [receipt for receipt, _ in zip(reversed(self._ring.values()), range(count), strict=False)]
 
+    def parting(self, request: str) -> Parting | None:
+        """Where a prompt that was DIVERGED parts from the other one, while both are remembered."""
+        with self._lock:
+            like = self._partings.get(request)
+            mine = self._likeness.tokens(request)
+            other = self._likeness.tokens(like.request) if like else None
+        return None if like is None or mine is None or other is None else Parting(like.request, like.at, mine, other)
+
     def _diverged(
-        self, missing: Sequence[Missing], tokens: NDArray[np.uint32], tokens_per_block: int, group: int
+        self, request: str, missing: Sequence[Missing], prompt: Prompt, tokens_per_block: int
     ) -> tuple[Missing, ...]:
         """Blocks never seen, of a prompt that mostly was: the reason is the token where it parts from another."""
         parts = list(missing)
+        self._partings.pop(request, None)
         at = next((at for at, part in enumerate(parts) if part.reason in _UNSEEN), None)
         if at is not None:
             start = parts[at].start * tokens_per_block
-            like = self._likeness.closest(tokens, start, start + tokens_per_block, group=group)
+            like = self._likeness.closest(prompt, start, start + tokens_per_block)
             if like:
                 detail = (
                     f"token {like.at} differs from request {like.request}, which holds {like.share:.0%} of what follows"
                 )
                 parts[at] = Missing(parts[at].start, parts[at].stop, Reason.DIVERGED, detail)
+                self._partings[request] = like
+                while len(self._partings) > PROMPTS_KEPT:
+                    self._partings.popitem(last=False)
         return tuple(parts)
 
 
