@@ -305,4 +305,7 @@ def sync_directory(path: Path) -> None:
 def _write_all(fd: int, raw: bytes) -> None:
     view = memoryview(raw)
     while view:
-        view = view[os.write(fd, view) :]
+        written = os.write(fd, view)
+        if not written:
+            raise OSError(errno.ENOSPC, "nothing of the index log was taken")
+        view = view[written:]
