@@ -199,6 +199,15 @@ def test_a_restart_empties_what_is_known(opened, server):
     assert hits(load(tier, A, keys)) == 4
 
 
+def test_nothing_is_known_at_first(opened):
+    """However long values live, and however young the clock is, what was never written nor met is not known."""
+    tier = opened(Space(b"test", 64 * MIB, 1e9))
+    keys = chain(1, 3)
+    assert not any(tier.known(A, keys))
+    save(tier, A, keys)
+    assert all(tier.known(A, keys))
+
+
 def test_what_the_server_lost_is_not_known(opened, server):
     """A load that finds nothing ends the belief that it is there."""
     tier = opened()

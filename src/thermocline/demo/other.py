@@ -21,11 +21,13 @@ MODEL = "tiny"
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """Open the disk tier at `path` if it is given; then answer `tokens`, if there are any."""
+    """Open a store, with a disk tier at `path` or a Redis server as given; or answer `tokens`, if there are any."""
 
     path: str = ""
+    redis_url: str = ""
     tokens: tuple[int, ...] = ()
     new_tokens: int = 0
+    save: bool = True
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -47,13 +49,13 @@ class Other:
         """Wait until the model is loaded."""
         self._read()
 
-    def open(self, path: Path) -> None:
-        """Have it open a disk tier that no other process has open."""
-        self._ask(Ask(path=str(path)))
+    def open(self, path: Path | None, *, redis_url: str = "") -> None:
+        """Have it open a new store: with a disk tier that no other process has open, or a Redis server."""
+        self._ask(Ask(path="" if path is None else str(path), redis_url=redis_url))
 
-    def answer(self, tokens: Sequence[int], new_tokens: int) -> Told:
+    def answer(self, tokens: Sequence[int], new_tokens: int, *, save: bool = True) -> Told:
         """Have it answer."""
-        return self._ask(Ask(tokens=tuple(tokens), new_tokens=new_tokens))
+        return self._ask(Ask(tokens=tuple(tokens), new_tokens=new_tokens, save=save))
 
     def _ask(self, ask: Ask) -> Told:
         assert self._process.stdin is not None
@@ -96,14 +98,20 @@ def serve(asked: IO[str], told: IO[str]) -> None:
         engine = stack.enter_context(contextlib.closing(Engine(model)))
         for line in asked:
             ask = msgspec.json.decode(line, type=Ask)
-            if ask.path:
-                settings = Settings(memory_bytes=256 * MIB, disk_path=Path(ask.path), disk_bytes=512 * MIB)
+            if ask.path or ask.redis_url:
+                settings = Settings(
+                    memory_bytes=256 * MIB,
+                    disk_path=Path(ask.path) if ask.path else None,
+                    disk_bytes=512 * MIB,
+                    redis_url=ask.redis_url or None,
+                    redis_gain_min=0.0,
+                )
                 store = stack.enter_context(contextlib.closing(store_from(settings)))
                 engine = stack.enter_context(contextlib.closing(Engine(model, store)))
             if not ask.tokens:
                 tell(Told())
                 continue
-            result = engine.generate(ask.tokens, ask.new_tokens)
+            result = engine.generate(ask.tokens, ask.new_tokens, save=ask.save)
             missing = result.receipt.missing if result.receipt else ()
             reasons = tuple(dict.fromkeys(part.reason for part in missing if part.reason is not Reason.TAIL))
             tell(Told(result.tokens, result.cached_tokens, result.first_token_seconds, reasons))

@@ -34,6 +34,10 @@ TITLES = {
         "An agent takes 100 steps on one context",
         "Each step sends everything again; only what is new is computed.",
     ),
+    "frozen": (
+        "A frozen Redis that nobody notices",
+        "A cache failure is never a request failure, nor a slow one.",
+    ),
     "planted": ("A timestamp at the top costs everything", "Every request has a receipt, and the receipt says why."),
 }
 
@@ -64,9 +68,14 @@ _CHEAP: dict[str, Callable[[Screen, Path], Chapter]] = {"damage": damage.play, "
 
 
 def _with_model(screen: Screen, clock: Clock, before: int) -> list[Chapter]:
-    from thermocline.demo import agent, conversations, planted, stage
+    from thermocline.demo import agent, conversations, frozen, planted, stage
 
-    chapters = {"conversations": conversations.play, "agent": agent.play, "planted": planted.play}
+    chapters = {
+        "conversations": conversations.play,
+        "agent": agent.play,
+        "frozen": frozen.play,
+        "planted": planted.play,
+    }
     with stage.opened(screen) as opened:
         return [
             _chapter(screen, clock, before + at, name, partial(play, stage=opened))

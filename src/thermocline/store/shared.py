@@ -7,7 +7,7 @@ is a bitmap, and counts as far as it has no hole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,7 +57,10 @@ class Answer:
 class SharedTiers:
     """All shared tiers of one store."""
 
-    def __init__(self, books: Books, warm: LendingTier, tiers: Sequence[SharedTier], costs: Costs) -> None:
+    def __init__(
+        self, books: Books, warm: LendingTier, tiers: Sequence[SharedTier], costs: Callable[[], Costs]
+    ) -> None:
+        """`costs` gives those that the store plans with: the same question has the same answer there and here."""
         self._books = books
         self._warm = warm
         self._tiers = list(tiers)
@@ -122,10 +125,11 @@ class SharedTiers:
         if not self._books.allows(name, "load"):
             return Reason.TIER_DOWN, f"{name} is set aside after failures, and may hold them"
         size = layouts[0].tokens_per_block
-        loading = self._costs.transfer((stop - start) * sum(layout.block_bytes for layout in layouts), name)
+        costs = self._costs()
+        loading = costs.transfer((stop - start) * sum(layout.block_bytes for layout in layouts), name)
         before, behind = start * size, stop * size
-        computing = self._costs.recompute(prompt_tokens - before, before)
-        computing -= self._costs.recompute(prompt_tokens - behind, behind)
+        computing = costs.recompute(prompt_tokens - before, before)
+        computing -= costs.recompute(prompt_tokens - behind, behind)
         if loading < computing:
             return None
         return (
@@ -159,8 +163,9 @@ class SharedTiers:
 
     def _pays(self, tier: SharedTier, layout: Layout, blocks: int) -> bool:
         """The value of a byte there: seconds saved against seconds of transfer."""
-        computing = self._costs.recompute(blocks * layout.tokens_per_block, 0)
-        return computing >= tier.gain_min * self._costs.transfer(blocks * layout.block_bytes, tier.name)
+        costs = self._costs()
+        computing = costs.recompute(blocks * layout.tokens_per_block, 0)
+        return computing >= tier.gain_min * costs.transfer(blocks * layout.block_bytes, tier.name)
 
     def _lend(self, layout: Layout, keys: Sequence[BlockKey]) -> list[Block]:
         """The blocks of a path as far as the warm tier holds them, without a copy."""

@@ -47,6 +47,7 @@ WRITE_SECONDS_MAX = 10.0
 CONNECT_SECONDS_MAX = 1.0
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 5.0
 PING_SECONDS = 10.0
+NEVER = float("-inf")
 CLOSE_SECONDS_MAX = 5.0
 TELL_SECONDS, KINDS_TOLD_MAX = 60.0, 64
 
@@ -145,7 +146,7 @@ class RedisTier:
         """See `SharedTier.known`."""
         since = self._clock.now() - self._space.ttl_seconds / 2
         known, flying = self._known, self._flying
-        return [known.get((layout, key), -1.0) > since or (layout, key) in flying for key in keys]
+        return [known.get((layout, key), NEVER) > since or (layout, key) in flying for key in keys]
 
     def load(
         self, layout: LayoutId, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float

@@ -1,0 +1,138 @@
+"""Chapter: two processes share prompts through Redis; then Redis freezes, and nobody notices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from thermocline.build import store_from
+from thermocline.clock import SystemClock
+from thermocline.demo import local_redis
+from thermocline.demo.chapter import Chapter, Claim
+from thermocline.demo.other import MIB, Other, Told
+from thermocline.demo.screen import Screen
+from thermocline.demo.stage import Stage
+from thermocline.demo.texts import documents
+from thermocline.engines.text import Tokens
+from thermocline.engines.transformers import Engine
+from thermocline.settings import Settings
+from thermocline.store.receipt import Reason
+
+ANSWER_TOKENS = 8
+CHARACTERS = 2_400
+BEFORE, DURING = 1, 4
+"""Prompts asked while Redis is well, and while it is frozen; one more is asked when it is well again."""
+RECOVERY_SECONDS_MAX = 6.0
+LATE_MAX = 1
+"""How many requests may find out that Redis is frozen."""
+CLAIM = "taken for granted: when the shared cache hangs, so do requests"
+
+
+class Answer(NamedTuple):
+    """One prompt, computed by the first process without a cache, and answered by the second."""
+
+    when: str
+    prompt: Tokens
+    cold_seconds: float
+    told: Told
+    same: bool
+
+    @property
+    def added_seconds(self) -> float:
+        """How much later the first token came than without any cache."""
+        return self.told.first_token_seconds - self.cold_seconds
+
+
+def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
+    """The first process saves to Redis; the second, with nothing of its own, is asked the same."""
+    if local_redis.installed() is None:
+        claim = Claim(CLAIM, "not shown: no redis-server on this machine", "make demo")
+        return Chapter(name="frozen", ok=True, verdict=claim.figure, claim=claim, details={"shown": False})
+    with local_redis.running(folder) as server:
+        known = _saved(screen, stage, server.url)
+        stage.other.open(None, redis_url=server.url)
+        answers = [_asked(stage.other, "well", *prompt) for prompt in known[:BEFORE]]
+        server.freeze()
+        for at, prompt in enumerate(known[BEFORE : BEFORE + DURING], 1):
+            screen.working(f"request {at} of {DURING} while Redis is frozen")
+            answers.append(_asked(stage.other, "frozen", *prompt))
+        server.thaw()
+        screen.working("Redis goes on")
+        answers.append(_asked_until_loaded(stage.other, *known[-1]))
+    screen.worked()
+    _show(screen, answers)
+    return _concluded(answers)
+
+
+def _saved(screen: Screen, stage: Stage, url: str) -> list[tuple[Tokens, tuple[int, ...], float]]:
+    """Prompts that are in Redis afterwards, each with its answer and the seconds to its first token without a cache."""
+    settings = Settings(memory_bytes=256 * MIB, redis_url=url, redis_gain_min=0.0)
+    texts = [text[:CHARACTERS] for _, text in documents()]
+    known = []
+    with contextlib.closing(store_from(settings)) as store, contextlib.closing(Engine(stage.model, store)) as engine:
+        for at in range(BEFORE + DURING + 1):
+            screen.working(f"the first process saves prompt {at + 1}")
+            prompt = engine.text.encode(f"Document {at}.\n\n{texts[at % len(texts)]}\nSay what this is about.")
+            cold = engine.generate(prompt, ANSWER_TOKENS, load=False, save=False)
+            engine.generate(prompt, 1)
+            known.append((prompt, cold.tokens, cold.first_token_seconds))
+        store.flush(10.0)
+    return known
+
+
+def _asked(other: Other, when: str, prompt: Tokens, answer: tuple[int, ...], cold_seconds: float) -> Answer:
+    told = other.answer(prompt.tolist(), ANSWER_TOKENS)
+    return Answer(when, prompt, cold_seconds, told, told.tokens == answer)
+
+
+def _asked_until_loaded(other: Other, prompt: Tokens, answer: tuple[int, ...], cold_seconds: float) -> Answer:
+    """Ask for one token, leaving nothing behind, until Redis serves again; then ask for the answer."""
+    clock = SystemClock()
+    deadline = clock.now() + RECOVERY_SECONDS_MAX
+    while not other.answer(prompt.tolist(), 1, save=False).cached_tokens and clock.now() < deadline:
+        clock.sleep(0.1)
+    return _asked(other, "well again", prompt, answer, cold_seconds)
+
+
+def _show(screen: Screen, answers: Sequence[Answer]) -> None:
+    screen.say("The second process has an empty memory and no disk. The first saved all of these prompts to Redis:")
+    rows = [
+        [
+            each.when,
+            f"{len(each.prompt):,}",
+            f"{1e3 * each.cold_seconds:,.0f} ms",
+            f"{1e3 * each.told.first_token_seconds:,.0f} ms",
+            ", ".join([f"{each.told.cached_tokens / len(each.prompt):.0%} from Redis", *each.told.reasons]),
+            "yes" if each.same else "NO",
+        ]
+        for each in answers
+    ]
+    screen.table(["Redis", "prompt", "no cache", "first token", "known", "same answer"], rows, right=range(1, 4))
+
+
+def _concluded(answers: Sequence[Answer]) -> Chapter:
+    frozen = [each for each in answers if each.when == "frozen"]
+    same = sum(each.same for each in answers)
+    late = sum(Reason.LATE in each.told.reasons for each in frozen)
+    silent = {Reason.LATE, Reason.TIER_DOWN}
+    explained = sum(bool(silent & set(each.told.reasons)) for each in frozen)
+    shared = all(each.told.cached_tokens for each in answers if each.when != "frozen")
+    figure = (
+        f"Redis frozen: {late} of {len(frozen)} requests waited for it, 50 ms at most; {same} of {len(answers)} "
+        "answers the same"
+    )
+    claim = Claim(CLAIM, figure, "thermocline demo")
+    details = {
+        "shown": True,
+        "answers": len(answers),
+        "same_answers": same,
+        "waited": late,
+        "explained": explained,
+        "added_seconds_frozen": [each.added_seconds for each in frozen],
+        "cached_tokens": [each.told.cached_tokens for each in answers],
+    }
+    ok = same == len(answers) and late <= LATE_MAX and explained == len(frozen) and shared
+    verdict = f"{figure}; every miss says that Redis did not answer"
+    return Chapter(name="frozen", ok=ok, verdict=verdict, claim=claim, details=details)
