@@ -20,14 +20,19 @@ from dataclasses import dataclass
 from tests.conformance.samples import CLOCK, PATIENCE_SECONDS
 
 READ, WRITE, SYNC = "read", "write", "sync"
+HALF = -1
 _CALLS = {
     "preadv": READ,
     "pwritev": WRITE,
     "pwrite": WRITE,
+    "write": WRITE,
     "posix_fallocate": WRITE,
+    "ftruncate": WRITE,
+    "rename": WRITE,
     "fdatasync": SYNC,
     "fsync": SYNC,
 }
+_HALVED = {"pwrite", "write"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class TroubledDevice:
         self.trouble = dict.fromkeys((READ, WRITE, SYNC), Trouble())
         self.waiting = 0
         self.failed = 0
+        self.calls: list[str] = []
+        self.plan = lambda _number: 0
+        """The error number of the call with that number, HALF for half of a write, 0 for none."""
         self._random = random.Random(seed)  # noqa: S311  # must replay
         self._gates = {kind: threading.Event() for kind in self.trouble}
         self._lock = threading.Lock()
@@ -56,7 +64,7 @@ class TroubledDevice:
         """Put it under `os`; at the end nothing hangs any more."""
         with monkeypatch.context() as patch:
             for name, kind in _CALLS.items():
-                patch.setattr(os, name, self._through(kind, getattr(os, name), halves=name == "pwrite"))
+                patch.setattr(os, name, self._through(name, kind, getattr(os, name)))
             try:
                 yield self
             finally:
@@ -80,23 +88,35 @@ class TroubledDevice:
             assert CLOCK.now() < deadline, f"{self.waiting} calls hang, not {calls}"
             CLOCK.sleep(0.001)
 
-    def _through(self, kind, real, *, halves):
-        def call(fd, *arguments):
+    def _through(self, name, kind, real):
+        def call(*arguments):
             if not self._gates[kind].is_set():
                 self._wait(kind)
             trouble = self.trouble[kind]
             if trouble.delay_seconds:
                 CLOCK.sleep(self._random.uniform(0, trouble.delay_seconds))
-            if self._random.random() < trouble.errors:
-                self.failed += 1
-                raise OSError(self._random.choice((errno.EIO, errno.EIO if kind == READ else errno.ENOSPC)), "planted")
-            if halves and self._random.random() < trouble.halves:
-                self.failed += 1
-                data, offset = arguments
-                return real(fd, data[: len(data) // 2], offset)
-            return real(fd, *arguments)
+            error = self._error(name, kind, trouble)
+            if error == HALF:
+                fd, data, *rest = arguments
+                return real(fd, data[: len(data) // 2], *rest)
+            if error:
+                raise OSError(error, "planted")
+            return real(*arguments)
 
         return call
+
+    def _error(self, name, kind, trouble):
+        with self._lock:
+            self.calls.append(name)
+            error = self.plan(len(self.calls) - 1)
+            if self._random.random() < trouble.errors:
+                error = self._random.choice((errno.EIO, errno.EIO if kind == READ else errno.ENOSPC))
+            elif self._random.random() < trouble.halves:
+                error = HALF
+            if error == HALF and name not in _HALVED:
+                error = 0
+            self.failed += bool(error)
+        return error
 
     def _wait(self, kind):
         with self._lock:

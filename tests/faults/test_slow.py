@@ -77,7 +77,7 @@ def tier(nothing_left, device, tmp_path, monkeypatch):
     """A disk tier on that device, which is not waited for long at its end."""
     monkeypatch.setattr(disk, "CLOSE_SECONDS_MAX", 0.2)
     monkeypatch.setattr(disk, "READERS_CLOSE_SECONDS_MAX", 0.1)
-    monkeypatch.setattr(disk, "GROW_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "GROW_RETRY_SECONDS", 0.01)
     tier = DiskTier(tmp_path / "tier", 4 * MIB, queue_bytes_max=MIB)
     yield tier
     device.resume()
