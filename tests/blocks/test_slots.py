@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -70,7 +71,7 @@ class SlotMachine(RuleBasedStateMachine):
         self.map.add_unit(number)
         picked = {index for index in picked if index < UNIT // size}
         if picked:
-            self.map.claim(number, size, sorted(picked))
+            self.map.claim(number, size, np.array(sorted(picked)))
             slots = [self.map.at(number, index) for index in picked]
             assert not set(slots) & self.ever
             self.ever.update(slots)
@@ -167,10 +168,10 @@ def test_claims_that_cannot_be():
     other = 1 - slot.unit
     for unit, indices in ((slot.unit, [1]), (9, [0]), (other, [4]), (other, [0, -1])):
         with pytest.raises(ValueError):  # noqa: PT011  # the words are Python's own
-            slots.claim(unit, 4, indices)
+            slots.claim(unit, 4, np.array(indices))
         slots.check_integrity()
     assert slots.free_slots(16) == 1
-    slots.claim(other, 4, [0, 3])
+    slots.claim(other, 4, np.array([0, 3]))
     assert sorted((found.unit == other, found.number) for found in slots.take(4, 9)) == [
         (False, 1),
         (False, 2),

@@ -267,14 +267,11 @@ class FindsNothing(_Liar):
         return []
 
 
-class FindsChildrenFirst(_Liar):
-    """Hands out what it kept in the wrong order."""
+class ConfusesParents(_Liar):
+    """Hands out what it kept under the parents of other blocks."""
 
     def found(self):
-        columns = ("keys", "parents", "depths", "stored_wall_seconds")
-        return [
-            replace(part, **{name: list(getattr(part, name))[::-1] for name in columns}) for part in self._tier.found()
-        ]
+        return [replace(part, parents=part.parents[::-1]) for part in self._tier.found()]
 
 
 class LosesParents(_Liar):
@@ -320,7 +317,7 @@ class DropsOnClosing(_Liar):
 LIARS = [
     liar for liar in globals().values() if isinstance(liar, type) and issubclass(liar, _Liar) and liar is not _Liar
 ]
-ONLY_PERSISTENT = {FindsNothing, FindsChildrenFirst, LosesParents, DropsOnClosing}
+ONLY_PERSISTENT = {FindsNothing, ConfusesParents, LosesParents, DropsOnClosing}
 ONLY_MEMORY = {TearsConcurrentReads}
 NOT_IF_IT_EVICTS = {KeepsTheOld, NeverFull}
 """What such a tier may do: blocks do not change, and it is never full."""

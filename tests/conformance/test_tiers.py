@@ -29,7 +29,7 @@ from tests.conformance.samples import (
     save,
 )
 from thermocline.blocks.key import NO_PARENT
-from thermocline.tiers.tier import Medium, Outcome
+from thermocline.tiers.tier import FIRST, GONE, Medium, Outcome
 
 KINDS = {
     "memory": lambda request: openings.memory(),
@@ -282,7 +282,7 @@ def test_jobs(opening):
 
 
 def test_found(opening):
-    """What was held at closing is found at opening, parents first and exact, by a tier that outlives its process."""
+    """What was held at closing is found at opening, with its parents and exact, by a tier that outlives its process."""
     tier = opening.open()
     paths = {A: [KEYS, chain(9, 3)], B: [KEYS]}
     for layout, chains in paths.items():
@@ -304,10 +304,14 @@ def test_found(opening):
         assert len(part.keys) == len(set(part.keys))
         assert set(part.keys) == before[layout]
         assert all(again.holds(layout, part.keys))
-        assert list(zip(part.parents, part.depths, strict=True)) == [above[key] for key in part.keys]
-        assert list(part.depths) == sorted(part.depths)
+        assert list(part.positions.values()) == list(range(len(part.keys)))
+        names = {FIRST: NO_PARENT, **dict(enumerate(part.keys))}
+        for key, at, depth in zip(part.keys, part.parents.tolist(), part.depths.tolist(), strict=True):
+            assert depth == above[key][1]
+            assert names.get(at) == (above[key][0] if at != GONE else None)
+            assert (at == GONE) == (above[key][0] not in {NO_PARENT, *part.keys})
         assert len(part.stored_wall_seconds) == len(part.keys)
-        assert all(0 <= CLOCK.wall() - stored < 86_400 for stored in part.stored_wall_seconds)
+        assert all(0 <= CLOCK.wall() - stored < 86_400 for stored in part.stored_wall_seconds.tolist())
         _expect(opening, load(again, layout, part.keys), Outcome.HIT)
     again.check_integrity()
 

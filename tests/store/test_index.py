@@ -6,15 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.making import LAYOUT, chain, make_layout
 from thermocline.blocks.key import NO_PARENT, BlockKey
+from thermocline.blocks.layout import Layout
 from thermocline.store.evict import Candidate, LeastRecent
 from thermocline.store.index import NO_NODE, Index
-from thermocline.tiers.tier import Found
+from thermocline.tiers.tier import FIRST, GONE, Found
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_conversation.jsonl.xz"
 OTHER = make_layout("other")
@@ -61,8 +63,9 @@ def test_bisection_equals_a_walk(held, broken, asked):
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.floats(-1e6, 1e6)), max_size=6),
     lost=st.sets(st.integers(0, 40), max_size=3),
+    known_already=st.booleans(),
 )
-def test_restoring_in_bulk_equals_entering_one_by_one(lengths, lost):
+def test_restoring_in_bulk_equals_entering_one_by_one(lengths, lost, known_already):
     """An index restored in bulk answers, evicts and counts exactly as one that was filled block by block."""
     rows: dict[BlockKey, tuple[BlockKey, int, float]] = {}
     for name, length, used in lengths:
@@ -71,13 +74,48 @@ def test_restoring_in_bulk_equals_entering_one_by_one(lengths, lost):
             rows.setdefault(key, (path[at - 1] if at else NO_PARENT, at + 1, used))
     keys = sorted((key for key in rows), key=lambda key: rows[key][1])
     keys = [key for at, key in enumerate(keys) if at not in lost]
-    found = Found(LAYOUT.id, keys, [rows[key][0] for key in keys], [rows[key][1] for key in keys], [0.0] * len(keys))
     bulk, single = make_index(), make_index()
-    orphans = bulk.restore(found, "cold", [rows[key][2] for key in keys])
+    if known_already:
+        enter(bulk, chain("trunk", 2))
+        enter(single, chain("trunk", 2))
+    orphans = bulk.restore(found_of(keys, rows), "cold", np.array([rows[key][2] for key in keys]))
     refused = [key for key in keys if single.add(LAYOUT.id, key, *rows[key][:2], "cold", rows[key][2]) == NO_NODE]
     assert sorted(orphans) == sorted(refused)
     bulk.check_integrity()
     assert list(drain(bulk, "cold")) == list(drain(single, "cold"))
+
+
+def found_of(keys: list[BlockKey], rows: dict[BlockKey, tuple[BlockKey, int, float]], layout: Layout = LAYOUT) -> Found:
+    """What a tier would say of these blocks."""
+    positions = {key: at for at, key in enumerate(keys)}
+    parents = [FIRST if rows[key][0] == NO_PARENT else positions.get(rows[key][0], GONE) for key in keys]
+    depths = [rows[key][1] for key in keys]
+    return Found(layout.id, positions, np.array(parents, int), np.array(depths, int), np.zeros(len(keys)))
+
+
+def test_restored_in_any_order_and_after_another_layout():
+    """Children may be found before their parents, and a second layout goes behind the first."""
+    path, index = chain("path", 6), make_index()
+    rows = {key: (path[at - 1] if at else NO_PARENT, at + 1, float(at)) for at, key in enumerate(path)}
+    for layout in (LAYOUT, OTHER):
+        found = found_of([path[at] for at in (3, 5, 0, 2, 1, 4)], rows, layout)
+        assert index.restore(found, "cold", np.arange(6.0)) == []
+    index.check_integrity()
+    for layout in (LAYOUT, OTHER):
+        assert index.covered(layout.id, path, "cold") == 6
+        assert [index.parent(index.node(layout.id, key)) for key in path] == [
+            NO_NODE,
+            *(index.node(layout.id, key) for key in path[:-1]),
+        ]
+
+
+def test_a_parent_of_the_wrong_depth():
+    """A block that is not one deeper than its parent is an orphan, and so is all that lies behind it."""
+    path, index = chain("path", 5), make_index()
+    rows = {key: (path[at - 1] if at else NO_PARENT, at + 1 + (at == 2), 0.0) for at, key in enumerate(path)}
+    assert index.restore(found_of(path, rows), "cold", np.zeros(5)) == path[2:]
+    index.check_integrity()
+    assert index.covered(LAYOUT.id, path, "cold") == 2
 
 
 def drain(index: Index, tier: str) -> Iterator[BlockKey]:

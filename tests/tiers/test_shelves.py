@@ -7,7 +7,8 @@ import pytest
 
 from thermocline.blocks.slots import FIRST_GENERATION, Slot
 from thermocline.tiers.journal import ADD, Row, make
-from thermocline.tiers.shelves import Shelf, by_segment, place_of, position, recorded, shallowest, slot_at
+from thermocline.tiers.shelves import Places, Shelf, by_segment, place_of, position, recorded, shallowest, slot_at
+from thermocline.tiers.tier import FIRST, GONE
 
 PAGE = 4096
 SEGMENT = 16 * PAGE
@@ -18,8 +19,8 @@ def _key(number):
     return number.to_bytes(32, "little")
 
 
-def _row(number, segment, slot, *, layout=A, pages=2, length=4000, depth=1):
-    return Row(_key(number), bytes(32), layout, ADD, depth, segment, slot, pages, length, 0.0)
+def _row(number, segment, slot, *, layout=A, pages=2, length=4000, depth=1, parent=0):
+    return Row(_key(number), _key(parent), layout, ADD, depth, segment, slot, pages, length, 0.0)
 
 
 def _places(parts):
@@ -94,13 +95,20 @@ def test_places_that_do_not_exist(row):
     assert _places(_recorded(row, _row(2, 1, 0))) == {(A, 2): (1, 0)}
 
 
-def test_parents_first():
-    """What is found is sorted by depth, with all columns in the same order."""
-    rows = [_row(number, 0, number, depth=depth) for number, depth in enumerate([3, 1, 2, 1])]
+def test_parents():
+    """What is found names every block's parent, wherever in the log that lies, and says where there is none."""
+    parents = {1: 0, 2: 1, 3: 7, 4: 3, 5: 1, 6: 5, 7: 0, 8: 99, 9: 8}
+    order = [1, 2, 3, 4, 5, 6, 7, 9, 8]
+    depths = {1: 1, 2: 2, 3: 2, 4: 3, 5: 2, 6: 3, 7: 1, 8: 2, 9: 3}
+    rows = [
+        _row(number, at // 8, at % 8, depth=depths[number], parent=parents[number]) for at, number in enumerate(order)
+    ]
     (part,) = _recorded(*rows)
     found = part.found()
-    assert found.depths == [1, 1, 2, 3]
-    assert [int.from_bytes(key, "little") for key in found.keys] == [1, 3, 2, 0]
+    assert [int.from_bytes(key, "little") for key in found.keys] == order
+    names = {FIRST: 0, GONE: 99, **dict(enumerate(order))}
+    assert {number: names[at] for number, at in zip(order, found.parents.tolist(), strict=True)} == parents
+    assert found.depths.tolist() == [depths[number] for number in order]
 
 
 def test_by_segment():
@@ -123,7 +131,8 @@ def test_shallowest(count):
 def test_runs():
     """Blocks that lie side by side, in the order asked for, are one run; each run has its bound."""
     entries = {_key(at): place_of(Slot(0, at, at % 3)) for at in range(6)} | {_key(9): place_of(Slot(1, 0, 1))}
-    shelf = Shelf(4000, entries)
+    shelf = Shelf(4000, Places())
+    shelf.entries.update(entries)
 
     def runs(*numbers, frames_max=4):
         found = shelf.runs([_key(number) for number in numbers], frames_max)
@@ -137,6 +146,25 @@ def test_runs():
     assert runs(1, 1) == [(0, [(0, 1)]), (1, [(0, 1)])]
     assert runs(77) == []
     assert runs() == []
+
+
+def test_places_are_a_dict():
+    """Places take, replace and give up keys as a dict does, whatever numbers they begin with."""
+    rng = np.random.default_rng(7)
+    expected = {_key(number): 100 + number for number in range(20)}
+    places = Places(dict(zip(expected, range(20), strict=True)), list(expected.values()))
+    before = places.numbers()
+    for step in range(2_000):
+        key = _key(int(rng.integers(40)))
+        if rng.random() < 0.5:
+            places[key] = expected[key] = step
+        else:
+            assert places.pop(key, None) == expected.pop(key, None)
+        assert places.get(key) == expected.get(key)
+    assert dict(places.items()) == expected
+    assert len(places) == len(expected)
+    assert len(set(places.numbers().values())) == len(expected)
+    assert before == {_key(number): number for number in range(20)}, "a copy"
 
 
 def test_many_records():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import attrgetter
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 FIRST_GENERATION = 1
 _FREE = 1
@@ -101,15 +103,14 @@ class SlotMap:
         else:
             self._open.setdefault(unit.slot_bytes, {})[unit.number] = unit
 
-    def claim(self, unit_number: int, slot_bytes: int, indices: Sequence[int]) -> None:
+    def claim(self, unit_number: int, slot_bytes: int, indices: NDArray[np.int64]) -> None:
         """Take particular slots of an empty unit, as recovery does. Raises ValueError if one cannot be taken."""
-        if not 0 <= min(indices) <= max(indices) < self.unit_bytes // slot_bytes:
-            msg = f"unit {unit_number} has no slots {min(indices)} to {max(indices)} of {slot_bytes} bytes"
+        if not 0 <= indices.min() <= indices.max() < self.unit_bytes // slot_bytes:
+            msg = f"unit {unit_number} has no slots {indices.min()} to {indices.max()} of {slot_bytes} bytes"
             raise ValueError(msg)
         self._empty.remove(unit_number)
         unit = self._start(unit_number, slot_bytes)
-        for index in indices:
-            unit.free[index] = 0
+        np.frombuffer(unit.free, np.uint8)[indices] = 0
         unit.free_count = unit.free.count(_FREE)
         self.used_bytes += (len(unit.free) - unit.free_count) * slot_bytes
         if unit.free_count == 0:

@@ -136,10 +136,10 @@ class Books:
         return len(keys)
 
     def restore(self, tier: Tier) -> None:
-        """Enter what a tier held when it was opened; a block whose parent is gone can never match, so it goes too."""
+        """Enter what a tier held when it was opened; a block that lacks an ancestor can never match, so it goes too."""
         now, wall = self.clock.now(), self.clock.wall()
         for found in tier.found():
-            used = (now - np.maximum(0.0, wall - np.array(found.stored_wall_seconds))).tolist()
+            used = now - np.maximum(0.0, wall - found.stored_wall_seconds)
             self._forget(tier.name, found.layout, self.index.restore(found, tier.name, used))
         self._expire_blocks(now, len(self.index))
 

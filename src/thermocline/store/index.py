@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.store.evict import Candidate, Eviction
-from thermocline.tiers.tier import Found
+from thermocline.tiers.tier import FIRST, Found
 
 NO_NODE = -1
 LOOK_AHEAD = 4
@@ -173,44 +173,48 @@ class Index:
             self._queue(node, tier)
         return node
 
-    def restore(self, found: Found, tier: str, used: Sequence[float]) -> list[BlockKey]:
-        """Enter all that a tier was opened with, parents before children. Returns the keys whose parents are missing.
+    def restore(self, found: Found, tier: str, used: NDArray[np.float64]) -> list[BlockKey]:
+        """Enter all that a tier was opened with; takes over `found`. Returns the keys whose ancestors are missing.
 
-        A layout that is new here is entered in bulk, column by column: a million blocks take about a second.
+        A layout that is new here is entered in bulk, column by column: a million blocks take less than a second.
         """
-        parents = self._bulk_parents(found) if not self._by_key.get(found.layout) else None
-        if parents is None:
-            rows = zip(found.keys, found.parents, found.depths, used, strict=True)
-            return [row[0] for row in rows if self.add(found.layout, *row[:3], tier, row[3]) == NO_NODE]
-        count, number = len(parents), self._layout_number(found.layout)
+        rooted = found.rooted()
+        orphans: list[BlockKey] = []
+        if not rooted.all():
+            orphans = [key for key, stays in zip(found.positions, rooted.tolist(), strict=True) if not stays]
+            found, used = found.only(rooted), used[rooted]
+        if self._by_key.get(found.layout):
+            self._restore_each(found, tier, used)
+        elif found.positions:
+            self._restore_all(found, tier, used)
+        return orphans
+
+    def _restore_each(self, found: Found, tier: str, used: NDArray[np.float64]) -> None:
+        keys = found.keys
+        for at in np.argsort(found.depths, kind="stable").tolist():
+            above = int(found.parents[at])
+            parent = NO_PARENT if above == FIRST else keys[above]
+            self.add(found.layout, keys[at], parent, int(found.depths[at]), tier, float(used[at]))
+
+    def _restore_all(self, found: Found, tier: str, used: NDArray[np.float64]) -> None:
+        count, number = len(found.positions), self._layout_number(found.layout)
+        keys = found.keys
         first = self._extend(count)
         part = slice(first, first + count)
-        self._by_key[found.layout] = dict(zip(found.keys, range(first, first + count), strict=True))
-        self._keys[part] = found.keys
+        # a dict of a million is slow to make: the first one serves as it is
+        nodes = dict(zip(keys, range(first, first + count), strict=True)) if first else found.positions
+        self._by_key[found.layout] = nodes
+        self._keys[part] = keys
         self._layout_of[part] = array("i", [number]) * count
-        parents = np.where(parents < 0, NO_NODE, parents + first)
+        parents = np.where(found.parents == FIRST, NO_NODE, found.parents + first)
         births = np.arange(self._born + 1, self._born + 1 + count)
         self._born += count
         self._parents[part] = array("q", parents.tobytes())
-        self._depths[part] = array("i", found.depths)
+        self._depths[part] = array("i", found.depths.astype(np.int32).tobytes())
         self._births[part] = array("q", births.tobytes())
-        self._used[part] = array("d", used)
+        self._used[part] = array("d", used.tobytes())
         self._held[part] = bytes([self._bits[tier]]) * count
         self._restore_leaves(self._tiers[tier], first, parents, births)
-        return []
-
-    @staticmethod
-    def _bulk_parents(found: Found) -> NDArray[np.int64] | None:
-        """Position of every block's parent in `found` (-1 for none), or None where that is not as it should be."""
-        nodes = dict(zip(found.keys, range(len(found.keys)), strict=True))
-        if len(nodes) != len(found.keys):
-            return None
-        nodes[NO_PARENT] = -1
-        missing = len(found.keys)
-        parents = np.fromiter((nodes.get(parent, missing) for parent in found.parents), np.int64, missing)
-        depths = np.array([*found.depths, 0])
-        orderly = (parents < np.arange(missing)).all() and (depths[parents] + 1 == depths[:-1]).all()
-        return parents if orderly else None
 
     def _restore_leaves(
         self,
@@ -325,7 +329,7 @@ class Index:
 
     def _unbroken(self, layout: LayoutId, keys: Sequence[BlockKey], tier: str) -> int:
         """A broken block hides its descendants: where the first one is on this path, which is held as a whole."""
-        nodes, broken = self._by_key[layout], self._tiers[tier].broken
+        nodes, broken = self._by_key.get(layout, {}), self._tiers[tier].broken
         if len(broken) > len(keys):
             return next((at for at, key in enumerate(keys) if nodes[key] in broken), len(keys))
         covered = len(keys)

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.errors import TierError
 from thermocline.tiers import directory, journal, scan, shelves
 from thermocline.tiers.scan import Progress
@@ -103,9 +102,5 @@ def _check(path: Path, segment_bytes: int, progress: Progress) -> CheckReport:
 
 def _orphans(part: Recorded) -> int:
     """How many blocks of a layout lack an ancestor."""
-    found = part.found()
-    reachable: set[BlockKey] = {NO_PARENT}
-    for key, parent in zip(found.keys, found.parents, strict=True):  # parents come first
-        if parent in reachable:
-            reachable.add(key)
-    return len(found.keys) - (len(reachable) - 1)
+    rooted = part.found().rooted()
+    return len(rooted) - int(np.count_nonzero(rooted))

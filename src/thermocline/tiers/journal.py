@@ -14,6 +14,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,12 @@ _HEAD = np.dtype(
     [("sum", "V16"), ("magic", "<u8"), ("count", "<u4"), ("version", "<u4"), ("epoch", "<u8"), ("rest", "V88")]
 )
 _PAGE = np.dtype([("head", _HEAD), ("records", RECORD, (31,))])
+_CELL = np.dtype((np.void, RECORD.itemsize))
+"""A record without its fields: numpy copies such rows much faster. A page's head is as large."""
 RECORDS_PER_PAGE = 31
+_CELLS = np.concatenate([[RECORDS_PER_PAGE + 1], np.arange(1, RECORDS_PER_PAGE + 1)])
+"""Numbers of a page's cells: records count from 1, and the head comes behind all of them."""
+STRETCH_BYTES = 4 * 1024 * 1024
 COMPACT_BYTES_MIN = 8 * 1024 * 1024
 VERSION = 1
 Records = NDArray[Any]
@@ -89,56 +95,61 @@ def pack(records: Records, epoch: int) -> bytes:
 
 def read(path: Path) -> Recovered:
     """All of the log that is intact. An absent log is an empty one; a damaged page costs only its own records."""
-    raw, pages, good = _intact(path)
-    total = -(-len(raw) // PAGE_BYTES)
-    head = pages["head"]
-    known = _known(pages)
-    unknown = int(np.count_nonzero((head["magic"] == MAGIC) & (head["version"] != VERSION)))
-    pages = rows(pages, np.flatnonzero(known))
-    epoch = int(pages["head"]["epoch"].max(initial=0))
-    bad = total - len(pages) - unknown
-    bad_inside = (good[-1] // PAGE_BYTES + 1 if good else 0) - len(pages) - unknown
-    return Recovered(_live(_records(pages)), epoch, total, bad, bad_inside, unknown)
+    records, heads, good = _intact(path)
+    known = int(np.count_nonzero(_known(heads) & good))
+    unknown = int(np.count_nonzero((heads["magic"] == MAGIC) & (heads["version"] != VERSION) & good))
+    epoch = int(heads["epoch"][_known(heads) & good].max(initial=0))
+    behind_last_good = int(np.flatnonzero(good)[-1]) + 1 if good.any() else 0
+    bad, bad_inside = len(heads) - known - unknown, behind_last_good - known - unknown
+    return Recovered(_live(records), epoch, len(heads), bad, bad_inside, unknown)
 
 
 def removals(path: Path) -> Records:
     """Every REMOVE that can still be read, whatever became of its place later."""
-    _, pages, _ = _intact(path)
-    records = _records(rows(pages, np.flatnonzero(_known(pages))))
+    records, _, _ = _intact(path)
     return rows(records, np.flatnonzero(records["kind"] == REMOVE))
 
 
-def _intact(path: Path) -> tuple[bytes, Records, list[int]]:
-    """The log's bytes, its pages with a right sum, and where these begin."""
-    raw = path.read_bytes() if path.exists() else b""
-    view = memoryview(raw)[: len(raw) - len(raw) % PAGE_BYTES]
-    good = [
-        start
-        for start in range(0, len(view), PAGE_BYTES)
-        if xxh3_128_digest(view[start + SUM_BYTES : start + PAGE_BYTES]) == view[start : start + SUM_BYTES]
-    ]
-    return raw, rows(np.frombuffer(view, _PAGE), np.array(good, np.int64) // PAGE_BYTES), good
+def _intact(path: Path) -> tuple[Records, Records, NDArray[np.bool_]]:
+    """All records that can be read, in the order written; every page's head, and whether the page's sum is right.
+
+    The log is read through one small buffer: memory that a process has not used yet is slower than the page cache.
+    """
+    nbytes = path.stat().st_size if path.exists() else 0
+    count = -(-nbytes // PAGE_BYTES)
+    records = np.empty(count * RECORDS_PER_PAGE, _CELL)
+    heads, good = np.zeros(count, _HEAD), np.zeros(count, bool)
+    buffer = np.empty(min(STRETCH_BYTES, nbytes), np.uint8)
+    first = taken = 0
+    with path.open("rb") if count else BytesIO() as file:
+        while got := file.readinto(buffer.data) // PAGE_BYTES:
+            stretch, part = buffer[: got * PAGE_BYTES], slice(first, first + got)
+            heads[part], good[part] = stretch.view(_PAGE)["head"], _sums_hold(stretch)
+            counts = np.where(_known(heads[part]) & good[part], heads[part]["count"], 0)
+            some = stretch.view(_CELL).reshape(got, -1)[counts[:, None] >= _CELLS]
+            records[taken : taken + len(some)] = some
+            first, taken = first + got, taken + len(some)
+    return records[:taken].view(RECORD), heads, good
 
 
-def _known(pages: Records) -> NDArray[np.bool_]:
-    head = pages["head"]
+def _sums_hold(stretch: NDArray[np.uint8]) -> list[bool]:
+    view = memoryview(stretch.data)
+    starts = range(0, len(view), PAGE_BYTES)
+    return [xxh3_128_digest(view[at + SUM_BYTES : at + PAGE_BYTES]) == view[at : at + SUM_BYTES] for at in starts]
+
+
+def _known(heads: Records) -> NDArray[np.bool_]:
     known: NDArray[np.bool_] = (
-        (head["magic"] == MAGIC) & (head["version"] == VERSION) & (head["count"] <= RECORDS_PER_PAGE)
+        (heads["magic"] == MAGIC) & (heads["version"] == VERSION) & (heads["count"] <= RECORDS_PER_PAGE)
     )
     return known
-
-
-def _records(pages: Records) -> Records:
-    inside = np.arange(RECORDS_PER_PAGE) < pages["head"]["count"][:, None]
-    records: Records = pages["records"][inside]
-    return records
 
 
 def rows(array: Records, numbers: NDArray[np.int64]) -> Records:
     """Some rows in ascending order; without a copy if they are all, as in a log without damage."""
     if len(numbers) == len(array):
         return array
-    plain = array.view(np.dtype((np.void, array.dtype.itemsize)))  # numpy copies rows without fields much faster
+    plain = array.view(np.dtype((np.void, array.dtype.itemsize)))
     some: Records = plain[numbers].view(array.dtype)
     return some
 

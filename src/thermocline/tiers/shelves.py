@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thermocline.blocks.frame import PAGE_BYTES, frame_bytes
-from thermocline.blocks.key import BlockKey
+from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.blocks.slots import FIRST_GENERATION, Slot
-from thermocline.tiers import journal
 from thermocline.tiers.journal import Records, rows
-from thermocline.tiers.tier import Found
+from thermocline.tiers.tier import FIRST, GONE, Found
 
 SLOT_BITS = 16  # a segment of 256 MiB has 65,536 pages, and a frame is a page at least
 SEGMENT_BITS = 24
@@ -37,12 +37,58 @@ def position(place: int) -> int:
     return place & _POSITION_MASK
 
 
+class Places(MutableMapping[BlockKey, int]):
+    """Where each block lies, by its key.
+
+    A key has a number, and a number a place. The store's index starts with the same keys and the same numbers, and to
+    copy the dict of a million keys is several times faster than to make another.
+    """
+
+    __slots__ = ("_free", "_numbers", "_places")
+
+    def __init__(self, numbers: dict[BlockKey, int] | None = None, places: list[int] | None = None) -> None:
+        """Takes over both: `places` are those of the keys with the numbers 0 and up."""
+        self._numbers = numbers if numbers is not None else {}
+        self._places = places if places is not None else []
+        self._free: list[int] = []
+
+    def numbers(self) -> dict[BlockKey, int]:
+        """A copy of every key's number."""
+        return self._numbers.copy()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self._numbers)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers
+
+    def __getitem__(self, key: BlockKey) -> int:
+        return self._places[self._numbers[key]]
+
+    def __setitem__(self, key: BlockKey, place: int) -> None:
+        number = self._numbers.get(key)
+        if number is not None:
+            self._places[number] = place
+        elif self._free:
+            number = self._numbers[key] = self._free.pop()
+            self._places[number] = place
+        else:
+            self._numbers[key] = len(self._places)
+            self._places.append(place)
+
+    def __delitem__(self, key: BlockKey) -> None:
+        self._free.append(self._numbers.pop(key))
+
+
 @dataclass(slots=True)
 class Shelf:
     """Blocks of one layout, which all have one length."""
 
     length_bytes: int
-    entries: dict[BlockKey, int] = field(default_factory=dict)
+    entries: Places = field(default_factory=Places)
 
     @property
     def frame_bytes(self) -> int:
@@ -69,18 +115,31 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The blocks of one layout that a log names and that can be there: one record per key, in the order written."""
+    """The blocks of one layout that a log names and that can be there: one record per key, in the order written.
+
+    The shelf is new: its keys have the numbers of their records.
+    """
 
     layout: LayoutId
     records: Records
     shelf: Shelf
 
     def found(self) -> Found:
-        """For the store: parents first."""
-        part = self.records
-        order = np.argsort(part["depth"], kind="stable")
-        keys, parents = (_keys(part[name][order]) for name in ("key", "parent"))
-        return Found(self.layout, keys, parents, part["depth"][order].tolist(), part["stored"][order].tolist())
+        """For the store. Before anything is put on the shelf or taken from it."""
+        part, numbers = self.records, self.shelf.entries.numbers()
+        depths, stored = part["depth"].astype(np.int64), part["stored"].copy()
+        return Found(self.layout, numbers, _parents(part, numbers), depths, stored)
+
+
+def _parents(part: Records, numbers: Mapping[BlockKey, int]) -> NDArray[np.int64]:
+    """The number of each record's parent, FIRST or GONE."""
+    words = part.view(np.uint64).reshape(len(part), -1)
+    above = np.arange(-1, len(part) - 1)
+    mostly = (words[1:, 4:8] == words[:-1, :4]).all(axis=1)  # the parent's record is the one before
+    others = np.flatnonzero(~np.concatenate([[False], mostly]))[: len(part)]
+    keys = _keys(part["parent"][others])
+    above[others] = [FIRST if key == NO_PARENT else numbers.get(key, GONE) for key in keys]
+    return above
 
 
 def recorded(live: Records, segments: Collection[int], segment_bytes: int) -> list[Recorded]:
@@ -104,7 +163,7 @@ def shallowest(parts: Sequence[Recorded], count: int) -> list[Recorded]:
     return [_on_a_shelf(part.layout, rows(part.records, np.flatnonzero(mask))) for part, mask in some if mask.any()]
 
 
-def by_segment(parts: Sequence[Recorded]) -> Iterator[tuple[int, int, list[int]]]:
+def by_segment(parts: Sequence[Recorded]) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
     """(segment, bytes of a slot there, slots in use) for every segment that holds a block."""
     if not parts:
         return
@@ -114,7 +173,7 @@ def by_segment(parts: Sequence[Recorded]) -> Iterator[tuple[int, int, list[int]]
     order = np.argsort(segments, kind="stable")
     numbers, starts = np.unique(segments[order], return_index=True)
     for number, some in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-        yield number, int(pages[some[0]]) * PAGE_BYTES, slots[some].tolist()
+        yield number, int(pages[some[0]]) * PAGE_BYTES, slots[some].astype(np.int64)
 
 
 def _possible(live: Records, segments: Collection[int], segment_bytes: int) -> Records:
@@ -142,14 +201,13 @@ def _on_a_shelf(layout: LayoutId, part: Records) -> Recorded:
     length = int(part["length"][-1])
     part = rows(part, np.flatnonzero(part["length"] == length))
     keys = _keys(part["key"])
+    numbers = dict(zip(keys, range(len(keys)), strict=True))
+    if len(numbers) < len(keys):  # the later place of a key wins
+        return _on_a_shelf(layout, rows(part, np.sort(np.fromiter(numbers.values(), np.int64))))
     segments, slots = part["segment"].astype(np.int64), part["slot"].astype(np.int64)
-    places = (FIRST_GENERATION << SLOT_BITS + SEGMENT_BITS | segments << SLOT_BITS | slots).tolist()
-    entries = dict(zip(keys, places, strict=True))  # the later place of a key wins
-    if len(entries) < len(keys):
-        last = [entries[key] == place for key, place in zip(keys, places, strict=True)]
-        part = rows(part, np.flatnonzero(last))
-    return Recorded(layout, part, Shelf(length, entries))
+    places = FIRST_GENERATION << SLOT_BITS + SEGMENT_BITS | segments << SLOT_BITS | slots
+    return Recorded(layout, part, Shelf(length, Places(numbers, places.tolist())))
 
 
 def _keys(column: Records) -> list[BlockKey]:
-    return cast("list[BlockKey]", list(journal.split(column)))
+    return cast("list[BlockKey]", column.tolist())

@@ -58,15 +58,47 @@ class Block:
     sum: bytes
 
 
+FIRST, GONE = -1, -2
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Blocks of one layout that a tier already held when it was opened: columns of equal length, parents first."""
+    """Blocks of one layout that a tier already held when it was opened, in columns of equal length and in any order.
+
+    `positions` gives each key's place in the columns, 0 first. `parents` are such positions too: FIRST for a first
+    block, GONE where the parent is not among these. Who restores a million blocks has no time for anything less plain.
+    """
 
     layout: LayoutId
-    keys: Sequence[BlockKey]
-    parents: Sequence[BlockKey]
-    depths: Sequence[int]
-    stored_wall_seconds: Sequence[float]
+    positions: dict[BlockKey, int]
+    parents: NDArray[np.int64]
+    depths: NDArray[np.int64]
+    stored_wall_seconds: NDArray[np.float64]
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        """All keys, by position."""
+        return list(self.positions)
+
+    def rooted(self) -> NDArray[np.bool_]:
+        """Which blocks have all their ancestors here, each one less deep than the one below it."""
+        above = np.where(self.parents >= 0, self.depths[self.parents], 0) if len(self.parents) else self.depths
+        jump = np.where(above + 1 == self.depths, self.parents, GONE)
+        if (jump != GONE).all():
+            return np.ones(len(jump), bool)
+        while (jump >= 0).any():  # twice as far each time
+            jump = np.where(jump >= 0, jump[jump], jump)
+        rooted: NDArray[np.bool_] = jump == FIRST
+        return rooted
+
+    def only(self, some: NDArray[np.bool_]) -> Found:
+        """These blocks of it; with each block its parent, or the parent is GONE."""
+        keys = [key for key, stays in zip(self.positions, some.tolist(), strict=True) if stays]
+        number = np.where(some, np.cumsum(some) - 1, GONE)
+        above = self.parents[some]
+        parents = np.where(above >= 0, number[above], above)
+        columns = (parents, self.depths[some], self.stored_wall_seconds[some])
+        return Found(self.layout, dict(zip(keys, range(len(keys)), strict=True)), *columns)
 
 
 @dataclass(frozen=True, slots=True)
