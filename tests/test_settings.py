@@ -42,6 +42,7 @@ OTHER = {
     "receipts_kept": "9",
     "receipts_path": "/nowhere/receipts.jsonl",
     "receipts_bytes": "1MiB",
+    "costs_path": "/nowhere/costs.json",
     "write_queue_bytes": "16MiB",
     "load_seconds_max": "500ms",
 }

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from thermocline.clock import Clock, SystemClock
+from thermocline.costs.model import LearnedCosts
+from thermocline.costs.saved import SavedCosts
 from thermocline.errors import SettingsError
 from thermocline.settings import Settings, read_key
+from thermocline.store.calibrate import calibrate
 from thermocline.store.receipts_file import ReceiptsFile
 from thermocline.store.store import Store
 from thermocline.tiers.disk import DiskTier
@@ -19,8 +22,10 @@ from thermocline.tiers.tier import Tier
 from thermocline.wire.resp import Address
 
 
-def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
+def store_from(settings: Settings, *, clock: Clock | None = None, costs: LearnedCosts | None = None) -> Store:
     """A store with a memory tier, disk where `disk_path` is set, Redis where `redis_url` is. The caller closes it.
+
+    Without `costs`, they are those saved in `costs_path`; of tiers that they say nothing of, loads are measured now.
 
     Raises TierError (DiskInUseError, DiskFormatError) where the disk path cannot be used or Redis refuses us, and
     SettingsError where there is not as much memory. Then nothing is left open.
@@ -34,6 +39,8 @@ def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
         except OSError as error:
             raise _too_much_memory(settings.memory_bytes, error.strerror) from error
         opened.pop_all()
+    costs = costs or _costs(settings)
+    calibrate([warm, *cold], costs, clock)
     store = Store(
         warm,
         cold,
@@ -42,10 +49,15 @@ def store_from(settings: Settings, *, clock: Clock | None = None) -> Store:
         lease_seconds=settings.lease_seconds,
         load_seconds_max=settings.load_seconds_max,
         receipts_kept=settings.receipts_kept,
+        costs=costs,
     )
     if settings.receipts_path is not None:
         store.receipts.keep_in(ReceiptsFile(settings.receipts_path, settings.receipts_bytes, metrics=store.metrics))
     return store
+
+
+def _costs(settings: Settings) -> LearnedCosts:
+    return LearnedCosts() if settings.costs_path is None else SavedCosts(settings.costs_path)
 
 
 def _colder(settings: Settings, clock: Clock, opened: ExitStack) -> Iterator[Tier]:

@@ -272,6 +272,9 @@ class Settings:
         least=1 << 16,
         most=1 << 40,
     )
+    costs_path: Path | None = _setting(
+        Kind.PATH, None, "A small file that keeps what was learned of costs between runs; none measures anew."
+    )
     write_queue_bytes: int = _setting(
         Kind.SIZE, 64 << 20, "Bytes that may wait for the disk; saves beyond are dropped.", least=1 << 20, most=1 << 40
     )

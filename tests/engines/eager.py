@@ -19,6 +19,4 @@ def eager_store(settings: Settings) -> Store:
     """The settings' store, with such costs."""
     from thermocline.build import store_from
 
-    store = store_from(settings)
-    store.costs = EagerCosts()
-    return store
+    return store_from(settings, costs=EagerCosts())

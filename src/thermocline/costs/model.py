@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,10 +29,15 @@ PRIOR_WEIGHT = 1e-3
 """How much the prior counts beside one observation: it decides only what no observation speaks about."""
 
 SECONDS_MIN, SECONDS_MAX = 1e-9, 1e9
+SIZES_MAX = 64
+SUM_MAX = 1e200
+WEIGHT_MAX = 1 / (1 - FORGETTING) + 1
+"""No class weighs more than a sum of ever older observations."""
 
 TRANSFER_PRIORS = {"memory": (20e-6, 1 / 5e9), "disk": (1e-3, 1 / 0.5e9)}
 TRANSFER_PRIOR = (2e-3, 1 / 0.2e9)
 PREFILL_PRIOR = (5e-3, 2e-4, 1e-8)
+MODELS_KEPT = 16
 
 
 class Costs(Protocol):
@@ -58,6 +64,22 @@ class _Observed:
         self.weight *= kept
 
 
+class SizeState(msgspec.Struct, frozen=True):
+    """What was measured of one class of sizes, as it is saved."""
+
+    size: int
+    sums: tuple[tuple[float, ...], ...]
+    slowness: float
+    weight: float
+
+
+class FitState(msgspec.Struct, frozen=True):
+    """All that a fit has learned. It means something only beside the `prior` that it was learned with."""
+
+    prior: tuple[float, ...]
+    sizes: tuple[SizeState, ...]
+
+
 class Fit:
     """Least squares with forgetting, relative to the size of what was measured, with weights that cannot be negative.
 
@@ -78,6 +100,39 @@ class Fit:
         self._classes: dict[int, _Observed] = {}
         self._weights: tuple[float, ...] | None = self._prior
         self._lock = threading.Lock()
+
+    @property
+    def observed(self) -> bool:
+        """True once there was a measurement."""
+        return bool(self._classes)
+
+    def state(self) -> FitState:
+        """What was learned; `restore` takes it."""
+        with self._lock:
+            sizes = (
+                SizeState(size, tuple(map(tuple, seen.sums.tolist())), seen.slowness, seen.weight)
+                for size, seen in sorted(self._classes.items())
+            )
+            return FitState(self._prior, tuple(sizes))
+
+    def restore(self, state: FitState) -> bool:
+        """Go on from what was learned before. False, and nothing changed, where it does not fit or cannot be true."""
+        shape = self._prior_sums.shape
+        if state.prior != self._prior or len(state.sizes) > SIZES_MAX:
+            return False
+        classes: dict[int, _Observed] = {}
+        for seen in state.sizes:
+            rows = {len(row) for row in seen.sums}
+            if (len(seen.sums), rows) != (shape[0], {shape[1]}) or not 0 <= seen.size <= SIZES_MAX:
+                return False
+            classes[seen.size] = _Observed(np.array(seen.sums), seen.slowness, seen.weight)
+        true = (_can_be_true(seen) for seen in classes.values())
+        if not all(true):
+            return False
+        with self._lock:
+            self._classes = classes
+            self._weights = None if classes else self._prior
+        return True
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
         """One measurement. What took no time that a clock can tell says nothing, and is passed over."""
@@ -122,6 +177,14 @@ class Fit:
         return prior
 
 
+def _can_be_true(seen: _Observed) -> bool:
+    """Sums of squares of numbers that fit with each other; not those of somebody who wrote them by hand."""
+    numbers = np.append(seen.sums.ravel(), [seen.slowness, seen.weight])
+    if not np.isfinite(numbers).all() or not 0 < seen.weight <= WEIGHT_MAX or (seen.sums < 0).any():
+        return False
+    return abs(seen.slowness) <= seen.weight * math.log(SECONDS_MAX / SECONDS_MIN) and bool((seen.sums < SUM_MAX).all())
+
+
 def _dot(weights: Sequence[float], terms: Sequence[float]) -> float:
     return math.fsum(weight * term for weight, term in zip(weights, terms, strict=True))
 
@@ -144,13 +207,26 @@ def _non_negative(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return weights
 
 
-class LearnedCosts:
-    """`Costs` that start from rough priors and follow what the engine and the tiers report."""
+class CostsState(msgspec.Struct, frozen=True):
+    """All that was learned on one machine: prefills by model, named by whoever computes them, and transfers by tier."""
 
-    def __init__(self) -> None:
-        typical = [_prefill_terms(64, 0), _prefill_terms(2048, 0), _prefill_terms(16384, 16384)]
-        self._prefill = Fit(PREFILL_PRIOR, typical)
+    prefills: dict[str, FitState] = {}
+    transfers: dict[str, FitState] = {}
+
+
+class LearnedCosts:
+    """`Costs` that start from rough priors, or from what was learned before, and follow what engine and tiers report.
+
+    There is one such object per store, and whoever asks for seconds asks it: so all of them hear the same.
+    """
+
+    def __init__(self, before: CostsState | None = None) -> None:
+        self._before = before or CostsState()
+        self._model = ""
+        self._prefill = _new_prefill()
         self._transfers: dict[str, Fit] = {}
+        for tier, state in self._before.transfers.items():
+            self._transfer(tier).restore(state)
 
     def recompute(self, tokens: int, cached: int) -> float:
         """See `Costs.recompute`."""
@@ -160,6 +236,21 @@ class LearnedCosts:
         """See `Costs.transfer`."""
         return self._transfer(tier).predict((1.0, float(nbytes))) if nbytes > 0 else 0.0
 
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def computes(self, model: str) -> bool:
+        """Prefills are of this model from now on (a layout's name). True if what they take is known from before."""
+        if model != self._model:
+            self._model, self._prefill = model, _new_prefill()
+            state = self._before.prefills.get(model)
+            return state is not None and self._prefill.restore(state) and self._prefill.observed
+        return self._prefill.observed
+
+    def knows(self, tier: str) -> bool:
+        """True if a load from this tier was ever measured."""
+        fit = self._transfers.get(tier)
+        return fit is not None and fit.observed
+
     def recomputed(self, tokens: int, cached: int, seconds: float) -> None:
         """The engine took `seconds` to compute `tokens` behind `cached` ones."""
         self._prefill.observe(_prefill_terms(tokens, cached), seconds)
@@ -168,12 +259,34 @@ class LearnedCosts:
         """A tier took `seconds` to load `nbytes`."""
         self._transfer(tier).observe((1.0, float(nbytes)), seconds)
 
+    def not_transferred(self, tier: str, nbytes: int, seconds: float) -> None:
+        """A tier was given up after `seconds`: `nbytes` take at least so long. News only where less was predicted."""
+        if self.transfer(nbytes, tier) < seconds:
+            self.transferred(tier, nbytes, seconds)
+
+    def state(self) -> CostsState:
+        """What was learned, with what was known before of models that are not computed now."""
+        prefills = dict(self._before.prefills)
+        if self._model and self._prefill.observed:
+            prefills.pop(self._model, None)  # the last one in is the last one dropped
+            prefills[self._model] = self._prefill.state()
+        kept = list(prefills.items())[-MODELS_KEPT:]
+        transfers = {tier: fit.state() for tier, fit in list(self._transfers.items()) if fit.observed}
+        return CostsState(dict(kept), transfers)
+
+    def close(self) -> None:
+        """Nothing more will be learned. What was is kept by those that save it."""
+
     def _transfer(self, tier: str) -> Fit:
         fit = self._transfers.get(tier)
         if fit is None:
             prior = TRANSFER_PRIORS.get(tier, TRANSFER_PRIOR)
             fit = self._transfers.setdefault(tier, Fit(prior, [(1.0, 1e5), (1.0, 1e8)]))
         return fit
+
+
+def _new_prefill() -> Fit:
+    return Fit(PREFILL_PRIOR, [_prefill_terms(64, 0), _prefill_terms(2048, 0), _prefill_terms(16384, 16384)])
 
 
 def _prefill_terms(tokens: int, cached: int) -> tuple[float, float, float]:

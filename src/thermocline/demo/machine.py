@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
+
+from thermocline.costs.saved import cpu_model
 
 PACKAGES = ("thermocline", "numpy", "xxhash", "msgspec", "torch", "transformers", "tokenizers")
 
@@ -14,7 +15,7 @@ PACKAGES = ("thermocline", "numpy", "xxhash", "msgspec", "torch", "transformers"
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code: processor, cores, memory, kernel, Python, load, versions."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
@@ -22,12 +23,6 @@ def machine() -> dict[str, Any]:
         "load_average_before": os.getloadavg()[0],
         "versions": _versions(),
     }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _versions() -> dict[str, str]:

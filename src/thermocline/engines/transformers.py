@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thermocline.clock import Clock, SystemClock
+from thermocline.costs.model import LearnedCosts
 from thermocline.engines.generation import Event, Finish, GenerateRequest, Generation, Result
 from thermocline.engines.kv import Kv, KvPool
 from thermocline.engines.models import Model
@@ -35,6 +36,8 @@ PREFILL_TOKENS = 2048
 """A long prompt is computed in pieces that end at multiples of this, and others have their turns in between."""
 
 WARM_UP_TOKENS = (4, 16, 32)
+CALIBRATION_TOKENS = (64, 512)
+CALIBRATION_SECONDS_MAX = 0.8
 STAGING_BYTES = 64 << 20
 REQUESTS_MAX = 64
 KV_BYTES_MAX = 1 << 30
@@ -196,10 +199,28 @@ class Engine:
                         self._compute(np.zeros(tokens, np.uint32), kv)
                     finally:
                         self._pool.give(kv)
+            if self.store is not None and not self.store.costs.computes(self.served.layout.id.hex()):
+                self._calibrate(self.store.costs)
         except Exception:
             LOG.exception("the warm-up failed")
         finally:
             self._warm.set()
+
+    def _calibrate(self, costs: LearnedCosts) -> None:
+        """Learn what short prompts take on this machine, within about a second: the first plan should not guess."""
+        seconds = 0.0
+        for tokens in CALIBRATION_TOKENS:
+            if seconds * tokens > CALIBRATION_SECONDS_MAX * CALIBRATION_TOKENS[0]:
+                return  # this one would take too long, as the first one shows
+            if tokens > self.served.context_tokens or (kv := self._pool.take(tokens)) is None:
+                return
+            try:
+                started = self._clock.now()
+                self._compute(np.zeros(tokens, np.uint32), kv)
+                seconds = seconds or self._clock.now() - started
+                costs.recomputed(tokens, 0, self._clock.now() - started)
+            finally:
+                self._pool.give(kv)
 
     def _admit(self) -> bool:
         """Start waiting requests while there is memory for them; sleep while nothing is to do. False at the end."""

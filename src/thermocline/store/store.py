@@ -39,7 +39,7 @@ class Store:
     what is saved. The store owns its tiers and closes them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each has a default, and a value that bundles them would only repeat them
         self,
         warm: LendingTier,
         cold: Sequence[Tier] = (),
@@ -50,12 +50,13 @@ class Store:
         lease_seconds: float = LEASE_SECONDS,
         load_seconds_max: float = LOAD_SECONDS_MAX,
         receipts_kept: int = RECEIPTS_KEPT,
+        costs: LearnedCosts | None = None,
     ) -> None:
         self._clock = clock or SystemClock()
         self._load_seconds_max = load_seconds_max
         self._warm = warm
         self._closed = False
-        self.costs = LearnedCosts()
+        self.costs = costs or LearnedCosts()
         self.receipts = Receipts(receipts_kept, clock=self._clock)
         self.metrics = Metrics()
         shared = [tier for tier in cold if isinstance(tier, SharedTier)]
@@ -69,7 +70,7 @@ class Store:
             lease_seconds=lease_seconds,
             shared=shared,
         )
-        self._shared = SharedTiers(self._books, warm, shared, self.costs)
+        self._shared = SharedTiers(self._books, warm, shared, lambda: self.costs)
         self._mover = Mover(self._books, warm, cold, self._shared, self._load_from, self._save_at)
         for tier in cold:
             self._books.restore(tier)
@@ -186,6 +187,8 @@ class Store:
         with self._books.lock:
             if hits == len(outcomes):
                 self.costs.transferred(name, hits * layout.block_bytes, seconds)
+            elif Outcome.LATE in outcomes:
+                self.costs.not_transferred(name, len(outcomes) * layout.block_bytes, seconds)
             if Outcome.FAILED in outcomes or (Outcome.LATE in outcomes and deadline - started > FAIR_SECONDS):
                 self._books.failed(name, "load")
             elif Outcome.LATE not in outcomes:
@@ -334,6 +337,7 @@ class Store:
             except Exception:  # the others are to be closed all the same
                 LOG.exception("tier %s could not be closed", name)
         self.receipts.close()
+        self.costs.close()
 
 
 def _load_all(
