@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conformance.faulty import flip, overwrite
-from tests.conformance.samples import blocks_of, chain, content, hits, layout_of, load, save
+from tests.conformance.samples import FREED, blocks_of, chain, content, hits, layout_of, load, save
 from tests.faults.shelter import Shelter, flip_all
 from thermocline.blocks.frame import frame_bytes
 from thermocline.errors import DiskFormatError
@@ -111,6 +111,53 @@ def test_payload_flips_in_memory(flips):
     tier.close()
 
 
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.faults_long)])
+def test_every_bit_of_an_index_page(small, tmp_path, step):
+    """Each of the 32,768 bits of a page of the log, flipped, costs that page's records and changes no other."""
+    whole = (small.path / LOG_FILE).read_bytes()[: 3 * PAGE]
+    log = tmp_path / "log"
+    log.write_bytes(whole)
+    rest = np.delete(journal.read(log).live, [3, 4, 5])
+    assert len(rest) == 6
+    with log.open("r+b", buffering=0) as file:
+        for byte in range(0, PAGE, step):
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([whole[PAGE + byte] ^ 1 << bit]), PAGE + byte)
+                found = journal.read(log)
+                assert (found.bad_pages, found.bad_inside, found.unknown_version) == (1, 1, 0)
+                assert found.live.tobytes() == rest.tobytes()
+            os.pwrite(file.fileno(), whole[PAGE + byte : PAGE + byte + 1], PAGE + byte)
+
+
+@pytest.mark.parametrize("step", [512, pytest.param(1, marks=pytest.mark.faults_long)])
+def test_every_byte_of_an_index_record(small, tmp_path, step):
+    """A tier whose log has a flip in any byte of a page has all blocks of the other pages, and no wrong byte."""
+    names = list(small.durable)
+    rng = random.Random(step)  # noqa: S311  # which bit
+    shelter = small.copy(tmp_path / "tier")
+    raw = (small.path / LOG_FILE).read_bytes()
+    for byte in range(rng.randrange(step), PAGE, step):
+        (shelter.path / LOG_FILE).write_bytes(raw)
+        flip(shelter.path / LOG_FILE, 10 * PAGE + byte, rng.randrange(8))
+        tier = shelter.open()
+        shelter.survives(tier, names[30:33], outcomes=[Outcome.MISS])
+        tier.close()
+
+
+def test_every_bit_of_a_sum_in_memory():
+    """A block in memory whose sum has any one of its 128 bits flipped is refused."""
+    tier = MemoryTier(16 * MIB)
+    [key] = chain(1, 1)
+    for bit in range(128):
+        save(tier, A, [key], LENGTH)
+        entry = tier._entries[A][key]
+        wrong = (int.from_bytes(entry.sum, "little") ^ 1 << bit).to_bytes(16, "little")
+        tier._entries[A][key] = entry._replace(sum=wrong)
+        assert load(tier, A, [key], LENGTH) == [Outcome.CORRUPT]
+    tier.check_integrity()
+    tier.close()
+
+
 # -- places ------------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +245,38 @@ def test_cut_blocks_in_memory():
     tier.close()
 
 
+@pytest.mark.parametrize("filling", [0x00, FREED])
+@pytest.mark.parametrize("step", [50, pytest.param(1, marks=pytest.mark.faults_long)])
+def test_blocks_in_memory_cut_at_every_length(filling, step):
+    """A block in memory of which only the first bytes arrived, however many, is refused unless it is the same."""
+    tier = MemoryTier(16 * MIB)
+    [key] = chain(1, 1)
+    for length in range(0, LENGTH, step):
+        save(tier, A, [key], LENGTH)
+        view, _ = tier.block(A, key)
+        same = (view[length:] == filling).all()
+        view[length:] = filling
+        assert load(tier, A, [key], LENGTH) == [Outcome.HIT if same else Outcome.CORRUPT]
+    tier.check_integrity()
+    tier.close()
+
+
+def test_stale_slots_in_memory():
+    """Of a slot that was given away and taken again, nobody gets the earlier tenant's bytes under the new name."""
+    tier = MemoryTier(16 * MIB)
+    old, new = chain(1, 20), chain(2, 20)
+    save(tier, A, old, LENGTH)
+    stale = [tier.block(A, key)[0].copy() for key in old]
+    tier.remove(A, old)
+    save(tier, A, new, LENGTH)
+    for key, was in zip(new, stale, strict=True):
+        tier.block(A, key)[0][:] = was  # the write of the new tenant never arrived
+    assert set(load(tier, A, new, LENGTH)) == {Outcome.CORRUPT}
+    assert set(load(tier, A, old, LENGTH)) == {Outcome.MISS}
+    tier.check_integrity()
+    tier.close()
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +291,35 @@ def test_segments_cut_at_every_page(small, tmp_path):
         tier = shelter.open()
         shelter.survives(tier, set(shelter.durable) - _whole_before(shelter, segment, cut_at))
         tier.close()
+
+
+@pytest.mark.parametrize("step", [997, pytest.param(1, marks=pytest.mark.faults_long)])
+def test_a_segment_cut_at_every_length(small, tmp_path, step):
+    """A segment cut at any byte of a frame, of its header, its payload or its padding, loses what is not whole."""
+    segment = min(segment for segment, _ in small.places.values())
+    _, start = sorted(place for place in small.places.values() if place[0] == segment)[5]
+    raw = (small.path / segment).read_bytes()
+    shelter = small.copy(tmp_path / "tier")
+    log = (small.path / LOG_FILE).read_bytes()
+    for cut_at in range(start, start + FRAME + 1, step):
+        (shelter.path / segment).write_bytes(raw[:cut_at])
+        (shelter.path / LOG_FILE).write_bytes(log)
+        tier = shelter.open()
+        shelter.survives(tier, set(shelter.durable) - _whole_before(shelter, segment, cut_at))
+        tier.close()
+
+
+@pytest.mark.parametrize("pages", [2, pytest.param(35, marks=pytest.mark.faults_long)])
+def test_a_log_cut_at_every_length(small, tmp_path, pages):
+    """A log cut at any byte keeps what its whole pages say, and a torn page is no damage."""
+    log = tmp_path / "log"
+    log.write_bytes((small.path / LOG_FILE).read_bytes()[: pages * PAGE])
+    live = journal.read(log).live
+    for length in range(pages * PAGE, -1, -1):
+        os.truncate(log, length)
+        found = journal.read(log)
+        assert found.live.tobytes() == live[: length // PAGE * 3].tobytes()
+        assert (found.bad_pages, found.bad_inside) == (int(length % PAGE > 0), 0)
 
 
 def test_a_log_cut_at_every_page(small, tmp_path):
