@@ -26,6 +26,7 @@ from tests.store.making import (
     flip_in_memory,
     flip_on_disk,
     make_layout,
+    save,
 )
 from thermocline.blocks.layout import Layout
 from thermocline.clock import SystemClock
@@ -234,6 +235,15 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.usage()["memory"].blocks <= MEMORY_BLOCKS
         if not self.plans:
             assert len(self.store._books.leases) == 0
+
+
+def test_damage_of_one_layout_does_not_reach_another(make_store):
+    """While a damaged block of one layout hides others, a layout of which nothing is held is asked for in vain."""
+    store = make_store()
+    save(store, PATHS[0], LAYOUTS[0])
+    flip_in_memory(store, PATHS[0][3], LAYOUTS[0])
+    assert ask(store, PATHS[0], LAYOUTS[0]).blocks == 3
+    assert ask(store, PATHS[0], LAYOUTS[1]).blocks == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
