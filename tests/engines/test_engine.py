@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.engines.prompts import NEW_TOKENS, prompts
+from tests.faults.redis_server import RedisServer
 from thermocline.blocks.key import root_key
 from thermocline.engines import transformers as engine_module
 from thermocline.engines.generation import Event, Finish, GenerateRequest, Result
@@ -73,14 +75,42 @@ def test_answers_are_equal_with_memory_disk_and_a_new_process(
     engine.close()
     store.close()
 
-    script = Path(__file__).with_name("other_process.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(script), str(tmp_path / "disk")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
+    answers = in_another_process(disk_path=str(tmp_path / "disk"))
     assert [tuple(answer["tokens"]) for answer in answers] == expected
     assert [answer["cached_tokens"] for answer in answers] == cached
+
+
+def in_another_process(*, first: int = 0, step: int = 1, **settings: str | float) -> list[dict[str, Any]]:
+    """What a new process with these settings answers to the 24 prompts, or from `first` on to every so many."""
+    script = Path(__file__).with_name("other_process.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), json.dumps(settings), str(first), str(step)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def test_a_new_process_with_an_empty_disk_answers_from_redis(
+    expected: list[tuple[int, ...]], make_engine: MakeEngine, make_store: MakeStore, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """Two processes that share nothing but Redis give the same answers, and the second computes no token it holds."""
+    step = 5  # 6,000 tokens are the last of these
+    some = prompts()[3::step]
+    with RedisServer(tmp_path) as server:
+        shared = {"redis_url": server.url, "redis_wait_seconds": 5.0}
+        store = make_store(**shared)
+        engine = make_engine(store)
+        assert [engine.generate(prompt, NEW_TOKENS).tokens for prompt in some] == expected[3::step]
+        engine.close()
+        assert store.flush(60.0)
+        answers = in_another_process(first=3, step=step, disk_path=str(tmp_path / "empty"), **shared)
+    assert [tuple(answer["tokens"]) for answer in answers] == expected[3::step]
+    assert [answer["cached_tokens"] for answer in answers] == [
+        min(4096, (len(prompt) - 1) // 32 * 32) for prompt in some
+    ]
+    assert sum(answer["by_tier"].get("redis", 0) for answer in answers) > 4_000
+    assert all("disk" not in answer["by_tier"] for answer in answers)
 
 
 def loads(results: Sequence[Result]) -> list[tuple[int, set[str]]]:
