@@ -14,13 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.conformance.faulty import flip, where
 from tests.conformance.samples import PATIENCE_SECONDS, chain, layout_of, load, save
+from thermocline.tiers.check import Repairs
 from thermocline.tiers.directory import LOG_FILE
 from thermocline.tiers.disk import DiskTier
+from thermocline.tiers.repair import repair_path
 from thermocline.tiers.tier import Outcome
 
 CAPACITY = 2 << 20
 LENGTHS = {layout_of("a", 5000): 5000, layout_of("b", 5000): 5000, layout_of("c", 9000): 9000}
 LAYOUTS = list(LENGTHS)
+NOTHING = Repairs(corrupt=0, orphans=0, void=0, restored=0, log_pages=0, files=0)
 PATHS = [chain(seed, 12) for seed in range(4)]
 names = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 11), st.integers(1, 12))
 """Layout, path, first block, number of blocks."""
@@ -29,6 +32,11 @@ names = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 11), st.i
 def _named(name):
     layout, path, start, count = name
     return LAYOUTS[layout], PATHS[path][start : start + count], PATHS[path][:start]
+
+
+def _path_to(layout, key):
+    [path] = (path for path in PATHS if key in path)
+    return {(layout, above) for above in path[: path.index(key)]}
 
 
 class DiskMachine(RuleBasedStateMachine):
@@ -114,6 +122,25 @@ class DiskMachine(RuleBasedStateMachine):
         self.tier.close()
         shutil.rmtree(before)
         self._open()
+
+    @rule()
+    def repair(self):
+        """What was whole and hangs together is kept; all that is there afterwards is right, and nothing is left to do.
+
+        What a damaged log forgot of removals may come back.
+        """
+        self.tier.close()
+        sound = self.held - self.suspect
+        sound = {name for name in sound if sound >= _path_to(*name)}
+        assert repair_path(self.path).ok
+        assert repair_path(self.path).repaired == NOTHING
+        self.tier = DiskTier(self.path, CAPACITY)
+        found = {(part.layout, key) for part in self.tier.found() for key in part.keys}
+        for layout, key in found:
+            assert set(load(self.tier, layout, [key], LENGTHS[layout])) == {Outcome.HIT}
+        assert sound <= found or self.log_damaged
+        self.ghosts = self.ghosts or not found <= self.held
+        self.held, self.suspect, self.log_damaged = found, set(), False
 
     def _open(self):
         self.tier = DiskTier(self.path, CAPACITY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -103,7 +103,9 @@ def _strays(files: Segments, there: Iterable[int], whole: Records) -> Iterator[S
         taken = set((here["slot"] * here["slot_pages"]).tolist())
         found = [stray for stray in scan.strays(files, number, taken) if slot_bytes in {0, stray.frame_bytes}]
         if found and not slot_bytes:  # the segment was emptied and cut into other slots at some time: which was last?
-            slot_bytes = max(found, key=lambda stray: (stray.header.epoch, stray.frame_bytes)).frame_bytes
+            latest = max(stray.header.epoch for stray in found)
+            sizes = Counter(stray.frame_bytes for stray in found if stray.header.epoch == latest)
+            [(slot_bytes, _)] = sizes.most_common(1)
         yield from (stray for stray in found if stray.frame_bytes == slot_bytes)
 
 
