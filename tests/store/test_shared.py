@@ -8,6 +8,8 @@ import pytest
 from tests.faults.redis_server import RedisServer
 from tests.store.making import BLOCK_BYTES, GUARD_SECONDS, LAYOUT, ask, chain, contents, make_layout, save
 from thermocline.clock import SystemClock
+from thermocline.costs.model import LearnedCosts
+from thermocline.store.calibrate import calibrate
 from thermocline.store.receipt import Missing, Reason
 from thermocline.store.shared import Answer
 from thermocline.tiers.redis import RedisTier
@@ -242,6 +244,17 @@ def test_silence_takes_the_blame_only_where_nothing_is_known():
     expected = ["never_seen", "late", "late", "late", "late", "evicted", "evicted", "late", "late", "unknown"]
     assert [str(blocks[at]) for at in range(2, 12)] == expected
     assert Answer("redis", 3, 11, 5).blamed(missing) == missing
+
+
+def test_redis_is_measured_at_the_start(make_redis, server, monkeypatch):
+    """What a load from Redis takes is known before the first request, and nothing of the measuring stays there."""
+    monkeypatch.setattr("thermocline.store.calibrate.SECONDS_MAX", GUARD_SECONDS)  # a busy machine is no failure
+    tier, costs = make_redis(), LearnedCosts()
+    calibrate([tier], costs, CLOCK)
+    assert costs.knows("redis")
+    assert tier.wait_idle(GUARD_SECONDS)
+    assert [key for key in server.keys("test:*") if len(key) > 32] == []
+    tier.close()
 
 
 def test_metrics_and_usage(make_store, make_redis):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.clock import Clock
 from thermocline.costs.model import LearnedCosts
-from thermocline.tiers.tier import Block, Outcome, SharedTier, Tier
+from thermocline.tiers.tier import Block, Outcome, Tier
 
 LOG = logging.getLogger("thermocline.store")
 SCRATCH = LayoutId(hashlib.sha256(b"thermocline scratch").digest())
@@ -28,11 +29,11 @@ ROOM_MIN = 8
 def calibrate(tiers: Sequence[Tier], costs: LearnedCosts, clock: Clock) -> None:
     """Save a few blocks to each tier that was never measured, load them, and remove them: 0.1 s each at most.
 
-    What a tier could not do in that time is not learned, and no error. Shared tiers are left alone.
+    What a tier could not do in that time is not learned, and no error.
     """
     for tier in tiers:
         room = tier.usage()
-        if isinstance(tier, SharedTier) or costs.knows(tier.name):
+        if costs.knows(tier.name):
             continue
         if room.capacity_bytes - room.used_bytes >= ROOM_MIN * BLOCK_BYTES * BLOCKS:
             try:
@@ -43,7 +44,7 @@ def calibrate(tiers: Sequence[Tier], costs: LearnedCosts, clock: Clock) -> None:
 
 def _measure(tier: Tier, costs: LearnedCosts, clock: Clock) -> None:
     deadline = clock.now() + SECONDS_MAX
-    keys = [BlockKey(hashlib.sha256(b"thermocline scratch %d" % at).digest()) for at in range(BLOCKS)]
+    keys = [BlockKey(secrets.token_bytes(32)) for _ in range(BLOCKS)]  # others may measure the same tier just now
     written = np.random.default_rng(0).integers(0, 256, (BLOCKS, BLOCK_BYTES), dtype=np.uint8)
     blocks = [
         Block(keys[at - 1] if at else NO_PARENT, at + 1, [row], payload_sum([row])) for at, row in enumerate(written)
