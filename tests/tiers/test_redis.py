@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -251,6 +253,21 @@ def test_nothing_stays_that_nobody_counts(opened, server):
     tier = opened(url=f"redis://plain@127.0.0.1:{server.port}", password="word")  # noqa: S106  # planted above
     assert set(save(tier, A, chain(1, 3)).outcomes) == {Outcome.FAILED}
     assert _values(server) == []
+
+
+def test_the_rights_that_it_needs(opened, server):
+    """A user with the rights that the guide names, and keys of the namespace only, can do all that the tier does."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "redis.md").read_text()
+    (rights,) = re.findall(r"`(\+@[^`]*)`", guide)
+    server.call("ACL", "SETUSER", "engine", "on", ">word", "~test:*", *rights.split())
+    url = f"redis://engine@127.0.0.1:{server.port}"
+    tier = opened(Space(b"test", 20 * frame_bytes(LENGTH), 3600.0), url=url, password="word")  # noqa: S106  # planted above
+    keys = chain(1, 12)
+    save(tier, A, chain(2, 12))
+    assert set(save(tier, A, keys).outcomes) == {Outcome.HIT}
+    assert hits(load(tier, A, keys)) == 12
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    assert tier.remove(A, keys) == 12
 
 
 def test_passwords(server):
