@@ -9,10 +9,12 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from tests.conformance.faulty import flip
 from tests.conformance.samples import CLOCK, PATIENCE_SECONDS, blocks_of, chain, layout_of, load
 from tests.faults.powerloss import ALL, NONE, SOME, Device
 from tests.faults.shelter import Shelter
 from thermocline.tiers import disk, journal, segments
+from thermocline.tiers.directory import LOG_FILE
 from thermocline.tiers.repair import repair_path
 from thermocline.tiers.tier import Outcome
 
@@ -203,6 +205,36 @@ def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, va
     figures = {**told, "calls": len(run.device), "seconds": round(CLOCK.now() - started, 1), **run.did}
     record_property("figures", str(figures))
     print(figures, dict(kinds))  # noqa: T201  # the long form's report
+
+
+@pytest.mark.parametrize("seeds", [4, pytest.param(100, marks=pytest.mark.faults_long)])
+def test_power_cuts_in_a_repair(tmp_path, monkeypatch, seeds):
+    """Wherever power fails in a repair, the folder has the old log or the new one, and the next one ends the work."""
+    layout, length = next(iter(LENGTHS.items()))
+    shelter = Shelter(tmp_path / "tier", CAPACITY)
+    shelter.fill(layout, [chain(seed, 3) for seed in range(12)], length)
+    log = shelter.path / LOG_FILE
+    for page in (0, 5, 6):
+        flip(log, page * 4096 + 300)
+    old = log.read_bytes()
+    device = Device(shelter.path)
+    with device.recording(monkeypatch):
+        assert repair_path(shelter.path).repaired.restored == 9
+    new = log.read_bytes()
+    assert Counter(event.kind for event in device.events)["rename"] == 1
+    for after, state in enumerate(device.states()):
+        for seed, keep in enumerate([NONE, ALL, *[SOME] * seeds]):
+            folder = tmp_path / f"{after}-{seed}"
+            state.write(folder, keep, random.Random(seed))  # noqa: S311  # must replay
+            left = (folder / LOG_FILE).read_bytes()
+            assert left in {old, new}
+            assert repair_path(folder).ok
+            again = Shelter(folder, CAPACITY)
+            again.durable = shelter.durable
+            tier = again.open()
+            again.survives(tier, [])
+            tier.close()
+            shutil.rmtree(folder)
 
 
 def test_the_shim(tmp_path, monkeypatch):
