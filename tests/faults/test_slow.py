@@ -67,7 +67,7 @@ def nothing_left():
     before = _threads(), _descriptors()
     yield
     deadline = CLOCK.now() + PATIENCE_SECONDS
-    while (_threads(), _descriptors()) > before:
+    while _threads() > before[0] or _descriptors() > before[1]:
         assert CLOCK.now() < deadline, f"left over: {_threads()} threads, {_descriptors()} files, once {before}"
         CLOCK.sleep(0.01)
 

@@ -209,9 +209,8 @@ def render_check(found: CheckReport) -> str:
     lines += [f"  {count:,} {words}" for count, words in counts if count]
     if done is not None and not any(count for count, _ in counts):
         lines.append("  nothing had to be repaired")
-    lines.append(
-        "so: every block that can be matched is right" if found.ok else f"so: damaged. {_ADVICE[Reason.CORRUPT]}"
-    )
+    damaged = f"so: damaged. {_ADVICE[Reason.CORRUPT]}\nhint: `thermocline check PATH --repair` keeps what is whole"
+    lines.append("so: every block that can be matched is right" if found.ok else damaged)
     return "\n".join(lines)
 
 
