@@ -258,9 +258,9 @@ def config(config_path: str | None, as_json: bool, **flags: str | None) -> None:
         click.echo(json.dumps(rows, default=str))
         return
     shown = {name: DECLARED[name].show(value) for name, value in values.items()}
-    width = max(map(len, shown.values()))
+    wide, width = max(map(len, shown)), max(map(len, shown.values()))
     for name, value in shown.items():
-        click.echo(f"{name:18} {value:{width}}  {settings.where_from(name)}")
+        click.echo(f"{name:{wide}} {value:{width}}  {settings.where_from(name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
