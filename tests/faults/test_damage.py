@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.conformance.faulty import flip, overwrite
 from tests.conformance.samples import FREED, blocks_of, chain, content, hits, layout_of, load, save
 from tests.faults.shelter import Shelter, flip_all
-from thermocline.blocks.frame import frame_bytes
+from thermocline.blocks.frame import frame_bytes, read_header, write_header
 from thermocline.errors import DiskFormatError
 from thermocline.tiers import journal
 from thermocline.tiers.directory import FORMAT_FILE, LOG_FILE
@@ -194,6 +195,19 @@ def test_a_header_over_another_payload(shelter):
         overwrite(shelter.path / target, offset, (shelter.path / source).read_bytes()[start : start + PAGE])
     tier = shelter.open()
     shelter.survives(tier, names[1::2])
+    tier.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH + 1, 1 << 40])
+def test_a_header_of_another_length(shelter, length):
+    """A frame whose header is right in all but the length is refused, although the payload has the right sum."""
+    (layout, key), (segment, offset) = next(iter(shelter.places.items()))
+    page = np.fromfile(shelter.path / segment, np.uint8, PAGE, offset=offset)
+    header = read_header(page)
+    write_header(replace(header, length_bytes=length), page)
+    overwrite(shelter.path / segment, offset, page)
+    tier = shelter.open()
+    shelter.survives(tier, [(layout, key)])
     tier.close()
 
 
