@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests.faults import matrix
 from tests.faults.redis_server import RedisServer
 
 HERE = Path(__file__).parent
@@ -23,6 +24,22 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     """One server for all tests that do it no harm; each empties it first. Skips the test where there is none."""
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Says how many cases a test ran, for its cell of the fault matrix. See tests/faults/matrix.py."""
+    return lambda count: request.node.user_properties.append((matrix.CASES, count))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that keeps what the fault tests proved."""
+    parser.addoption("--keep-matrix", action="store_true", help="write bench/results/faults.json: what this run proved")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Name the cells of the fault matrix that a test is about."""
+    matrix.name_cells(item)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -41,6 +58,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             terminalreporter.write_line(f"  {report.nodeid}: {reason.removeprefix('Skipped: ')}")
+    if terminalreporter.config.getoption("--keep-matrix"):
+        ran = [report for name in ("passed", "failed") for report in terminalreporter.getreports(name)]
+        terminalreporter.write_line(f"{matrix.keep(filter(_is_call, ran))} rows of the fault matrix kept")
 
 
 def _is_call(report: pytest.TestReport) -> bool:

@@ -365,6 +365,8 @@ class _Link:
         """False once this direction has ended."""
         stream = self._streams[way]
         await asyncio.sleep(sum(each.seconds for each in self._faults if isinstance(each, Delay) and each.way is way))
+        if not await self._stopped(stream):  # a fault may have come while we waited for these bytes
+            return False
         for part in stream.feed(data):
             for slice_ in self._paced(way, part):
                 await self._proxy._loop.sock_sendall(target, slice_)

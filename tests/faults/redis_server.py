@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -23,7 +23,7 @@ from thermocline.clock import SystemClock
 CLOCK = SystemClock()
 READY_SECONDS = 20.0
 NAMES = ("redis-server", "valkey-server")
-Reply = bytes | int | list["Reply"] | None
+Word = str | bytes | int
 
 
 def program() -> str | None:
@@ -33,6 +33,9 @@ def program() -> str | None:
 
 class RedisError(Exception):
     """The server answered with an error."""
+
+
+Reply = bytes | int | list["Reply"] | RedisError | None
 
 
 class RedisServer:
@@ -76,8 +79,8 @@ class RedisServer:
     def start(self) -> None:
         """Start it, empty, on the same port as before; returns when it answers."""
         argv = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket_path)]
-        argv += ["--save", "", "--appendonly", "no", "--daemonize", "no", "--dir", str(self.socket_path.parent)]
-        for name, value in self._options.items():
+        fixed = {"save": "", "appendonly": "no", "daemonize": "no", "dir": str(self.socket_path.parent)}
+        for name, value in (fixed | self._options).items():
             argv += [f"--{name.replace('_', '-')}", value]
         self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = CLOCK.now() + READY_SECONDS
@@ -132,16 +135,22 @@ class RedisServer:
         assert isinstance(found, list)
         return [key for key in found if isinstance(key, bytes)]
 
-    def call(self, *words: str | bytes | int, seconds: float = 5.0) -> Reply:
+    def call(self, *words: Word, seconds: float = 5.0) -> Reply:
         """One command on a connection of its own, over the Unix socket. Raises RedisError for an error reply."""
+        (reply,) = self.calls([words], seconds=seconds)
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    def calls(self, commands: Iterable[Sequence[Word]], *, seconds: float = 30.0) -> list[Reply]:
+        """Many commands in one go; error replies are among the answers."""
+        sent = list(commands)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(seconds)
             connection.connect(str(self.socket_path))
-            encoded = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-            parts = [b"*%d\r\n" % len(encoded), *(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)]
-            connection.sendall(b"".join(parts))
+            connection.sendall(b"".join(map(_encoded, sent)))
             with connection.makefile("rb") as file:
-                return _reply(file)
+                return [_reply(file) for _ in sent]
 
     def close(self) -> None:
         """End it, frozen or not. A second call does nothing."""
@@ -157,11 +166,16 @@ class RedisServer:
         self._process.send_signal(number)
 
 
+def _encoded(words: Sequence[Word]) -> bytes:
+    parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"".join([b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)])
+
+
 def _reply(file) -> Reply:
     line = file.readline()
     kind, rest = line[:1], line[1:].rstrip()
     if kind == b"-":
-        raise RedisError(rest.decode())
+        return RedisError(rest.decode())
     if kind == b":":
         return int(rest)
     if kind == b"$":

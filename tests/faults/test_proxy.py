@@ -238,6 +238,14 @@ def test_strike(echo):
         assert proxy.strike(Flip(Way.DOWN, 10, 7)) == 1
         client.sendall(bytes(20))
         assert _read(client, 20) == bytes(10) + b"\x80" + bytes(9)
+        assert proxy.strike(Freeze(Way.DOWN, 0)) == 1
+        client.sendall(b"0")
+        client.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        proxy.thaw()
+        client.settimeout(GUARD_SECONDS)
+        assert _read(client, 1) == b"0"
         assert proxy.strike(Cut(Way.DOWN, 3)) == 1
         client.sendall(b"12345")
         assert _read(client, 3) == b"123"

@@ -1,0 +1,206 @@
+"""The page of the fault matrix, made from bench/results/faults.json and from what is known of two peers.
+
+`thermocline` cells come from tests alone: a test names its cells (tests/faults/matrix.py), and a run with
+`--keep-matrix` keeps what it proved. What is said of the peers was measured or read once, with these versions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "faults.json"
+TIERS = ("memory", "disk", "redis")
+PEERS = ("LMCache 0.5.6", "vLLM 0.32.0, file-system tier")
+NO_FILE = "it has no file"
+IN_PROCESS = "it is memory of the process"
+NO_WIRE = "no wire"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A fault in words, what the two peers do, and the tiers that cannot have it."""
+
+    words: str
+    lmcache: str = ""
+    vllm: str = ""
+    never: dict[str, str] = field(default_factory=dict)
+
+
+FAULTS = {
+    "bit in a payload": Row(
+        "one bit of a stored block flips",
+        "disk and Redis: full hit, 4 of 4 chunks delivered corrupt, no warning (measured)",
+        "success with wrong bytes (measured)",
+    ),
+    "bit in a header": Row(
+        "one bit of a stored header or index record flips",
+        "its files have no header (read)",
+        "its files have no header (read)",
+        {"memory": "the index is the header"},
+    ),
+    "cut": Row(
+        "a file or value is cut short",
+        "disk: full hit, the missing half is another request's KV (measured); Redis: a miss (measured)",
+        "error, the file is removed (measured)",
+        {"memory": NO_FILE},
+    ),
+    "no bytes": Row(
+        "a file or value has no bytes",
+        "disk: full hit, all of it another request's KV (measured)",
+        "error (read)",
+        {"memory": NO_FILE},
+    ),
+    "hole": Row(
+        "zeros where bytes should be, as after a crash",
+        "success with wrong bytes (the path of a flipped bit)",
+        "success with wrong bytes (measured)",
+    ),
+    "other block": Row("another block's bytes under this name", "", "success with wrong bytes (measured)"),
+    "other layout": Row(
+        "bytes of another layout or of older weights",
+        "no epoch (read)",
+        "the path names the model, not its weights (read)",
+    ),
+    "other salt": Row(
+        "another salt's prefix",
+        "a salt in server mode only (read)",
+        "`cache_salt` is part of the hash (read)",
+    ),
+    "deleted": Row(
+        "a file or value vanishes behind the index",
+        "miss with a warning (read; #1313)",
+        "error, failed promotion (read)",
+    ),
+    "restart": Row(
+        "the process restarts",
+        "0 of 1,024 tokens found; old files are orphaned and never deleted (measured)",
+        "files are found again (read)",
+        {"memory": IN_PROCESS},
+    ),
+    "index damaged": Row("index log or snapshot is damaged or missing", "", "", {"memory": NO_FILE}),
+    "killed while writing": Row(
+        "kill -9 while it writes",
+        "in-place writes: 59 torn visible files in 100 kills (the technique, measured)",
+        "temporary file and rename: 0 torn, 94 left-over files in 100 kills (the technique, measured)",
+        {"memory": IN_PROCESS},
+    ),
+    "power loss": Row(
+        "power is lost between any two writes", "no fsync (read)", "no fsync (read)", {"memory": NO_FILE}
+    ),
+    "full": Row(
+        "the medium is full",
+        "8 MB disk: errors swallowed, 38 puts stuck for ever, the cache is dead, nothing said (measured)",
+        "an error per block, no limit (read)",
+    ),
+    "quota": Row("more is stored than allowed", "460 GB used of 250 (issue #1454)", "no quota (read)"),
+    "I/O error": Row("reads or writes fail (EIO)", "", "", {"memory": "no I/O", "redis": "no file"}),
+    "refusing": Row(
+        "the server refuses: READONLY, MISCONF, LOADING, password", "", "no Redis", {"memory": NO_WIRE, "disk": NO_WIRE}
+    ),
+    "killed": Row(
+        "the store process or server is gone",
+        "+3.0 s on every request for ever; the first one took 32.9 s (measured)",
+        "no other process",
+        {"memory": IN_PROCESS, "disk": "no other process"},
+    ),
+    "frozen": Row(
+        "the medium hangs",
+        "Redis: the default client still waits after 4 s (measured)",
+        "no deadline; all 32 I/O threads can hang (RFC #54363)",
+        {"memory": IN_PROCESS},
+    ),
+    "slow": Row("the medium is slow", "as frozen", "no deadline (RFC #54363)", {"memory": IN_PROCESS}),
+    "hung": Row(
+        "many operations with deadlines of 0 to 5 ms under random faults",
+        "",
+        "",
+        {"memory": IN_PROCESS},
+    ),
+    "connection cut": Row(
+        "the connection is reset inside a reply", "", "no wire", {"memory": NO_WIRE, "disk": NO_WIRE}
+    ),
+    "bit on the wire": Row(
+        "one bit flips on the wire, either way", "", "no wire", {"memory": NO_WIRE, "disk": NO_WIRE}
+    ),
+    "bytes lost on the wire": Row(
+        "bytes are lost or repeated on the wire", "", "no wire", {"memory": NO_WIRE, "disk": NO_WIRE}
+    ),
+    "serve: corrupting": Row(
+        "live server: stored bytes change while requests run",
+        '2,047 of 2,048 tokens "hit", wrong tokens with HTTP 200, nothing logged (real vLLM, measured)',
+        "the same class (read)",
+    ),
+    "serve: killed": Row(
+        "live server: the tier's server is killed", "", "", {"memory": IN_PROCESS, "disk": "no other process"}
+    ),
+    "serve: frozen": Row("live server: the tier freezes", "", "", {"memory": IN_PROCESS}),
+    "serve: slow": Row("live server: the tier becomes slow", "", "", {"memory": IN_PROCESS}),
+    "serve: full": Row("live server: the tier is full", "", ""),
+}
+
+HEAD = """# Faults
+<!-- Written by docs/generate.py from bench/results/faults.json: run tests with --keep-matrix, then `make generate`. -->
+
+A hit is exact or it is a miss, and a cache failure is never a request failure. This page says how far that was tested:
+every fault that can be made here, on every tier, beside what two other systems do.
+
+**How to read it.** *held* means that every case of every test of that cell passed: no wrong byte was delivered, no
+request failed, and the tier worked again afterwards. The number is how many cases were run. *not tested* means that no
+test of that cell was kept. *n/a* means that the tier cannot have the fault, and says why.
+
+"""
+PEERS_TEXT = """
+**The peers' columns** are as of LMCache 0.5.6 and vLLM 0.32.0 (its file-system tier), looked at in September 2026.
+*Measured*: their own code was called with damaged data, or run under a real vLLM, on a 2-core CPU machine. *Read*: from
+their source or their public issues, and not run. An empty cell was neither run nor read. Later versions may differ.
+
+**What is not here.** A real power cut, a device that lies about a flush, memory errors of the processor, and clocks
+that go back were not tried. Power loss is a shim that holds back and drops writes that were not synced.
+"""
+
+
+def faults_page() -> str:
+    """The whole page."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return HEAD + "\n".join([*_table(kept), PEERS_TEXT, *_tests(kept)]) + "\n"
+
+
+def _table(kept: list[dict[str, Any]]) -> list[str]:
+    names = [*PEERS, *(f"thermocline {tier}" for tier in TIERS)]
+    lines = ["| fault | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for fault, row in FAULTS.items():
+        cells = [row.lmcache, row.vllm, *(_cell(kept, fault, row, tier) for tier in TIERS)]
+        lines.append(f"| {row.words} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(kept: list[dict[str, Any]], fault: str, row: Row, tier: str) -> str:
+    proven = [each for each in kept if (each["fault"], each["tier"]) == (fault, tier)]
+    if not proven:
+        return f"n/a: {row.never[tier]}" if tier in row.never else "not tested"
+    cases = sum(each["cases"] for each in proven)
+    if any(each["outcome"] != "passed" for each in proven):
+        return f"**failed** ({cases:,})"
+    return f"held ({cases:,})"
+
+
+def _tests(kept: list[dict[str, Any]]) -> list[str]:
+    """Which test proved what, when, and on which commit."""
+    if not kept:
+        return []
+    lines = [
+        "## The tests",
+        "",
+        "| fault | tier | test | cases | outcome | date | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    order = list(FAULTS)
+    for each in sorted(kept, key=lambda each: (order.index(each["fault"]), each["tier"], each["test"])):
+        path, _, name = each["test"].partition("::")
+        test = f"`{path.removeprefix('tests/')}` {name.replace('::', ' ')}"
+        cells = (each["fault"], each["tier"], test, f"{each['cases']:,}", each["outcome"], each["date"], each["commit"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", "`make test-long ARGS=--keep-matrix` runs them all and keeps the outcome."]
