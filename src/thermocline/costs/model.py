@@ -49,6 +49,9 @@ class Costs(Protocol):
     def transfer(self, nbytes: int, tier: str) -> float:
         """Seconds to load `nbytes` from a tier."""
 
+    def sure(self, tier: str) -> bool:
+        """True once both a prefill and a load from this tier were measured: before that, all of this is a guess."""
+
 
 @dataclass(slots=True)
 class _Observed:
@@ -250,6 +253,10 @@ class LearnedCosts:
         """True if a load from this tier was ever measured."""
         fit = self._transfers.get(tier)
         return fit is not None and fit.observed
+
+    def sure(self, tier: str) -> bool:
+        """See `Costs.sure`."""
+        return self._prefill.observed and self.knows(tier)
 
     def recomputed(self, tokens: int, cached: int, seconds: float) -> None:
         """The engine took `seconds` to compute `tokens` behind `cached` ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -35,12 +35,26 @@ class Ghosts:
         return len(self._ghosts)
 
     def note(self, layout: LayoutId, key: BlockKey, ghost: Ghost) -> None:
-        """A block left, or was not taken in. Blocks that go together share one ghost: see `explain`."""
-        self._ghosts.setdefault(key, {})[layout] = ghost
+        """A block left, or was not taken in. Blocks that go together share one ghost: see `explain`.
+
+        One that leaves the only tier it was in, as another did not admit it, is missing for that other's reason.
+        """
+        noted = self._ghosts.setdefault(key, {})
+        if ghost.reason is not Reason.EVICTED or layout not in noted or noted[layout].reason is not Reason.NOT_ADMITTED:
+            noted[layout] = ghost
         self._ghosts.move_to_end(key)
         if len(self._ghosts) > self._kept:
             self._ghosts.popitem(last=False)
             self._forgot = True
+
+    def refused(self, layout: LayoutId, keys: Iterable[BlockKey], tier: str, why: str, now: float) -> None:
+        """A tier was not given these blocks, deepest first; above one of which that is known already, all are known."""
+        ghost = Ghost(Reason.NOT_ADMITTED, f"not written to {tier}", why, now)
+        for key in keys:
+            noted = self._ghosts.get(key, {}).get(layout)
+            if noted is not None and noted.reason is Reason.NOT_ADMITTED:
+                break
+            self.note(layout, key, ghost)
 
     def forget(self, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
         """These blocks are held again."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.costs.model import Costs
+from thermocline.store.admit import refusal
 from thermocline.store.books import Books
 from thermocline.store.index import NEVER_USED, NO_NODE, Place
 from thermocline.store.shared import SharedTiers, save_guarded
@@ -21,6 +25,7 @@ LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
 PROMOTE_BLOCKS = 16
 PREFETCHES_MAX = 64
+PROBE_SECONDS = 10.0
 DRAIN_WAIT_SECONDS = 0.05
 DRAIN_WAITS_MAX = 100
 
@@ -44,9 +49,20 @@ class Mover:
     """Demotes and promotes for one store. Only `prefetch` uses a thread of its own; tiers write in theirs."""
 
     def __init__(
-        self, books: Books, warm: LendingTier, cold: Sequence[Tier], shared: SharedTiers, load: Load, save: Save
+        self,
+        books: Books,
+        warm: LendingTier,
+        cold: Sequence[Tier],
+        shared: SharedTiers,
+        load: Load,
+        save: Save,
+        costs: Callable[[], Costs],
     ) -> None:
         self._books = books
+        self._costs = costs
+        self._layouts: dict[LayoutId, Layout] = {}  # those of what was saved: a handful, as each is an engine's
+        self._refused: Counter[str] = Counter()
+        self._probed_seconds: dict[str, float] = {}
         self._warm = warm
         self._cold = list(cold)
         self._shared = shared
@@ -63,6 +79,7 @@ class Mover:
 
     def write_down(self, layout: Layout, path: Sequence[BlockKey], saved: Sequence[BlockKey], job: Job) -> Job:
         """Start writing a path, of which blocks were just saved, to the other tiers; `job` is done when they are."""
+        self._layouts[layout.id] = layout
         jobs = [self._write_path(tier, layout.id, saved[-1]) for tier in self._cold] if saved else []
         waiting = [started for started in jobs if started is not None]
         waiting += self._offer(layout, path) if saved and self._shared else ()
@@ -144,7 +161,7 @@ class Mover:
     def _begin(self, tier: Tier, layout: LayoutId, key: BlockKey) -> _Write | None:
         books, index = self._books, self._books.index
         with books.lock:
-            if not books.allows(tier.name, "save"):
+            if not books.allows(tier.name, "save") or not self._admits(tier.name, layout, index.node(layout, key)):
                 return None
             nodes = self._lacking(tier.name, index.node(layout, key))
             lent = [self._lend(layout, node) for node in nodes]
@@ -158,6 +175,28 @@ class Mover:
             self._writing[tier.name].update(nodes)
             books.trying(tier.name, "save")
             return _Write(tier, layout, nodes, [index.place(node).key for node in nodes], blocks, pins)
+
+    def _admits(self, name: str, layout: LayoutId, node: int) -> bool:
+        """Whether a tier is to be given the path that ends here. What is refused has that as its reason later on."""
+        index = self._books.index
+        described = self._layouts.get(layout)
+        if described is None or node == NO_NODE or index.holds(node, name):
+            return True
+        why = refusal(self._costs(), described, name, index.depth(node), refused=self._refused[name])
+        if why is None:
+            self._refused[name] = 0
+            return True
+        self._refused[name] += 1
+        books = self._books
+        books.ghosts.refused(layout, self._above(node, name), name, why.words, books.clock.now())
+        return False
+
+    def _above(self, node: int, name: str) -> Iterator[BlockKey]:
+        """The keys of a path from its end up to where a tier holds it."""
+        index = self._books.index
+        while node != NO_NODE and not index.holds(node, name):
+            yield index.place(node).key
+            node = index.parent(node)
 
     def _lacking(self, name: str, node: int) -> list[int]:
         """The path's nodes that a tier neither holds nor is being given, top down; empty if the warm tier lost one.
@@ -251,6 +290,29 @@ class Mover:
             job.set_done()
         return job
 
+    def probe(self, name: str, layout: Layout, keys: Sequence[BlockKey]) -> None:
+        """Load the last of these blocks, which a plan declined, in the background, to learn if the tier is still slow.
+
+        At most one now and then for each tier. What a plan does not load is not measured, and would be declined for
+        ever after one bad day.
+        """
+        now = self._books.clock.now()
+        with self._books.lock:
+            waited = now - self._probed_seconds.get(name, -math.inf)
+            if waited < PROBE_SECONDS or self._closing or self._prefetches.qsize() >= PREFETCHES_MAX or not keys:
+                return
+            self._probed_seconds[name] = now
+            self._prefetches.put(partial(self._probe, name, layout, tuple(keys[-PROMOTE_BLOCKS:])))
+            self._start()
+
+    def _probe(self, name: str, layout: Layout, keys: Sequence[BlockKey]) -> None:
+        buffer = aligned_memory(len(keys) * layout.block_bytes)
+        pieces = [[row] for row in buffer.reshape(len(keys), -1)]
+        try:
+            self._load(name, layout, keys, pieces, self._books.clock.now() + PROBE_SECONDS)
+        except Exception:  # the next prefetch wants this thread
+            LOG.exception("a probe failed")
+
     def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="mover", daemon=True)
@@ -263,14 +325,17 @@ class Mover:
     def _promote(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], deadline: float, job: Job) -> None:
         count = 0
         try:
-            count = min((self._promote_one(layout, keys, deadline) for layout in layouts), default=0)
+            for layout in layouts:
+                self._promote_one(layout, keys, deadline)
+            # Only now, as the blocks of one layout may have had to go for those of the next.
+            count = min((self._warm_blocks(layout, keys) for layout in layouts), default=0)
         except Exception:  # whoever waits for this job must not wait for ever, and the next one wants this thread
             LOG.exception("a prefetch failed")
         job.outcomes[:] = [Outcome.HIT] * count + [Outcome.MISS] * (len(keys) - count)
         job.set_done()
 
-    def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> int:
-        """Copy up window by window while that makes progress. Returns how many leading blocks are warm now."""
+    def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> None:
+        """Copy up window by window while that makes progress."""
         buffer: Piece | None = None
         start, before = self._warm_blocks(layout, keys), -1
         while before < start < len(keys) and not self._closing and self._books.clock.now() <= deadline:
@@ -287,7 +352,6 @@ class Mover:
             before, start = start, self._warm_blocks(layout, keys)
             label = (("tier", self._warm.name),)
             self._books.metrics.count("promoted_blocks_total", max(0, start - before), label)
-        return start
 
     def _warm_blocks(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
         with self._books.lock:

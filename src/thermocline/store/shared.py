@@ -7,6 +7,7 @@ is a bitmap, and counts as far as it has no hole.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.costs.model import Costs
+from thermocline.store.admit import refusal
 from thermocline.store.books import Books
 from thermocline.store.receipt import Missing, Reason
 from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier, Tier
@@ -65,6 +67,7 @@ class SharedTiers:
         self._warm = warm
         self._tiers = list(tiers)
         self._costs = costs
+        self._refused: Counter[str] = Counter()
 
     def __bool__(self) -> bool:
         return bool(self._tiers)
@@ -147,7 +150,7 @@ class SharedTiers:
     def _offer_one(self, tier: SharedTier, layout: Layout, keys: Sequence[BlockKey]) -> Job | None:
         books, index = self._books, self._books.index
         with books.lock:
-            if not books.allows(tier.name, "save") or not self._pays(tier, layout, len(keys)):
+            if not books.allows(tier.name, "save") or not self._pays(tier, layout, keys):
                 return None
             known = tier.known(layout.id, keys)
             lent = self._lend(layout, keys)
@@ -161,11 +164,15 @@ class SharedTiers:
         job.watch(done=partial(self._offered, tier.name, node))
         return job
 
-    def _pays(self, tier: SharedTier, layout: Layout, blocks: int) -> bool:
-        """The value of a byte there: seconds saved against seconds of transfer."""
-        costs = self._costs()
-        computing = costs.recompute(blocks * layout.tokens_per_block, 0)
-        return computing >= tier.gain_min * costs.transfer(blocks * layout.block_bytes, tier.name)
+    def _pays(self, tier: SharedTier, layout: Layout, keys: Sequence[BlockKey]) -> bool:
+        """The value of a byte there: seconds saved against seconds of transfer. Where memory is all else, it is why."""
+        name = tier.name
+        refused, gain_min = self._refused[name], tier.gain_min
+        why = refusal(self._costs(), layout, name, len(keys), refused=refused, gain_min=gain_min)
+        self._refused[name] = 0 if why is None else self._refused[name] + 1
+        if why is not None and len(self._books.tiers) == 1:
+            self._books.ghosts.refused(layout.id, reversed(keys), name, why.words, self._books.clock.now())
+        return why is None
 
     def _lend(self, layout: Layout, keys: Sequence[BlockKey]) -> list[Block]:
         """The blocks of a path as far as the warm tier holds them, without a copy."""

@@ -71,7 +71,7 @@ class Store:
             shared=shared,
         )
         self._shared = SharedTiers(self._books, warm, shared, lambda: self.costs)
-        self._mover = Mover(self._books, warm, cold, self._shared, self._load_from, self._save_at)
+        self._mover = Mover(self._books, warm, cold, self._shared, self._load_from, self._save_at, lambda: self.costs)
         for tier in cold:
             self._books.restore(tier)
 
@@ -100,6 +100,12 @@ class Store:
             for run in plan.runs:
                 books.trying(run.tier, "load")
             lease = books.leases.take(books.pins_for(plan), now)
+        for tier in up:
+            if tier.blocks > plan.blocks and tier.tier != self._warm.name:
+                self._mover.probe(tier.tier, layouts[0], keys[plan.blocks : tier.blocks])
+        for answer in answers:
+            if answer.why is not None and answer.why[0] is Reason.DECLINED:
+                self._mover.probe(answer.tier, layouts[0], keys[answer.start : answer.start + 1])
         seconds = self._clock.now() - now
         self.metrics.count("matches_total")
         self.metrics.count("match_seconds_total", seconds)
