@@ -98,7 +98,7 @@ def _calls(path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["once", "from then on"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, HALF], ids=["EIO", "ENOSPC", "half"])
-@pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.faults_long)], ids=["some", "every"])
+@pytest.mark.parametrize("share", [20, pytest.param(1, marks=pytest.mark.faults_long)], ids=["some", "every"])
 def test_each_call_fails(tmp_path, monkeypatch, record_property, error, how, share):
     """Whichever call fails, blocks that were durable are there at the next opening, exact, with nothing left over."""
     calls = _calls(tmp_path / "sound", monkeypatch)
