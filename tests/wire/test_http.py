@@ -52,6 +52,7 @@ class Served:
             ("GET", "/hello"): self._hello,
             ("GET", "/stream"): self._stream,
             ("GET", "/endless"): self._endless,
+            ("GET", "/unread"): self._unread,
             ("GET", "/wait"): self._wait,
             ("GET", "/broken"): self._broken,
             ("GET", "/breaks"): self._breaks,
@@ -94,6 +95,12 @@ class Served:
                 self.cancelled.set()
 
         return Response(pieces())
+
+    async def _unread(self, request: Request) -> Response:
+        """A stream to a client that has not read yet what it was sent before."""
+        for connection in self.server._connections:
+            connection.pause_writing()
+        return await self._endless(request)
 
     async def _wait(self, request: Request) -> Response:
         try:
@@ -355,6 +362,15 @@ def test_a_client_that_leaves_ends_its_stream(served: Served) -> None:
     sock = connect(served)
     sock.sendall(get("/endless"))
     sock.recv(1000)
+    sock.close()
+    assert served.cancelled.wait(WAIT_SECONDS)
+
+
+def test_a_client_that_leaves_before_its_stream_began_ends_it(served: Served) -> None:
+    """A client that goes between the head and the first piece ends the stream like any other: nothing runs on."""
+    sock = connect(served)
+    sock.sendall(get("/unread"))
+    assert sock.recv(15) == b"HTTP/1.1 200 OK"
     sock.close()
     assert served.cancelled.wait(WAIT_SECONDS)
 

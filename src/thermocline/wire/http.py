@@ -280,9 +280,10 @@ class _Connection(asyncio.Protocol):
 
     async def _send(self, response: Response) -> None:
         self._write(response)
-        await self._drain()
         if isinstance(response.body, bytes):
+            await self._drain()
             return
+        # No wait before the first piece is asked for: a body that never began cannot be told that its reader is gone.
         async with contextlib.aclosing(response.body) as pieces:
             async for piece in pieces:
                 if piece:
