@@ -129,8 +129,8 @@ class RedisServer:
         """CONFIG SET."""
         self.call("CONFIG", "SET", name, value)
 
-    def keys(self, pattern: str = "*") -> list[bytes]:
-        """What it holds."""
+    def keys(self, pattern: str) -> list[bytes]:
+        """The keys that it holds and that look like this."""
         found = self.call("KEYS", pattern)
         assert isinstance(found, list)
         return [key for key in found if isinstance(key, bytes)]
