@@ -190,10 +190,13 @@ class _Sessions:
         self.written_bytes += count * self._block_bytes
 
     def _hand_over(self, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> list[Job]:
-        """Save, making room while the tier is full, as the store does."""
+        """Save, making room first where some is lacking, and while the tier is full, as the store does."""
         jobs: list[Job] = []
         at = 0
         while at < len(keys):
+            short = self._tier.shortfall(self._block_bytes, len(keys) - at)
+            if short:
+                self._make_room(short)
             jobs.append(self._tier.save(LAYOUT, keys[at:], blocks[at:]))
             outcomes = jobs[-1].outcomes
             at += next((taken for taken, outcome in enumerate(outcomes) if outcome in REFUSED), len(outcomes))

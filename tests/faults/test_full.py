@@ -13,7 +13,7 @@ import pytest
 
 from tests.conformance.samples import CLOCK, PATIENCE_SECONDS, chain, fill, hits, layout_of, load, save
 from tests.faults.shelter import Shelter, disk_bytes
-from thermocline.tiers import disk
+from thermocline.tiers import disk, journal
 from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
 from thermocline.tiers.tier import Outcome
@@ -79,6 +79,7 @@ def test_a_file_system_that_is_smaller_than_the_quota(tmp_path):
 def test_a_file_system_that_somebody_else_fills(tmp_path, monkeypatch):
     """When the last byte is gone even the log cannot grow: saves are dropped, loads go on; with room, saves too."""
     monkeypatch.setattr(disk, "GROW_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "AHEAD_BYTES", 0)
     with _small_file_system(tmp_path / "small", 48 * MIB) as path:
         tier = DiskTier(path / "tier", 24 * MIB, queue_bytes_max=4 * MIB)
         held, _ = _pour(tier, (chain(seed, 4) for seed in range(10)))

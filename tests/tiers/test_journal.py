@@ -70,6 +70,34 @@ def test_round_trip(log, path, count):
     assert log.size_bytes == path.stat().st_size == found.pages * PAGE_BYTES
 
 
+def test_zeroes_behind_the_log_are_no_pages(log, path):
+    """What was written ahead is neither damage nor a record, is used up by appends, and stays within the bound."""
+    for turn in range(30):
+        log.write_ahead()
+        assert path.stat().st_size == log.size_bytes <= 256 * KIB
+        assert log.size_bytes > (turn + 1) * PAGE_BYTES
+        log.append(_rows(turn), turn)
+        found = read(path)
+        assert _numbers(found.live) == list(range(turn + 1))
+        assert (found.pages, found.bad_pages, found.bad_inside) == (turn + 1, 0, 0)
+    again = Journal(path, bytes_max=256 * KIB, epoch=2)  # as after a crash, with zeroes at the end
+    again.append(_rows(500), 31)
+    again.close()
+    assert path.stat().st_size == 31 * PAGE_BYTES, "zeroes go when the log is closed"
+    assert _numbers(read(path).live) == [*range(30), 500]
+
+
+def test_a_hole_in_the_log_is_damage(log, path):
+    """Pages of zeroes with records behind them are lost pages, and are counted."""
+    for start in (0, 31, 62):
+        log.append(_rows(*range(start, start + 31)), 0)
+    with path.open("r+b") as file:
+        file.write(bytes(2 * PAGE_BYTES))
+    found = read(path)
+    assert _numbers(found.live) == list(range(62, 93))
+    assert (found.pages, found.bad_pages, found.bad_inside) == (3, 2, 2)
+
+
 def test_an_absent_log_is_empty(path):
     """Without a file there is nothing, and that is no damage."""
     found = read(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 Task = Callable[[], object]
 
@@ -19,12 +19,20 @@ class Crew:
         for thread in self._threads:
             thread.start()
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Do all of them, the first here, and wait for all. Raises what one of them raised, after all have ended."""
-        for task in tasks[1:]:
-            self._tasks.put(task)
-        failures = [_tried(task) for task in tasks[:1]]
-        failures += [self._results.get() for _ in tasks[1:]]
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Do all of them, each from the moment it is there, and wait for all; the caller lends a hand.
+
+        Raises what one of them raised, or what came instead of the next one, after all have ended.
+        """
+        count = 0
+        try:
+            for task in tasks:
+                self._tasks.put(task)
+                count += 1
+        finally:
+            while (waiting := self._next_waiting()) is not None:
+                self._results.put(_tried(waiting))
+            failures = [self._results.get() for _ in range(count)]
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -35,6 +43,12 @@ class Crew:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _next_waiting(self) -> Task | None:
+        try:
+            return self._tasks.get_nowait()
+        except queue.Empty:
+            return None
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,7 @@ class DiskTier:
         self._readers = Readers(READER_THREADS)
         self._crew = Crew(WRITER_THREADS - 1, name="disk-crew")
         self._writer = FrameWriter(self._segments, self._journal.epoch, self._crew)
-        self._grow()
+        self._look_ahead()
         self._thread = threading.Thread(target=self._write_loop, name="disk-writer", daemon=True)
         self._thread.start()
 
@@ -186,6 +188,15 @@ class DiskTier:
         """How many blocks of this size fit now."""
         with self._lock:
             return self._slots.free_slots(frame_bytes(block_bytes))
+
+    def shortfall(self, block_bytes: int, count: int) -> int:
+        """How many blocks of this size should go first, so that one save takes as many of `count` as it may now."""
+        size = frame_bytes(block_bytes)
+        with self._lock:
+            if self._may_grow() or size > self._slots.unit_bytes:
+                return 0
+            queue_room, log_room = self._queue_room(size), self._log_room()
+            return max(0, min(count, queue_room) - min(self._slots.free_slots(size), log_room))
 
     def wait_idle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is queued or being written; False if `seconds` passed first."""
@@ -286,6 +297,12 @@ class DiskTier:
             return places, Outcome.LATE if self._may_grow() else Outcome.FULL
         return places, Outcome.FULL if log_room <= queue_room else Outcome.LATE
 
+    def _queue_room(self, size: int) -> int:
+        return max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
+
+    def _log_room(self) -> int:
+        return self._journal.records_max - self._held() - self._unpublished
+
     def _write_loop(self) -> None:
         try:
             while not self._stopped:
@@ -328,7 +345,7 @@ class DiskTier:
             self._settle(self._unsynced)
             self._unsynced = []
             if not self._closing:
-                self._grow()  # after the sync: nobody waits for it now
+                self._look_ahead()  # after the sync: nobody waits for it now
 
     def _take_back(self, writes: Sequence[_Write]) -> None:
         """Undo writes in whatever state a defect left them."""
@@ -394,8 +411,8 @@ class DiskTier:
     def _settle(self, unsynced: Sequence[_Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
-            log = [self._journal.sync] if unsynced else []
-            self._crew.run([*log, *(partial(self._segments.sync, number) for number in _segments_of(unsynced))])
+            names = [self._journal.sync, self._segments.sync_names] if unsynced else []
+            self._crew.run([*names, *(partial(self._segments.sync, number) for number in _segments_of(unsynced))])
         except OSError as error:
             LOG.warning("disk tier: a sync failed: %s", error)
             for write in unsynced:
@@ -444,38 +461,30 @@ class DiskTier:
         return True
 
     def _additions(self, writes: Sequence[_Write]) -> Records:
-        wall = self._clock.wall()
-        return journal.make(
-            [
-                journal.Row(
-                    key,
-                    block.parent,
-                    write.layout,
-                    journal.ADD,
-                    block.depth,
-                    slot.unit,
-                    slot.number,
-                    frame_bytes(write.length_bytes) // PAGE_BYTES,
-                    write.length_bytes,
-                    wall,
-                )
-                for write in writes
-                for key, block, slot in zip(write.keys, write.blocks, map(slot_at, write.places), strict=True)
-            ]
-        )
+        parts = []
+        for write in writes:
+            part = shelves.records(journal.ADD, write.layout, write.keys, write.places)
+            part["parent"] = np.frombuffer(b"".join(block.parent for block in write.blocks), part["parent"].dtype)
+            part["depth"] = [block.depth for block in write.blocks]
+            part["slot_pages"], part["length"] = frame_bytes(write.length_bytes) // PAGE_BYTES, write.length_bytes
+            part["stored"] = self._clock.wall()
+            parts.append(part)
+        return np.concatenate(parts)
 
     def _removals(self, forgotten: Sequence[tuple[LayoutId, BlockKey, int]]) -> Records:
-        nothing = bytes(32)
-        slots = [(layout, key, slot_at(place)) for layout, key, place in forgotten]
-        return journal.make(
-            [
-                journal.Row(key, nothing, layout, journal.REMOVE, 0, slot.unit, slot.number, 0, 0, 0.0)
-                for layout, key, slot in slots
-            ]
-        )
+        parts = [
+            shelves.records(journal.REMOVE, layout, [key for _, key, _ in some], [place for _, _, place in some])
+            for layout, some in ((layout, list(some)) for layout, some in groupby(forgotten, key=itemgetter(0)))
+        ]
+        return np.concatenate([np.empty(0, journal.RECORD), *parts])
 
     def _may_grow(self) -> bool:
         return self._slots.units < self._segments_max and self._clock.now() >= self._grow_at
+
+    def _look_ahead(self) -> None:
+        """Make room for the saves to come, and for their records."""
+        self._grow()
+        self._journal.write_ahead()
 
     def _grow(self) -> None:
         """Keep room ahead of the saves while the quota allows; a full disk is asked again later."""

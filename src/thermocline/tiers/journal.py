@@ -5,6 +5,9 @@ lose the records that were being written. A page
 whose sum is wrong is skipped and counted, and reading goes on behind it. When too much of the log is history, the live
 records are written to a new file that takes the log's place in one rename: the log is its own snapshot. The same is
 done at opening where pages were damaged, so that damage does not pile up.
+
+Behind the last page lie zeroes, written ahead: a sync then finds an append's place and length on the medium, and writes
+the appended pages alone.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ _CELLS = np.concatenate([[RECORDS_PER_PAGE + 1], np.arange(1, RECORDS_PER_PAGE +
 """Numbers of a page's cells: records count from 1, and the head comes behind all of them."""
 STRETCH_BYTES = 4 * 1024 * 1024
 COMPACT_BYTES_MIN = 8 * 1024 * 1024
+AHEAD_BYTES = 1024 * 1024
+"""Zeroes behind the log, while the quota has room for them; renewed when three quarters are used up."""
 VERSION = 1
 Records = NDArray[Any]
 
@@ -113,6 +118,7 @@ def removals(path: Path) -> Records:
 def _intact(path: Path) -> tuple[Records, Records, NDArray[np.bool_]]:
     """All records that can be read, in the order written; every page's head, and whether the page's sum is right.
 
+    Zeroes at the end were never written to, and are no pages.
     The log is read through one small buffer: memory that a process has not used yet is slower than the page cache.
     """
     nbytes = path.stat().st_size if path.exists() else 0
@@ -120,16 +126,25 @@ def _intact(path: Path) -> tuple[Records, Records, NDArray[np.bool_]]:
     records = np.empty(count * RECORDS_PER_PAGE, _CELL)
     heads, good = np.zeros(count, _HEAD), np.zeros(count, bool)
     buffer = np.empty(min(STRETCH_BYTES, nbytes), np.uint8)
-    first = taken = 0
+    first = taken = behind = 0
     with path.open("rb") if count else BytesIO() as file:
         while got := file.readinto(buffer.data) // PAGE_BYTES:
             stretch, part = buffer[: got * PAGE_BYTES], slice(first, first + got)
             heads[part], good[part] = stretch.view(_PAGE)["head"], _sums_hold(stretch)
+            behind = _end_of_words(stretch, first, good[part]) or behind
             counts = np.where(_known(heads[part]) & good[part], heads[part]["count"], 0)
             some = stretch.view(_CELL).reshape(got, -1)[counts[:, None] >= _CELLS]
             records[taken : taken + len(some)] = some
             first, taken = first + got, taken + len(some)
-    return records[:taken].view(RECORD), heads, good
+    behind = count if nbytes % PAGE_BYTES else behind
+    return records[:taken].view(RECORD), heads[:behind], good[:behind]
+
+
+def _end_of_words(stretch: NDArray[np.uint8], first: int, good: NDArray[np.bool_]) -> int:
+    """Behind the last page that is not all zeroes, counted from the start of the log; 0 where there is none."""
+    words = good.copy()
+    words[~good] = stretch.reshape(-1, PAGE_BYTES)[~good].any(axis=1)
+    return first + int(np.flatnonzero(words)[-1]) + 1 if words.any() else 0
 
 
 def _sums_hold(stretch: NDArray[np.uint8]) -> list[bool]:
@@ -178,7 +193,8 @@ class Journal:
         self.epoch = epoch
         created = not path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._end = -(-os.fstat(self._fd).st_size // PAGE_BYTES) * PAGE_BYTES
+        self._size = os.fstat(self._fd).st_size
+        self._end = self._behind_last_word()
         self._fresh_bytes = 0
         self._tail = False  # True while bytes behind the end may lie in the file
         self._name_unsynced = created
@@ -187,7 +203,7 @@ class Journal:
     @property
     def size_bytes(self) -> int:
         """Length of the log, and of its successor while that is being written."""
-        return self._end + self._fresh_bytes
+        return max(self._size, self._end) + self._fresh_bytes
 
     @property
     def records_max(self) -> int:
@@ -219,6 +235,13 @@ class Journal:
             sync_directory(self._path.parent)
             self._name_unsynced = False
 
+    def write_ahead(self) -> None:
+        """Put zeroes where the next pages will lie; without room for them, appends only take longer."""
+        start, stop = max(self._size, self._end), min(self._end + AHEAD_BYTES, self._pages_max * PAGE_BYTES)
+        if start < stop and 4 * (start - self._end) < AHEAD_BYTES and not self._tail:
+            with contextlib.suppress(OSError):
+                self._size = start + os.pwrite(self._fd, bytes(stop - start), start)
+
     def compact(self) -> None:
         """Rewrite the log with its live records only. Raises OSError; the log is whole even then."""
         self._cut_tail()
@@ -242,13 +265,17 @@ class Journal:
         finally:
             self._fresh_bytes = 0
         os.close(self._fd)
-        self._fd, self._end = fd, len(raw)
+        self._fd, self._size = fd, len(raw)
+        self._end = self._size
         self._name_unsynced = True  # until the directory is durable, a power loss may bring the old log back
         self.sync()
 
     def close(self) -> None:
-        """Let go of the file. A second call does nothing."""
+        """Let go of the file, and of the zeroes at its end. A second call does nothing."""
         if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                if self._size > self._end:
+                    os.ftruncate(self._fd, self._end)
             os.close(self._fd)
             self._fd = -1
 
@@ -275,7 +302,13 @@ class Journal:
         """Cut off what a failed write left: whole pages of it would be read as words that nobody said."""
         if self._tail:
             os.ftruncate(self._fd, self._end)
-            self._tail = False
+            self._size, self._tail = self._end, False
+
+    def _behind_last_word(self) -> int:
+        end = -(-self._size // PAGE_BYTES) * PAGE_BYTES
+        while end and not os.pread(self._fd, PAGE_BYTES, end - PAGE_BYTES).strip(b"\0"):
+            end -= PAGE_BYTES
+        return end
 
 
 def split(column: Records) -> Iterator[bytes]:

@@ -46,6 +46,7 @@ class Segments:
         self._path = path
         self.segment_bytes = segment_bytes
         self._fds: dict[int, int] = {}
+        self._names_unsynced = False
 
     def existing(self) -> list[int]:
         """Numbers of the segment files that are there, whole or cut; foreign names are left alone."""
@@ -62,7 +63,10 @@ class Segments:
         return next(number for number in count() if number not in self._fds)
 
     def open(self, number: int) -> None:
-        """Open a segment, allocating what of it is not there. Raises OSError, leaving no new partial file behind."""
+        """Open a segment, allocating what of it is not there. Raises OSError, leaving no new partial file behind.
+
+        A new file's name is durable after `sync_names`.
+        """
         path = self.file(number)
         fresh = not path.exists()
         fd = open_direct(path, os.O_RDWR | os.O_CREAT)
@@ -70,14 +74,13 @@ class Segments:
             if os.fstat(fd).st_size != self.segment_bytes:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.ftruncate(fd, self.segment_bytes)
-            if fresh:
-                sync_directory(self._path)
         except OSError:
             os.close(fd)
             if fresh:
                 path.unlink(missing_ok=True)
             raise
         self._fds[number] = fd
+        self._names_unsynced |= fresh
 
     def remove(self, number: int) -> None:
         """Delete a segment's file."""
@@ -103,6 +106,12 @@ class Segments:
     def sync(self, number: int) -> None:
         """Make what was written to a segment durable. Raises OSError."""
         os.fdatasync(self._fds[number])
+
+    def sync_names(self) -> None:
+        """Make the names of new segments durable. Raises OSError."""
+        if self._names_unsynced:
+            sync_directory(self._path)
+            self._names_unsynced = False
 
     def close(self) -> None:
         """Let go of all files."""

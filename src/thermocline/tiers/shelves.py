@@ -13,6 +13,7 @@ from thermocline.blocks.frame import PAGE_BYTES, frame_bytes
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.blocks.slots import FIRST_GENERATION, Slot
+from thermocline.tiers import journal
 from thermocline.tiers.journal import Records, rows
 from thermocline.tiers.tier import FIRST, GONE, Found
 
@@ -111,6 +112,17 @@ class Shelf:
                 runs.append((at, [place]))
             expected = here + 1
         return runs
+
+
+def records(kind: int, layout: LayoutId, keys: Sequence[BlockKey], places: Sequence[int]) -> Records:
+    """One record for each key: what lies where. All else is zero."""
+    some = np.zeros(len(keys), journal.RECORD)
+    some["key"] = np.frombuffer(b"".join(keys), some["key"].dtype)
+    some["layout"] = np.frombuffer(layout, some["layout"].dtype)
+    some["kind"] = kind
+    positions = np.array([position(place) for place in places], np.int64)
+    some["segment"], some["slot"] = positions >> SLOT_BITS, positions & (1 << SLOT_BITS) - 1
+    return some
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,39 +40,41 @@ class FrameWriter:
         step = max(1, min(FRAMES_MAX, WRITE_BYTES_MAX // frame_bytes(length)))
         for start in range(0, len(keys), step):
             part = slice(start, start + step)
-            pieces = self._frames(layout, keys[part], blocks[part], length)
-            self._crew.run(list(self._stretches(places[part], pieces, frame_bytes(length))))
+            self._crew.run(self._stretches(layout, keys[part], blocks[part], places[part], length))
 
-    def _stretches(self, places: Sequence[int], pieces: Sequence[Piece], size: int) -> Iterator[Task]:
-        """One write per stretch of places that lie side by side; a frame is two pieces."""
-        for _, run in groupby(enumerate(places), key=lambda pair: position(pair[1]) - pair[0]):
-            numbers = [number for number, _ in run]
+    def _stretches(
+        self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], places: Sequence[int], length: int
+    ) -> Iterator[Task]:
+        """One write per stretch of places that lie side by side: while one is under way, the next gets its headers."""
+        size = frame_bytes(length)
+        if self._bounce.nbytes < len(keys) * padded(length) and not all(map(_is_aligned, blocks)):
+            self._bounce = aligned_memory(len(keys) * padded(length))
+        for _, run in groupby(range(len(places)), key=lambda at: position(places[at]) - at):
+            numbers = list(run)
+            pieces: list[Piece] = []
+            for at in numbers:
+                block = blocks[at]
+                header = Header(keys[at], block.parent, layout, block.depth, length, block.sum, self._epoch)
+                pieces += self._frame(header, block, at)
             slot = slot_at(places[numbers[0]])
-            part = pieces[2 * numbers[0] : 2 * numbers[-1] + 2]
-            yield partial(self._segments.write, slot.unit, slot.number * size, part)
+            yield partial(self._segments.write, slot.unit, slot.number * size, pieces)
 
-    def _frames(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], length: int) -> list[Piece]:
-        pieces: list[Piece] = []
-        for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
-            page = self._headers[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
-            write_header(Header(key, block.parent, layout, block.depth, length, block.sum, self._epoch), page)
-            pieces.append(page)
-            if len(block.pieces) == 1 and _aligned(block.pieces[0]):
-                pieces.append(block.pieces[0])
-            else:
-                pieces.append(self._bounced(block.pieces, at, len(keys), padded(length)))
-        return pieces
-
-    def _bounced(self, pieces: Sequence[Piece], at: int, count: int, padded_bytes: int) -> Piece:
-        """The block in aligned memory of our own, padded to whole pages."""
-        if self._bounce.nbytes < count * padded_bytes:
-            self._bounce = aligned_memory(count * padded_bytes)
-        target = self._bounce[at * padded_bytes : (at + 1) * padded_bytes]
-        copy_in(pieces, target)
-        target[sum(piece.nbytes for piece in pieces) :] = 0
-        return target
+    def _frame(self, header: Header, block: Block, at: int) -> tuple[Piece, Piece]:
+        """A header page, and the payload where it lies; or in aligned memory of our own, padded to whole pages."""
+        page = self._headers[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
+        write_header(header, page)
+        if _is_aligned(block):
+            return page, block.pieces[0]
+        size = padded(header.length_bytes)
+        target = self._bounce[at * size : (at + 1) * size]
+        copy_in(block.pieces, target)
+        target[header.length_bytes :] = 0
+        return page, target
 
 
-def _aligned(piece: Piece) -> bool:
+def _is_aligned(block: Block) -> bool:
+    if len(block.pieces) != 1:
+        return False
+    piece = block.pieces[0]
     address: int = piece.__array_interface__["data"][0]
     return piece.nbytes % PAGE_BYTES == 0 and address % PAGE_BYTES == 0
