@@ -42,12 +42,13 @@ from thermocline.wire.resp import Address
 MEMORY_BLOCKS = 24
 DISK_BYTES = 1_700_000  # one segment, of 128 frames
 REDIS_BYTES = 64 * 2 * BLOCK_BYTES
+SETTLE_SECONDS = 2.0
 LAYOUTS = [make_layout("one"), make_layout("two")]
 TRUNKS = {salt: chain(f"{salt} system", 6) for salt in ("salt", "pepper")}
 PATHS = [chain(f"{salt} {number}", 30, behind=TRUNKS[salt]) for salt in TRUNKS for number in range(2)]
 
-layouts = st.sampled_from(LAYOUTS)
-paths = st.sampled_from(PATHS)
+layouts = st.integers(0, 1).map(LAYOUTS.__getitem__)
+paths = st.integers(0, 3).map(PATHS.__getitem__)
 lengths = st.integers(0, 36)
 
 
@@ -172,7 +173,8 @@ class StoreMachine(RuleBasedStateMachine):
         job = self.store.prefetch(asked, path[:length], self.clock.now() + 1)
         assert job.wait(GUARD_SECONDS)
         count = job.outcomes.count(Outcome.HIT)
-        assert all(self.store.unsaved(layout, path[:length]) >= count for layout in asked)
+        if len(asked) == 1:  # the second layout's blocks may have pushed out the first one's
+            assert self.store.unsaved(asked[0], path[:length]) >= count
 
     @rule(seconds=st.sampled_from([0.5, 10.0, 61.0, 301.0]))
     def wait(self, seconds):
@@ -224,12 +226,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.plans.clear()  # leases are of the process
         self.open()
 
+    def check_integrity(self) -> None:
+        """All adds up, at the latest when a tier's thread has told the last watcher of a job that is done."""
+        deadline = SystemClock.now() + SETTLE_SECONDS
+        while SystemClock.now() < deadline:
+            with suppress(AssertionError):
+                return self.store.check_integrity()
+            SystemClock.sleep(0.005)
+        return self.store.check_integrity()
+
     @invariant()
     def books_add_up(self):
         if not hasattr(self, "store"):
             return
         assert self.store.flush(GUARD_SECONDS)
-        self.store.check_integrity()
+        self.check_integrity()
         for usage in self.store.usage().values():
             assert usage.used_bytes <= usage.capacity_bytes
         assert self.store.usage()["memory"].blocks <= MEMORY_BLOCKS
