@@ -28,6 +28,22 @@ def test_eviction_under_pressure_keeps_the_laws(make_store, make_disk):
     store.check_integrity()
 
 
+def test_room_on_a_full_disk_is_made_before_a_save(make_store, make_disk, monkeypatch):
+    """A path that goes down to a full disk is one save there: what has to go goes first."""
+    disk = make_disk(capacity_bytes=2 * MIB)
+    store = make_store(disk, blocks=600)
+    for number in range(20):
+        save(store, chain(f"prompt {number}", 24))
+    assert disk.shortfall(BLOCK_BYTES, 24) > 0, "it is full"
+    taken, whole = [], disk.save
+    monkeypatch.setattr(disk, "save", lambda *how: taken.append(len(how[1])) or whole(*how))
+    job = save(store, chain("last", 24))
+    assert job.wait(GUARD_SECONDS)
+    assert taken == [24]
+    assert disk.usage().blocks > 24
+    store.check_integrity()
+
+
 def test_a_prompt_larger_than_memory_keeps_its_beginning(make_store):
     """Of a prompt that memory cannot hold the beginning is kept and written down; the rest is FULL and NOT_ADMITTED."""
     cold = ScriptedTier()

@@ -19,7 +19,7 @@ from thermocline.store.books import Books
 from thermocline.store.index import NEVER_USED, NO_NODE, Place
 from thermocline.store.shared import SharedTiers, save_guarded
 from thermocline.tiers.segments import aligned_memory
-from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, Tier
+from thermocline.tiers.tier import Block, BoundedTier, Job, LendingTier, Outcome, Piece, Tier, block_length
 
 LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
@@ -224,9 +224,13 @@ class Mover:
         return None if lent is None else Block(above, index.depth(node), [lent[0]], lent[1])
 
     def _save_down(self, write: _Write) -> list[tuple[int, Job]]:
-        """Hand blocks to a tier, evicting there while it is full. Returns its jobs and where in `keys` each begins."""
+        """Hand blocks to a tier, evicting there before, or while it is full. Its jobs, and where each begins."""
         jobs: list[tuple[int, Job]] = []
         at = 0
+        if isinstance(write.tier, BoundedTier):
+            short = write.tier.shortfall(block_length(write.blocks), len(write.keys))
+            if short:
+                self._books.evict(write.tier.name, short)
         for _ in range(DOWN_ROUNDS_MAX):
             job = save_guarded(write.tier, write.layout, write.keys[at:], write.blocks[at:])
             taken = next((i for i, outcome in enumerate(job.outcomes) if outcome in _REFUSED), len(job.outcomes))

@@ -190,7 +190,7 @@ class DiskTier:
             return self._slots.free_slots(frame_bytes(block_bytes))
 
     def shortfall(self, block_bytes: int, count: int) -> int:
-        """How many blocks of this size should go first, so that one save takes as many of `count` as it may now."""
+        """See `BoundedTier.shortfall`. What more the queue would refuse is no reason to evict."""
         size = frame_bytes(block_bytes)
         with self._lock:
             if self._may_grow() or size > self._slots.unit_bytes:

@@ -243,6 +243,14 @@ class LendingTier(Tier, Protocol):
 
 
 @runtime_checkable
+class BoundedTier(Tier, Protocol):
+    """A tier that knows beforehand what a save will lack: making room first leaves the save in one piece."""
+
+    def shortfall(self, block_bytes: int, count: int) -> int:
+        """How many blocks should go before a save of `count`. None, where all that it may take now finds room."""
+
+
+@runtime_checkable
 class SharedTier(Tier, Protocol):
     """A tier that other processes use as well: it evicts by itself, and only asking tells what it holds now."""
 
