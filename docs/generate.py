@@ -1,10 +1,11 @@
-"""Write docs/reference from the declarations. `python docs/generate.py`, or `make generate`."""
+"""Write docs/reference from the declarations, and docs/faults.md from what tests proved. `make generate` runs it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import click
+from faults_page import faults_page
 
 from thermocline import cli, metrics, settings
 
@@ -19,6 +20,7 @@ def pages() -> dict[Path, str]:
         reference / "settings.md": settings_page(),
         reference / "cli.md": cli_page(),
         reference / "metrics.md": metrics_page(),
+        HERE / "faults.md": faults_page(),
     }
 
 

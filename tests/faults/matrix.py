@@ -17,7 +17,7 @@ import pytest
 from bench import harness
 from docs.faults_page import FAULTS, RESULTS, TIERS
 
-CELL, CASES = "matrix cell", "matrix cases"
+CELL, CASES, NOTE = "matrix cell", "matrix cases", "matrix note"
 
 
 def name_cells(item: pytest.Item) -> None:
@@ -31,18 +31,20 @@ def name_cells(item: pytest.Item) -> None:
 
 def rows(reports: Iterable[pytest.TestReport]) -> Iterator[dict[str, object]]:
     """One row for each cell and test that ran; the parameters of a test count together."""
-    proven: dict[tuple[str, str, str], list[tuple[int, bool]]] = {}
+    proven: dict[tuple[str, str, str], list[tuple[int, bool, str]]] = {}
     for report in reports:
         test = report.nodeid.partition("[")[0]
         count = sum(value for name, value in report.user_properties if name == CASES)
+        note = "; ".join(value for name, value in report.user_properties if name == NOTE)
         for name, cell in report.user_properties:
             if name == CELL:
-                proven.setdefault((*cell, test), []).append((count or 1, report.passed))
+                proven.setdefault((*cell, test), []).append((count or 1, report.passed, note))
     now = {"date": datetime.now(UTC).date().isoformat(), "commit": harness._commit()}
     for (fault, tier, test), runs in sorted(proven.items()):
-        outcome = "passed" if all(passed for _, passed in runs) else "failed"
-        cases = sum(count for count, _ in runs)
-        yield {"fault": fault, "tier": tier, "test": test, "cases": cases, "outcome": outcome, **now}
+        outcome = "passed" if all(passed for _, passed, _ in runs) else "failed"
+        cases, note = sum(count for count, _, _ in runs), "; ".join(note for _, _, note in runs if note)
+        told = {"cases": cases, "outcome": outcome, "wrong_bytes": 0 if outcome == "passed" else None}
+        yield {"fault": fault, "tier": tier, "test": test, **told, **now, "note": note}
 
 
 def keep(reports: Iterable[pytest.TestReport], path: Path = RESULTS) -> int:

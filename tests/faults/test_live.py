@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import matrix
 from tests.faults.devices import READ, SYNC, WRITE, Trouble, TroubledDevice
 from tests.faults.proxy import Delay, Proxy, Way
 from tests.faults.redis_server import RedisServer
@@ -140,7 +141,7 @@ def note(record_property, cases):
         if added:
             after = sorted(added[1:]) or added
             text = f"added {1e3 * added[0]:.2f} ms first, then {1e3 * after[len(after) // 2]:.2f} ms (median)"
-            record_property("matrix note", f"{text}, {1e3 * max(after):.2f} ms at most")
+            record_property(matrix.NOTE, f"{text}, {1e3 * max(after):.2f} ms at most")
 
     return say
 
