@@ -63,7 +63,7 @@ def test_installed_engine_ends_the_wait(tmp_path):
 
 @pytest.mark.slow
 def test_whole_demo_as_json():
-    """`thermocline demo --json` prints one object on stdout: five chapters, their claims, and the same answers."""
+    """`thermocline demo --json` prints one object on stdout: all chapters, their claims, and the same answers."""
     pytest.importorskip("torch")
     done = subprocess.run(
         [sys.executable, "-m", "thermocline", "demo", "--json"], capture_output=True, text=True, check=False
@@ -76,4 +76,6 @@ def test_whole_demo_as_json():
     assert chapters["conversations"]["details"]["same_answers"] == chapters["conversations"]["details"]["turns"]
     assert chapters["agent"]["details"]["same_answers"] == 3
     assert "diverged" in chapters["planted"]["details"]["reasons"]
+    assert chapters["summary"]["details"]["reason"] == "diverged"
+    assert chapters["summary"]["details"]["adds_up"]
     assert "playbook claim" in done.stderr

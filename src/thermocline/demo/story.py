@@ -39,6 +39,7 @@ TITLES = {
         "A cache failure is never a request failure, nor a slow one.",
     ),
     "planted": ("A timestamp at the top costs everything", "Every request has a receipt, and the receipt says why."),
+    "summary": ("Why is my hit rate 30 %?", "Receipts add up: each token was loaded, or has one reason."),
 }
 
 
@@ -68,13 +69,14 @@ _CHEAP: dict[str, Callable[[Screen, Path], Chapter]] = {"damage": damage.play, "
 
 
 def _with_model(screen: Screen, clock: Clock, before: int) -> list[Chapter]:
-    from thermocline.demo import agent, conversations, frozen, planted, stage
+    from thermocline.demo import agent, conversations, frozen, planted, stage, summary
 
     chapters = {
         "conversations": conversations.play,
         "agent": agent.play,
         "frozen": frozen.play,
         "planted": planted.play,
+        "summary": summary.play,
     }
     with stage.opened(screen) as opened:
         return [
