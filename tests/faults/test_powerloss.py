@@ -51,7 +51,7 @@ class Run:
 
     def __call__(self, monkeypatch, operations):
         with self.device.recording(monkeypatch):
-            self.tier = self.shelter.open()
+            self.tier = self.open()
             while self.did.total() < operations:
                 with self.tier._lock:  # what one turn asks for is one batch of the writer, on every machine
                     for _ in range(self._rng.randint(1, 4)):
@@ -66,6 +66,10 @@ class Run:
             self.tier.check_integrity()
             self.tier.close()
         return self
+
+    def open(self):
+        """The tier; its queue is short, so that it grows while it is used."""
+        return disk.DiskTier(self.shelter.path, CAPACITY, queue_bytes_max=CAPACITY // 6)
 
     def _operate(self):
         layout, keys = self._rng.choice(PATHS)
@@ -113,7 +117,7 @@ class Run:
     def _restart(self):
         self.did["restart"] += 1
         self.tier.close()
-        self.tier = self.shelter.open()
+        self.tier = self.open()
 
     def durable(self, after):
         """The blocks that were said to be durable by then, and not given up since."""
@@ -195,6 +199,8 @@ def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, va
     assert min(run.did[kind] for kind in ("save", "remove", "evict", "load", "replace", "restart")) > 0, run.did
     kinds = Counter(event.kind for event in run.device.events)
     assert kinds["rename"] >= 3, "the log was never compacted"
+    grown = [at for at, event in enumerate(run.device.events) if event.kind == "link" and "segment" in event.name]
+    assert grown[-1] > 20, "the tier never grew while it was used"
     calls = range(len(run.device) + 1)
     some = calls if boundaries is None else random.Random(seed).sample(calls, boundaries)  # noqa: S311
     started = CLOCK.now()
@@ -210,7 +216,7 @@ def test_power_cuts_while_blocks_are_replaced(tmp_path, monkeypatch):
     run = Run(tmp_path / "tier", seed=1)
     (layout, keys), (_, others), (_, more) = PATHS[0], PATHS[2], PATHS[4]
     with run.device.recording(monkeypatch):
-        run.tier = run.shelter.open()
+        run.tier = run.open()
         run.save(layout, keys[:2], [])
         assert run.tier.wait_idle(PATIENCE_SECONDS)
         before = len(run.device)
