@@ -124,7 +124,7 @@ def test_words():
         "  TAIL                21 tokens    2 %",
         "    is always computed: a partial block, or the token that starts the answer",
         (
-            "so: The hit rate is 23%. 70 % of all prompt tokens are DIVERGED. What changes with every request (a time, "
+            "so: The hit rate is 23 %. 70 % of all prompt tokens are DIVERGED. What changes with every request (a time, "
             "an id, a user's name) belongs at the end of a prompt: everything after the first difference is computed "
             "again."
         ),
@@ -143,7 +143,10 @@ def test_bars():
     ("found", "words"),
     [
         ([], "No request has been answered yet."),
-        ([receipt("a", 33, 32, Missing(1, 2, Reason.TAIL))], "The hit rate is 97%. All that can be loaded was loaded."),
+        (
+            [receipt("a", 33, 32, Missing(1, 2, Reason.TAIL))],
+            "The hit rate is 97 %. All that can be loaded was loaded.",
+        ),
     ],
 )
 def test_conclusions(found, words):

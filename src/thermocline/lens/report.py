@@ -156,7 +156,7 @@ def conclude_summary(summary: Summary) -> str:
     if not summary.prompt_tokens:
         return "No request has been answered yet."
     worst = next((share for share in summary.by_reason if share.reason is not Reason.TAIL and share.tokens), None)
-    hit = f"The hit rate is {summary.hit_rate:.0%}."
+    hit = f"The hit rate is {_share(summary.loaded_tokens, summary.prompt_tokens).strip()}."
     if worst is None:
         return f"{hit} {_ADVICE[Reason.TAIL]}"
     part = _share(worst.tokens, summary.prompt_tokens).strip()
