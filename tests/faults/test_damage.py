@@ -303,6 +303,8 @@ def test_segments_cut_at_every_page(small, tmp_path):
         shelter = small.copy(tmp_path / "tier")
         os.truncate(shelter.path / segment, cut_at)
         tier = shelter.open()
+        room = (shelter.path / segment).stat()
+        assert (room.st_size, room.st_blocks * 512 >= size) == (size, True), "its room is not there before it is needed"
         shelter.survives(tier, set(shelter.durable) - _whole_before(shelter, segment, cut_at))
         tier.close()
 
