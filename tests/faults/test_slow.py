@@ -347,7 +347,8 @@ def test_errors_at_random(tier, device, seed):
         job = save(tier, LAYOUT, keys, LENGTH)
         assert set(job.outcomes) <= {Outcome.HIT, Outcome.FAILED, Outcome.FULL, Outcome.LATE}
         outcomes = load(tier, LAYOUT, keys, LENGTH)
-        assert set(outcomes) <= {Outcome.HIT, Outcome.MISS, Outcome.FAILED}
+        # CORRUPT, as a place that fails twice while others can be read is given up
+        assert set(outcomes) <= {Outcome.HIT, Outcome.MISS, Outcome.FAILED, Outcome.CORRUPT}
         if turn % 5 == 0:
             tier.remove(LAYOUT, keys[4:])
     assert device.failed > 50

@@ -674,6 +674,95 @@ def test_a_damaged_place_is_set_aside(opened, tmp_path):
     again.check_integrity()
 
 
+class BadSectors:
+    """Reads that touch these bytes of a file fail, as those of a sector that is gone; or all reads do."""
+
+    def __init__(self, monkeypatch):
+        self.bad = set()
+        self.dead = False
+        self._preadv = os.preadv
+        monkeypatch.setattr(segments.os, "preadv", self._read)
+
+    def _read(self, fd, buffers, offset):
+        name, end = Path(f"/proc/self/fd/{fd}").readlink(), offset + sum(map(len, buffers))
+        if self.dead or any(file == name and offset <= at < end for file, at in self.bad):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._preadv(fd, buffers, offset)
+
+    def add(self, tier, key):
+        segment, offset, _ = where(tier, A, key)
+        self.bad.add((segment, offset + 4096))
+
+
+@pytest.fixture
+def sectors(monkeypatch):
+    """None is bad at first."""
+    return BadSectors(monkeypatch)
+
+
+def test_a_bad_sector_costs_one_block(opened, tmp_path, sectors):
+    """The block on a sector that cannot be read goes like a damaged one, its neighbours are hits, it is saved anew."""
+    tier = opened(tmp_path / "tier")
+    save(tier, A, KEYS)
+    place = tier._shelves[A].entries[KEYS[3]]
+    sectors.add(tier, KEYS[3])
+    assert load(tier, A, KEYS) == [Outcome.HIT] * 3 + [Outcome.CORRUPT] + [Outcome.HIT] * 8
+    assert tier.holds(A, KEYS) == [True] * 3 + [False] + [True] * 8
+    tier.check_integrity()
+    save(tier, A, KEYS[3:4])
+    assert position(tier._shelves[A].entries[KEYS[3]]) != position(place)
+    assert hits(load(tier, A, KEYS)) == 12
+    tier.close()
+    assert hits(load(opened(tmp_path / "tier"), A, KEYS)) == 12, "the log names the new place"
+
+
+@pytest.mark.parametrize("at", [0, 11])
+def test_a_bad_sector_is_tried_twice(tier, sectors, at):
+    """A block that is read alone fails once, and goes when it fails again while others could be read."""
+    save(tier, A, KEYS)
+    sectors.add(tier, KEYS[at])
+    for _ in range(3):
+        assert load(tier, A, KEYS[at : at + 1]) == [Outcome.FAILED]
+    assert hits(load(tier, A, KEYS[4:6])) == 2
+    assert load(tier, A, KEYS[at : at + 1]) == [Outcome.CORRUPT]
+    assert load(tier, A, KEYS[at : at + 1]) == [Outcome.MISS]
+    tier.check_integrity()
+
+
+def test_a_bad_first_sector_of_a_run(tier, sectors):
+    """Also where the bad sector comes first its block goes, at the second load at the latest."""
+    save(tier, A, KEYS)
+    sectors.add(tier, KEYS[0])
+    assert load(tier, A, KEYS)[1:] == [Outcome.HIT] * 11
+    assert load(tier, A, KEYS)[1:] == [Outcome.HIT] * 11
+    assert not tier.holds(A, KEYS)[0]
+
+
+def test_a_device_that_comes_back_has_its_blocks(tier, sectors):
+    """While no read succeeds no block is given up, and an outage after the first costs one block at most."""
+    save(tier, A, KEYS)
+    for outage in range(2):
+        sectors.dead = True
+        for _ in range(4):
+            assert set(load(tier, A, KEYS)) <= {Outcome.FAILED, Outcome.CORRUPT, Outcome.MISS}
+            assert set(load(tier, A, KEYS[5:6])) == {Outcome.FAILED}
+        sectors.dead = False
+        assert sum(tier.holds(A, KEYS)) >= 12 - outage
+        assert hits(load(tier, A, KEYS[4:])) == 8
+        assert hits(load(tier, A, KEYS)) == sum(tier.holds(A, KEYS))
+    tier.check_integrity()
+
+
+def test_reads_that_the_system_refuses_are_no_damage(tier, monkeypatch):
+    """An error that says nothing about the sector costs no block, however often it comes."""
+    save(tier, A, KEYS)
+    for _ in range(3):
+        mend = _fails(monkeypatch, segments, "preadv", errno.ENOMEM)
+        assert set(load(tier, A, KEYS)) == {Outcome.FAILED}
+        mend()
+        assert hits(load(tier, A, KEYS)) == 12
+
+
 def test_a_cut_segment_costs_only_its_own_blocks(opened, tmp_path):
     """A segment that is cut, or gone, loses its own blocks and no others; the room is used again."""
     path = tmp_path / "tier"

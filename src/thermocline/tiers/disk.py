@@ -30,6 +30,7 @@ from thermocline.clock import Clock, SystemClock
 from thermocline.errors import DiskFormatError, TierError
 from thermocline.tiers import directory, journal, shelves
 from thermocline.tiers.crew import Crew
+from thermocline.tiers.doubts import UNREADABLE, Doubts
 from thermocline.tiers.journal import Journal, Records
 from thermocline.tiers.segments import READ_BYTES_MAX, Read, Readers, Segments
 from thermocline.tiers.shelves import Recorded, Shelf, place_of, slot_at
@@ -87,6 +88,7 @@ class DiskTier:
         self._unpublished = 0  # blocks from save to visible
         self._unpublished_bytes = 0
         self._quarantined_bytes = 0
+        self._doubts = Doubts()
         self._replaced: list[tuple[LayoutId, BlockKey, int]] = []  # older places, given back after the next sync
         self._unsynced: list[_Write] = []  # this and the next: the writer's own
         self._unlogged: list[tuple[LayoutId, BlockKey, int]] = []
@@ -120,19 +122,30 @@ class DiskTier:
     def load(
         self, layout: LayoutId, keys: Sequence[BlockKey], into: Sequence[Sequence[Piece]], deadline: float
     ) -> list[Outcome]:
-        """See `Tier.load`. Adjacent frames are one read; a frame is checked while the next read runs."""
+        """See `Tier.load`. Adjacent frames are one read; a frame is checked while the next read runs.
+
+        Where such a read fails, each of its frames is read alone: a bad sector costs one block.
+        """
         outcomes = [Outcome.MISS] * len(keys)
         shelf = self._shelves.get(layout)
         if shelf is None:
             return outcomes
         size = shelf.frame_bytes
-        runs = shelf.runs(keys, max(1, READ_BYTES_MAX // size))
-        reads = [self._read(places, size) for _, places in runs]
+        waiting = deque((run, self._read(run[1], size)) for run in shelf.runs(keys, max(1, READ_BYTES_MAX // size)))
+        reads = [read for _, read in waiting]
         try:
-            for (first, places), read in zip(runs, reads, strict=True):
+            while waiting:
+                (first, places), read = waiting.popleft()
                 if not read.wait(deadline - self._clock.now()):
                     outcomes[first:] = [Outcome.LATE] * (len(keys) - first)
                     break
+                if len(places) > 1 and read.error is not None and read.error.errno in UNREADABLE:
+                    read.release()
+                    self._doubts.could_not_read(places)
+                    each = [((first + at, [place]), self._read([place], size)) for at, place in enumerate(places)]
+                    reads += [alone for _, alone in each]
+                    waiting.extendleft(reversed(each))
+                    continue
                 for at, place in enumerate(places):
                     index = first + at
                     outcomes[index] = self._accept(layout, shelf, keys[index], place, read, at * size, into[index])
@@ -256,7 +269,8 @@ class DiskTier:
     ) -> Outcome:
         """Check one frame against what was asked for, in this order: header sum, key, layout, length, payload sum."""
         if read.error is not None:
-            return Outcome.FAILED
+            return self._unread(layout, shelf, key, place, read.error)
+        self._doubts.could_read(place)
         header = read_header(read.bytes[at : at + PAGE_BYTES])
         if header and (header.key, header.layout, header.length_bytes) == (key, layout, shelf.length_bytes):
             payload = read.bytes[at + PAGE_BYTES : at + PAGE_BYTES + shelf.length_bytes]
@@ -274,6 +288,12 @@ class DiskTier:
             self._forgotten.append((layout, key, place))
             self._lock.notify_all()
         return Outcome.CORRUPT
+
+    def _unread(self, layout: LayoutId, shelf: Shelf, key: BlockKey, place: int, error: OSError) -> Outcome:
+        """FAILED, and the block stays held, unless it is the place that cannot be read and not the device."""
+        if error.errno in UNREADABLE and self._doubts.is_damaged(place):
+            return self._refuse(layout, shelf, key, place)
+        return Outcome.FAILED
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
