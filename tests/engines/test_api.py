@@ -26,6 +26,8 @@ from thermocline.engines.api import ApiServer
 from thermocline.engines.models import Model
 from thermocline.engines.transformers import Engine
 from thermocline.errors import ThermoclineError
+from thermocline.lens import fetch, report
+from thermocline.lens.summary import summarise
 from thermocline.settings import Settings
 
 WAIT_SECONDS = 60
@@ -238,6 +240,18 @@ def test_as_many_receipts_as_asked_for(client: Client, monkeypatch: pytest.Monke
     monkeypatch.setattr(api, "RECEIPTS_BYTES_MAX", 800)
     listed = client.get("/receipts?limit=3")
     assert ([entry["request"] for entry in listed["data"]], listed["has_more"]) == ([ids[2]], True)
+
+
+def test_a_summary_of_a_live_server(client: Client) -> None:
+    """What the server lists adds up: every prompt token was loaded, or computed for one reason."""
+    for _ in range(2):
+        client.post("/v1/completions", prompt="summed up " + TEXT, max_tokens=1)
+    listed = report.read_list(fetch.receipts(client.url.geturl(), 1000))
+    found = summarise(listed.data)
+    assert (found.requests, found.skipped) == (len(listed.data), 0)
+    assert found.loaded_tokens > 0
+    assert found.loaded_tokens + sum(share.tokens for share in found.by_reason) == found.prompt_tokens
+    assert found.last_wall_seconds >= found.first_wall_seconds > 1_700_000_000
 
 
 def parted(client: Client, name: str) -> str:

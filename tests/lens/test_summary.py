@@ -124,9 +124,9 @@ def test_words():
         "  TAIL                21 tokens    2 %",
         "    is always computed: a partial block, or the token that starts the answer",
         (
-            "so: The hit rate is 23 %. 70 % of all prompt tokens are DIVERGED. What changes with every request (a time, "
-            "an id, a user's name) belongs at the end of a prompt: everything after the first difference is computed "
-            "again."
+            "so: The hit rate is 23 %. 70 % of all prompt tokens are DIVERGED. What changes with every request (a "
+            "time, an id, a user's name) belongs at the end of a prompt: everything after the first difference is "
+            "computed again."
         ),
     ]
 

@@ -114,7 +114,7 @@ class Fit:
         with self._lock:
             sizes = (
                 SizeState(size, tuple(map(tuple, seen.sums.tolist())), seen.slowness, seen.weight)
-                for size, seen in sorted(self._classes.items())
+                for size, seen in self._classes.items()  # in this order: sums of floats depend on it
             )
             return FitState(self._prior, tuple(sizes))
 

@@ -25,7 +25,7 @@ LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
 PROMOTE_BLOCKS = 16
 PREFETCHES_MAX = 64
-PROBE_SECONDS = 10.0
+PROBE_SECONDS, PROBE_LOAD_SECONDS_MAX = 10.0, 1.0
 DRAIN_WAIT_SECONDS = 0.05
 DRAIN_WAITS_MAX = 100
 
@@ -313,7 +313,7 @@ class Mover:
         buffer = aligned_memory(len(keys) * layout.block_bytes)
         pieces = [[row] for row in buffer.reshape(len(keys), -1)]
         try:
-            self._load(name, layout, keys, pieces, self._books.clock.now() + PROBE_SECONDS)
+            self._load(name, layout, keys, pieces, self._books.clock.now() + PROBE_LOAD_SECONDS_MAX)
         except Exception:  # the next prefetch wants this thread
             LOG.exception("a probe failed")
 
