@@ -785,6 +785,40 @@ def test_a_cut_segment_costs_only_its_own_blocks(opened, tmp_path):
     assert hits(save(again, layout, missing[:5], length).outcomes) == 5
 
 
+def test_a_cut_segment_that_cannot_be_completed(opened, tmp_path, monkeypatch):
+    """Without room for the rest of a cut segment its whole blocks are held, nothing is written behind the cut."""
+    path, layout, length = tmp_path / "tier", layout_of("large", 100_000), 100_000
+    tier = opened(path, capacity=8 * MIB)
+    keys = chain(1, 60)
+    assert hits(save(tier, layout, keys, length).outcomes) == 60
+    segment_of = {key: where(tier, layout, key)[0] for key in keys}
+    first, empty = segment_of[keys[0]], path / "000002.segment"
+    inside = [key for key in keys if segment_of[key] == first]
+    _, offset, _ = where(tier, layout, inside[8])
+    tier.close()
+    cut_at = offset + 5000
+    os.truncate(first, cut_at)
+    os.truncate(empty, 5000)
+    mend = _fails(monkeypatch, segments, "posix_fallocate", errno.ENOSPC)
+    again = opened(path, capacity=8 * MIB)
+    expected = [key for key in keys if key not in inside[8:] and segment_of[key] != empty]
+    assert load(again, layout, keys, length) == [Outcome.HIT if key in expected else Outcome.MISS for key in keys]
+    again.check_integrity()
+    save(again, layout, chain(2, 60), length)
+    assert first.stat().st_size == cut_at
+    held = [key for key in chain(2, 60) if again.holds(layout, [key])[0]]
+    again.remove(layout, inside[:8])
+    assert hits(load(again, layout, held, length)) == len(held)
+    again.check_integrity()
+    again.close()
+    mend()
+    whole = opened(path, capacity=8 * MIB)
+    rest = [key for key in expected if key not in inside]
+    assert hits(load(whole, layout, [*rest, *held], length)) == len(rest) + len(held)
+    assert {file.stat().st_size for file in path.glob("*.segment")} == {whole._segments.segment_bytes}
+    whole.check_integrity()
+
+
 def test_a_segment_that_is_cut_while_it_is_open(tier):
     """Blocks behind a cut are CORRUPT, not the bytes of an earlier read, and the others are loaded."""
     layout, length = layout_of("large", 100_000), 100_000

@@ -541,10 +541,10 @@ class DiskTier:
             raise DiskFormatError(f"{log} has pages of a version that is not known here", hint=hint)
         self._journal = Journal(log, bytes_max=log_bytes, epoch=history.epoch + 1)
         self._files.callback(self._journal.close)
-        self._open_segments()
-        parts = shelves.recorded(history.live, self._segments.numbers, self._segments.segment_bytes)
+        cut = self._open_segments()
+        parts = shelves.recorded(history.live, self._segments.numbers, self._segments.segment_bytes, cut)
         parts = shelves.shallowest(parts, self._journal.records_max)
-        self._claim(parts)
+        self._claim(parts, cut)
         held = sum(len(part.records) for part in parts)
         if history.bad_pages or held < len(history.live) or self._journal.size_bytes > log_bytes:
             lost = len(history.live) - held
@@ -552,8 +552,12 @@ class DiskTier:
             self._mend(parts)
         return [part.found() for part in parts]
 
-    def _open_segments(self) -> None:
-        """Open what is there, completing a segment that was cut, and delete what is over the quota."""
+    def _open_segments(self) -> dict[int, int]:
+        """Open what is there, completing a segment that was cut, and delete what is over the quota.
+
+        Returns the lengths of cut segments for whose rest there is no room.
+        """
+        cut: dict[int, int] = {}
         for number in self._segments.existing():
             if number >= self._segments_max:
                 self._segments.remove(number)
@@ -563,15 +567,25 @@ class DiskTier:
             except OSError as error:
                 if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                     raise
+                cut[number] = self._segments.open_cut(number)
                 LOG.warning("disk tier: segment %d was cut, and there is no room to complete it", number)
             else:
                 self._slots.add_unit(number)
+        return cut
 
-    def _claim(self, parts: Sequence[Recorded]) -> None:
-        """Take the shelves of recorded blocks, and their slots."""
+    def _claim(self, parts: Sequence[Recorded], cut: dict[int, int]) -> None:
+        """Take the shelves of recorded blocks, and their slots; of a cut segment also those that are not there."""
         self._shelves = {part.layout: part.shelf for part in parts}
-        for segment, slot_bytes, slots in shelves.by_segment(parts):
+        for segment, slot_bytes, taken in shelves.by_segment(parts):
+            slots = taken
+            if segment in cut:
+                missing = np.arange(cut.pop(segment) // slot_bytes, self._slots.unit_bytes // slot_bytes)
+                self._quarantined_bytes += len(missing) * slot_bytes
+                self._slots.add_unit(segment)
+                slots = np.concatenate([taken, missing])
             self._slots.claim(segment, slot_bytes, slots)
+        for segment in cut:  # nothing in it is held: it is completed when there is room
+            self._segments.let_go(segment)
 
     def _mend(self, parts: Sequence[Recorded]) -> None:
         """Write the log anew, without its damaged pages and what cannot be there any more."""

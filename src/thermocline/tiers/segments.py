@@ -63,18 +63,21 @@ class Segments:
         return next(number for number in count() if number not in self._fds)
 
     def open(self, number: int) -> None:
-        """Open a segment, allocating what of it is not there. Raises OSError, leaving no new partial file behind.
+        """Open a segment, allocating what of it is not there. Raises OSError, leaving files as they were.
 
         A new file's name is durable after `sync_names`.
         """
         path = self.file(number)
         fresh = not path.exists()
         fd = open_direct(path, os.O_RDWR | os.O_CREAT)
+        nbytes = os.fstat(fd).st_size
         try:
-            if os.fstat(fd).st_size != self.segment_bytes:
+            if nbytes != self.segment_bytes:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.ftruncate(fd, self.segment_bytes)
         except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, nbytes)
             os.close(fd)
             if fresh:
                 path.unlink(missing_ok=True)
@@ -82,11 +85,20 @@ class Segments:
         self._fds[number] = fd
         self._names_unsynced |= fresh
 
-    def remove(self, number: int) -> None:
-        """Delete a segment's file."""
+    def open_cut(self, number: int) -> int:
+        """Open a segment as it is, however short. Returns its length in bytes. Raises OSError."""
+        self._fds[number] = open_direct(self.file(number), os.O_RDWR)
+        return os.fstat(self._fds[number]).st_size
+
+    def let_go(self, number: int) -> None:
+        """Close a segment."""
         fd = self._fds.pop(number, None)
         if fd is not None:
             os.close(fd)
+
+    def remove(self, number: int) -> None:
+        """Delete a segment's file."""
+        self.let_go(number)
         self.file(number).unlink(missing_ok=True)
 
     def fd(self, number: int) -> int:

@@ -154,13 +154,17 @@ def _parents(part: Records, numbers: Mapping[BlockKey, int]) -> NDArray[np.int64
     return above
 
 
-def recorded(live: Records, segments: Collection[int], segment_bytes: int) -> list[Recorded]:
-    """What a log's live records say, by layout, without what cannot be true.
+def recorded(
+    live: Records, segments: Collection[int], segment_bytes: int, cut: Mapping[int, int] | None = None
+) -> list[Recorded]:
+    """What a log's live records say, by layout, without what cannot be true. `cut` has the lengths of short segments.
 
-    That is a place that does not exist, two sizes in a segment, two lengths in a layout, a key in two places; of such
-    two the later record wins.
+    Not true are a place that does not exist, two sizes in a segment, two lengths in a layout, a key in two places; of
+    two that contradict each other the later record wins.
     """
-    return [_on_a_shelf(layout, part) for layout, part in _by_layout(_possible(live, segments, segment_bytes))]
+    return [
+        _on_a_shelf(layout, part) for layout, part in _by_layout(_possible(live, segments, segment_bytes, cut or {}))
+    ]
 
 
 def shallowest(parts: Sequence[Recorded], count: int) -> list[Recorded]:
@@ -188,13 +192,15 @@ def by_segment(parts: Sequence[Recorded]) -> Iterator[tuple[int, int, NDArray[np
         yield number, int(pages[some[0]]) * PAGE_BYTES, slots[some].astype(np.int64)
 
 
-def _possible(live: Records, segments: Collection[int], segment_bytes: int) -> Records:
+def _possible(live: Records, segments: Collection[int], segment_bytes: int, cut: Mapping[int, int]) -> Records:
     there = np.isin(live["segment"], np.array(sorted(segments), np.uint32)) & (live["slot_pages"] > 0)
     live = rows(live, np.flatnonzero(there))
     size = np.zeros(max(segments, default=-1) + 1, np.uint32)
     size[live["segment"]] = live["slot_pages"]
     slot_bytes = live["slot_pages"].astype(np.int64) * PAGE_BYTES
-    inside = (live["slot"].astype(np.int64) + 1) * slot_bytes <= segment_bytes
+    end = np.full(len(size), segment_bytes)
+    end[list(cut)] = list(cut.values())
+    inside = (live["slot"].astype(np.int64) + 1) * slot_bytes <= end[live["segment"]]
     whole = (-(-live["length"].astype(np.int64) // PAGE_BYTES) + 1) * PAGE_BYTES == slot_bytes
     return rows(live, np.flatnonzero(inside & whole & (size[live["segment"]] == live["slot_pages"])))
 
