@@ -48,10 +48,22 @@ def _whole_before(shelter, segment, cut_at):
     return {name for name, (where, _) in shelter.places.items() if where != segment or ends[name] <= cut_at}
 
 
+@pytest.mark.matrix("restart", "disk")
+def test_a_restart(shelter, cases):
+    """Every block that was durable is there again when a tier is opened, three times over, and is exact."""
+    for _ in range(3):
+        tier = shelter.open()
+        assert sum(len(part.keys) for part in tier.found()) == len(shelter.durable)
+        shelter.survives(tier, [])
+        tier.close()
+    cases(3 * len(shelter.durable))
+
+
 # -- bits --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_bit_of_a_header_page(tmp_path):
+@pytest.mark.matrix("bit in a header", "disk")
+def test_every_bit_of_a_header_page(tmp_path, cases):
     """Each of the 32,768 bits of a header page on disk, flipped, makes its block CORRUPT: 0 of 32,768 are taken."""
     layout, length = layout_of("one", 100), 100
     shelter = Shelter(tmp_path / "tier", 64 * MIB)
@@ -67,10 +79,12 @@ def test_every_bit_of_a_header_page(tmp_path):
         assert tier.usage().blocks == 0
         tier.close()
     assert refused == 8 * PAGE
+    cases(refused)
 
 
+@pytest.mark.matrix("bit in a payload", "disk")
 @pytest.mark.parametrize("flips", [2_000, pytest.param(100_000, marks=pytest.mark.faults_long)])
-def test_payload_flips_on_disk(tmp_path, flips):
+def test_payload_flips_on_disk(tmp_path, flips, cases):
     """Random bits of payloads on disk: every damaged block is refused, every whole one is exact."""
     shelter = Shelter(tmp_path / "tier", 64 * MIB)
     rng = np.random.default_rng(flips)
@@ -87,10 +101,12 @@ def test_payload_flips_on_disk(tmp_path, flips):
         shelter.survives(tier, names)
         tier.remove(A, [key for path in paths for key in path])
         tier.close()
+    cases(flips)
 
 
+@pytest.mark.matrix("bit in a payload", "memory")
 @pytest.mark.parametrize("flips", [2_000, pytest.param(100_000, marks=pytest.mark.faults_long)])
-def test_payload_flips_in_memory(flips):
+def test_payload_flips_in_memory(flips, cases):
     """Random bits of blocks in memory: each is refused once and gone then, and its neighbours are exact."""
     rng = random.Random(flips)  # noqa: S311  # which bit
     tier = MemoryTier(16 * MIB)
@@ -110,10 +126,12 @@ def test_payload_flips_in_memory(flips):
     assert corrupt == flips
     tier.check_integrity()
     tier.close()
+    cases(flips)
 
 
+@pytest.mark.matrix("bit in a header", "disk")
 @pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.faults_long)])
-def test_every_bit_of_an_index_page(small, tmp_path, step):
+def test_every_bit_of_an_index_page(small, tmp_path, step, cases):
     """Each of the 32,768 bits of a page of the log, flipped, costs that page's records and changes no other."""
     whole = (small.path / LOG_FILE).read_bytes()[: 3 * PAGE]
     log = tmp_path / "log"
@@ -128,10 +146,12 @@ def test_every_bit_of_an_index_page(small, tmp_path, step):
                 assert (found.bad_pages, found.bad_inside, found.unknown_version) == (1, 1, 0)
                 assert found.live.tobytes() == rest.tobytes()
             os.pwrite(file.fileno(), whole[PAGE + byte : PAGE + byte + 1], PAGE + byte)
+    cases(8 * len(range(0, PAGE, step)))
 
 
+@pytest.mark.matrix("bit in a header", "disk")
 @pytest.mark.parametrize("step", [512, pytest.param(4, marks=pytest.mark.faults_long)])
-def test_every_byte_of_an_index_record(small, tmp_path, step):
+def test_every_byte_of_an_index_record(small, tmp_path, step, cases):
     """A tier whose log has a flip in any byte of a page has all blocks of the other pages, and no wrong byte."""
     names = list(small.durable)
     rng = random.Random(step)  # noqa: S311  # which bit
@@ -143,9 +163,11 @@ def test_every_byte_of_an_index_record(small, tmp_path, step):
         tier = shelter.open()
         shelter.survives(tier, names[30:33], outcomes=[Outcome.MISS])
         tier.close()
+    cases(PAGE // step)
 
 
-def test_every_bit_of_a_sum_in_memory():
+@pytest.mark.matrix("bit in a header", "memory")
+def test_every_bit_of_a_sum_in_memory(cases):
     """A block in memory whose sum has any one of its 128 bits flipped is refused."""
     tier = MemoryTier(16 * MIB)
     [key] = chain(1, 1)
@@ -157,12 +179,14 @@ def test_every_bit_of_a_sum_in_memory():
         assert load(tier, A, [key], LENGTH) == [Outcome.CORRUPT]
     tier.check_integrity()
     tier.close()
+    cases(128)
 
 
 # -- places ------------------------------------------------------------------------------------------------------------
 
 
-def test_swapped_frames(shelter):
+@pytest.mark.matrix("other block", "disk")
+def test_swapped_frames(shelter, cases):
     """Two whole frames that changed places are both refused."""
     names = list(shelter.durable)
     pairs = list(zip(names[:20:2], names[1:20:2], strict=True))
@@ -174,9 +198,11 @@ def test_swapped_frames(shelter):
     tier = shelter.open()
     shelter.survives(tier, names[:20])
     tier.close()
+    cases(20)
 
 
-def test_the_same_key_of_another_layout(shelter):
+@pytest.mark.matrix("other layout", "disk")
+def test_the_same_key_of_another_layout(shelter, cases):
     """A whole frame of the same key in another layout, in this block's place, is refused."""
     twins = [(A, key) for layout, key in shelter.durable if layout == B]
     for layout, key in twins:
@@ -185,9 +211,11 @@ def test_the_same_key_of_another_layout(shelter):
     tier = shelter.open()
     shelter.survives(tier, twins)
     tier.close()
+    cases(len(twins))
 
 
-def test_a_header_over_another_payload(shelter):
+@pytest.mark.matrix("other block", "disk")
+def test_a_header_over_another_payload(shelter, cases):
     """A header page over another block's payload is refused, and so is a payload under another's header."""
     names = list(shelter.durable)[:6]
     for one, two in zip(names[::2], names[1::2], strict=True):
@@ -196,6 +224,7 @@ def test_a_header_over_another_payload(shelter):
     tier = shelter.open()
     shelter.survives(tier, names[1::2])
     tier.close()
+    cases(3)
 
 
 @pytest.mark.parametrize("length", [0, 1, LENGTH - 1, LENGTH + 1, 1 << 40])
@@ -211,7 +240,8 @@ def test_a_header_of_another_length(shelter, length):
     tier.close()
 
 
-def test_a_stale_frame(tmp_path):
+@pytest.mark.matrix("other block", "disk")
+def test_a_stale_frame(tmp_path, cases):
     """A frame of the slot's earlier tenant, brought back by a device that lost a write, is refused."""
     shelter = Shelter(tmp_path / "tier", 2 * MIB)
     shelter.fill(A, [chain(1, 30)], LENGTH)
@@ -227,9 +257,12 @@ def test_a_stale_frame(tmp_path):
     shelter.survives(tier, shelter.durable)
     assert set(load(tier, A, chain(1, 30), LENGTH)) == {Outcome.MISS}, "what was removed stays removed"
     tier.close()
+    cases(len(shelter.durable))
 
 
-def test_wrong_bytes_in_memory():
+@pytest.mark.matrix("other block", "memory")
+@pytest.mark.matrix("other layout", "memory")
+def test_wrong_bytes_in_memory(cases):
     """Another block's bytes, another layout's of the same key, zeroes, ones and freed memory in a slot are refused."""
     tier = MemoryTier(16 * MIB)
     keys = chain(1, 12)
@@ -244,9 +277,11 @@ def test_wrong_bytes_in_memory():
     save(tier, A, keys[:5], LENGTH)
     assert hits(load(tier, A, keys, LENGTH)) == 12
     tier.close()
+    cases(5)
 
 
-def test_cut_blocks_in_memory():
+@pytest.mark.matrix("cut", "memory")
+def test_cut_blocks_in_memory(cases):
     """A block whose second half was never written is refused: no earlier tenant's bytes are handed out."""
     tier = MemoryTier(16 * MIB)
     keys = chain(1, 20)
@@ -257,11 +292,13 @@ def test_cut_blocks_in_memory():
     assert set(load(tier, A, keys, LENGTH)) == {Outcome.CORRUPT}
     tier.check_integrity()
     tier.close()
+    cases(20)
 
 
+@pytest.mark.matrix("cut", "memory")
 @pytest.mark.parametrize("filling", [0x00, FREED])
 @pytest.mark.parametrize("step", [50, pytest.param(1, marks=pytest.mark.faults_long)])
-def test_blocks_in_memory_cut_at_every_length(filling, step):
+def test_blocks_in_memory_cut_at_every_length(filling, step, cases):
     """A block in memory of which only the first bytes arrived, however many, is refused unless it is the same."""
     tier = MemoryTier(16 * MIB)
     [key] = chain(1, 1)
@@ -273,9 +310,11 @@ def test_blocks_in_memory_cut_at_every_length(filling, step):
         assert load(tier, A, [key], LENGTH) == [Outcome.HIT if same else Outcome.CORRUPT]
     tier.check_integrity()
     tier.close()
+    cases(len(range(0, LENGTH, step)))
 
 
-def test_stale_slots_in_memory():
+@pytest.mark.matrix("other block", "memory")
+def test_stale_slots_in_memory(cases):
     """Of a slot that was given away and taken again, nobody gets the earlier tenant's bytes under the new name."""
     tier = MemoryTier(16 * MIB)
     old, new = chain(1, 20), chain(2, 20)
@@ -289,12 +328,14 @@ def test_stale_slots_in_memory():
     assert set(load(tier, A, old, LENGTH)) == {Outcome.MISS}
     tier.check_integrity()
     tier.close()
+    cases(20)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_segments_cut_at_every_page(small, tmp_path):
+@pytest.mark.matrix("cut", "disk")
+def test_segments_cut_at_every_page(small, tmp_path, cases):
     """A segment cut at any page, or at odd lengths, loses what lay behind the cut and nothing else."""
     segment = min(segment for segment, _ in small.places.values())
     size = (small.path / segment).stat().st_size
@@ -307,10 +348,12 @@ def test_segments_cut_at_every_page(small, tmp_path):
         assert (room.st_size, room.st_blocks * 512 >= size) == (size, True), "its room is not there before it is needed"
         shelter.survives(tier, set(shelter.durable) - _whole_before(shelter, segment, cut_at))
         tier.close()
+    cases(size // PAGE + 1 + len(odd))
 
 
+@pytest.mark.matrix("cut", "disk")
 @pytest.mark.parametrize("step", [997, pytest.param(1, marks=pytest.mark.faults_long)])
-def test_a_segment_cut_at_every_length(small, tmp_path, monkeypatch, step):
+def test_a_segment_cut_at_every_length(small, tmp_path, monkeypatch, step, cases):
     """A segment cut at any byte of a frame, of its header, its payload or its padding, loses what is not whole."""
     segment = min(segment for segment, _ in small.places.values())
     monkeypatch.setattr(segments, "READ_BYTES_MAX", 8 * PAGE)  # buffers that are made quickly
@@ -328,10 +371,12 @@ def test_a_segment_cut_at_every_length(small, tmp_path, monkeypatch, step):
             assert outcome is (Outcome.HIT if name in whole else Outcome.CORRUPT)
         tier.check_integrity()
         tier.close()
+    cases(len(range(0, FRAME + 1, step)))
 
 
+@pytest.mark.matrix("index damaged", "disk")
 @pytest.mark.parametrize("pages", [2, pytest.param(35, marks=pytest.mark.faults_long)])
-def test_a_log_cut_at_every_length(small, tmp_path, pages):
+def test_a_log_cut_at_every_length(small, tmp_path, pages, cases):
     """A log cut at any byte keeps what its whole pages say, and a torn page is no damage."""
     log = tmp_path / "log"
     log.write_bytes((small.path / LOG_FILE).read_bytes()[: pages * PAGE])
@@ -341,9 +386,11 @@ def test_a_log_cut_at_every_length(small, tmp_path, pages):
         found = journal.read(log)
         assert found.live.tobytes() == live[: length // PAGE * 3].tobytes()
         assert (found.bad_pages, found.bad_inside) == (int(length % PAGE > 0), 0)
+    cases(pages * PAGE + 1)
 
 
-def test_a_log_cut_at_every_page(small, tmp_path):
+@pytest.mark.matrix("index damaged", "disk")
+def test_a_log_cut_at_every_page(small, tmp_path, cases):
     """A log cut at any page, or at odd lengths, keeps what its whole pages say."""
     size = (small.path / LOG_FILE).stat().st_size
     assert size == 35 * PAGE
@@ -354,9 +401,11 @@ def test_a_log_cut_at_every_page(small, tmp_path):
         tier = shelter.open()
         shelter.survives(tier, names[cut_at // PAGE * 3 :], outcomes=[Outcome.MISS])
         tier.close()
+    cases(size // PAGE + 7)
 
 
-def test_every_page_of_the_log_damaged(small, tmp_path):
+@pytest.mark.matrix("index damaged", "disk")
+def test_every_page_of_the_log_damaged(small, tmp_path, cases):
     """A damaged page of the log costs its own records and no other block, and leaves no damage behind."""
     names = list(small.durable)
     rng = random.Random(7)  # noqa: S311  # which bit
@@ -371,9 +420,11 @@ def test_every_page_of_the_log_damaged(small, tmp_path):
         tier = shelter.open()
         shelter.survives(tier, hurt, outcomes=[Outcome.MISS])
         tier.close()
+    cases(35)
 
 
-def test_files_of_zero_bytes(small, tmp_path):
+@pytest.mark.matrix("no bytes", "disk")
+def test_files_of_zero_bytes(small, tmp_path, cases):
     """A segment or a log of zero bytes, as some crashes leave them, is a miss for what it held."""
     segments = sorted({segment for segment, _ in small.places.values()})
     for victim in [*segments, LOG_FILE]:
@@ -383,9 +434,11 @@ def test_files_of_zero_bytes(small, tmp_path):
         hurt = [name for name, (segment, _) in shelter.places.items() if victim in {segment, LOG_FILE}]
         shelter.survives(tier, hurt, outcomes=[Outcome.MISS] if victim == LOG_FILE else [Outcome.CORRUPT])
         tier.close()
+    cases(len(segments) + 1)
 
 
-def test_files_that_are_gone(small, tmp_path):
+@pytest.mark.matrix("deleted", "disk")
+def test_files_that_are_gone(small, tmp_path, cases):
     """A segment or a log that somebody deleted is a miss for what it held, and its room is used again."""
     segments = sorted({segment for segment, _ in small.places.values()})
     for victim in [*segments, LOG_FILE]:
@@ -395,9 +448,11 @@ def test_files_that_are_gone(small, tmp_path):
         hurt = [name for name, (segment, _) in shelter.places.items() if victim in {segment, LOG_FILE}]
         shelter.survives(tier, hurt, outcomes=[Outcome.MISS])
         tier.close()
+    cases(len(segments) + 1)
 
 
-def test_zeroed_holes(small, tmp_path):
+@pytest.mark.matrix("hole", "disk")
+def test_zeroed_holes(small, tmp_path, cases):
     """A hole of zeroes of any size, in header, payload or log, is found by a sum; what it spares is exact."""
     segment = min(segment for segment, _ in small.places.values())
     offsets = sorted(offset for where, offset in small.places.values() if where == segment)
@@ -415,9 +470,11 @@ def test_zeroed_holes(small, tmp_path):
         tier = shelter.open()
         shelter.survives(tier, hurt)
         tier.close()
+    cases(len(holes))
 
 
-def test_a_file_of_zeroes(small, tmp_path):
+@pytest.mark.matrix("hole", "disk")
+def test_a_file_of_zeroes(small, tmp_path, cases):
     """A segment or a log of its length, but all zeroes, holds nothing."""
     segments = sorted({segment for segment, _ in small.places.values()})
     for victim in [segments[0], LOG_FILE]:
@@ -427,9 +484,11 @@ def test_a_file_of_zeroes(small, tmp_path):
         hurt = [name for name, (segment, _) in shelter.places.items() if victim in {segment, LOG_FILE}]
         shelter.survives(tier, hurt, outcomes=[Outcome.MISS, Outcome.CORRUPT])
         tier.close()
+    cases(2)
 
 
-def test_random_files(small, tmp_path):
+@pytest.mark.matrix("index damaged", "disk")
+def test_random_files(small, tmp_path, cases):
     """Files of random bytes in the place of log and segments are no blocks, and no error."""
     rng = np.random.default_rng(3)
     shelter = small.copy(tmp_path / "tier")
@@ -438,9 +497,11 @@ def test_random_files(small, tmp_path):
     tier = shelter.open()
     shelter.survives(tier, shelter.durable, outcomes=[Outcome.MISS])
     tier.close()
+    cases(2)
 
 
-def test_a_damaged_format_file(small, tmp_path):
+@pytest.mark.matrix("index damaged", "disk")
+def test_a_damaged_format_file(small, tmp_path, cases):
     """A format file that is damaged is an error with a hint, and nothing is lost: put right, all is there."""
     shelter = small.copy(tmp_path / "tier")
     file = shelter.path / FORMAT_FILE
@@ -454,6 +515,7 @@ def test_a_damaged_format_file(small, tmp_path):
     tier = shelter.open()
     shelter.survives(tier, [])
     tier.close()
+    cases(len(right))
 
 
 def test_another_release(small, tmp_path):

@@ -97,9 +97,16 @@ def _calls(path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["once", "from then on"])
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, HALF], ids=["EIO", "ENOSPC", "half"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(errno.EIO, id="EIO", marks=pytest.mark.matrix("I/O error", "disk")),
+        pytest.param(errno.ENOSPC, id="ENOSPC", marks=pytest.mark.matrix("full", "disk")),
+        pytest.param(HALF, id="half", marks=pytest.mark.matrix("I/O error", "disk")),
+    ],
+)
 @pytest.mark.parametrize("share", [20, pytest.param(1, marks=pytest.mark.faults_long)], ids=["some", "every"])
-def test_each_call_fails(tmp_path, monkeypatch, record_property, error, how, share):
+def test_each_call_fails(tmp_path, monkeypatch, record_property, error, how, share, cases):
     """Whichever call fails, blocks that were durable are there at the next opening, exact, with nothing left over."""
     calls = _calls(tmp_path / "sound", monkeypatch)
     assert {"preadv", "pwritev", "pwrite", "write", "posix_fallocate", "fdatasync", "fsync", "rename"} <= set(calls)
@@ -119,3 +126,4 @@ def test_each_call_fails(tmp_path, monkeypatch, record_property, error, how, sha
     record_property("figures", str(dict(failed)))
     print(dict(failed))  # noqa: T201  # the long form's report
     assert failed.total() > 0
+    cases(failed.total())

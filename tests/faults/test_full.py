@@ -56,6 +56,7 @@ def _pour(tier, chains):
     return held, seen
 
 
+@pytest.mark.matrix("full", "disk")
 def test_a_file_system_that_is_smaller_than_the_quota(tmp_path):
     """On 24 MiB with a quota of 64 MiB, saves are dropped, what went in is exact, and a restart finds all of it."""
     with _small_file_system(tmp_path / "small", 24 * MIB) as path:
@@ -76,6 +77,7 @@ def test_a_file_system_that_is_smaller_than_the_quota(tmp_path):
         again.close()
 
 
+@pytest.mark.matrix("full", "disk")
 def test_a_file_system_that_somebody_else_fills(tmp_path, monkeypatch):
     """When the last byte is gone even the log cannot grow: saves are dropped, loads go on; with room, saves too."""
     monkeypatch.setattr(disk, "GROW_RETRY_SECONDS", 0.0)
@@ -101,6 +103,7 @@ def test_a_file_system_that_somebody_else_fills(tmp_path, monkeypatch):
         again.close()
 
 
+@pytest.mark.matrix("full", "disk")
 def test_opening_without_any_room(tmp_path):
     """A full file system under a tier that was closed in order loses nothing at the next opening."""
     with _small_file_system(tmp_path / "small", 32 * MIB) as path:
@@ -140,6 +143,7 @@ print(json.dumps({"held": held, "loaded": loaded, "seen": sorted(seen)}))
 """
 
 
+@pytest.mark.matrix("full", "disk")
 @pytest.mark.parametrize("limit", [100_000, 4 * MIB], ids=["hardly a frame", "no further segment"])
 def test_a_limit_on_file_sizes(tmp_path, limit):
     """Files that the system does not let grow are like a full disk: blocks are dropped, what is held is exact."""
@@ -164,8 +168,14 @@ def test_a_limit_on_file_sizes(tmp_path, limit):
     tier.close()
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_a_full_quota(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("memory", marks=[pytest.mark.matrix(fault, "memory") for fault in ("full", "quota")]),
+        pytest.param("disk", marks=pytest.mark.matrix("quota", "disk")),
+    ],
+)
+def test_a_full_quota(tmp_path, kind, cases):
     """At the quota a tier says FULL, holds what it has, never exceeds it, and takes as much as is removed."""
     tier = MemoryTier(16 * MIB) if kind == "memory" else DiskTier(tmp_path / "tier", 16 * MIB, queue_bytes_max=2 * MIB)
 
@@ -192,3 +202,4 @@ def test_a_full_quota(tmp_path, kind):
     assert hits(load(tier, LAYOUT, held, LENGTH)) == len(held)
     tier.check_integrity()
     tier.close()
+    cases(len(held))

@@ -37,8 +37,9 @@ def _run_and_kill(path, first, delay_seconds):
     return [(word.decode(), int(seed), int(count)) for word, seed, count in map(bytes.split, lines)]
 
 
+@pytest.mark.matrix("killed while writing", "disk")
 @pytest.mark.parametrize("kills", [50, pytest.param(1_000, marks=pytest.mark.faults_long)])
-def test_kills_while_writing(tmp_path, kills):
+def test_kills_while_writing(tmp_path, kills, cases):
     """After each kill the next opening has every durable block, exact, and of the others exact ones or none."""
     shelter = Shelter(tmp_path / "tier", CAPACITY)
     rng = random.Random(kills)  # noqa: S311  # when to kill
@@ -70,6 +71,7 @@ def test_kills_while_writing(tmp_path, kills):
         assert journal.read(shelter.path / LOG_FILE).bad_inside == 0
     assert acknowledged > 10 * kills, "hardly anything was written"
     assert compacted, "the log was never compacted in between"
+    cases(kills)
 
 
 def _make_room(tier, durable):

@@ -189,11 +189,12 @@ def _cut_again(folder, monkeypatch, rng):
     return again
 
 
+@pytest.mark.matrix("power loss", "disk")
 @pytest.mark.parametrize(
     ("seed", "boundaries", "variants"),
     [(200, 20, 5), *(pytest.param(seed, None, 12, marks=pytest.mark.faults_long) for seed in (200, 201, 202))],
 )
-def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, variants):
+def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, variants, cases):
     """Wherever power fails in a run of 200 operations, the next opening has every durable block and no wrong byte."""
     run = Run(tmp_path / "tier", seed)(monkeypatch, operations=200)
     assert min(run.did[kind] for kind in ("save", "remove", "evict", "load", "replace", "restart")) > 0, run.did
@@ -209,9 +210,11 @@ def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, va
     figures = {**told, "calls": len(run.device), "seconds": round(CLOCK.now() - started, 1), **run.did}
     record_property("figures", str(figures))
     print(figures, dict(kinds))  # noqa: T201  # the long form's report
+    cases(told["cuts"])
 
 
-def test_power_cuts_while_blocks_are_replaced(tmp_path, monkeypatch):
+@pytest.mark.matrix("power loss", "disk")
+def test_power_cuts_while_blocks_are_replaced(tmp_path, monkeypatch, cases):
     """A durable block that is saved again is there wherever power fails: the older frame or the newer one."""
     run = Run(tmp_path / "tier", seed=1)
     (layout, keys), (_, others), (_, more) = PATHS[0], PATHS[2], PATHS[4]
@@ -227,10 +230,12 @@ def test_power_cuts_while_blocks_are_replaced(tmp_path, monkeypatch):
     boundaries = range(before, len(run.device) + 1)
     told = _cut_everywhere(run, tmp_path, monkeypatch, boundaries=boundaries, variants=12)
     assert told["durable"] >= 2 * told["cuts"]
+    cases(told["cuts"])
 
 
+@pytest.mark.matrix("power loss", "disk")
 @pytest.mark.parametrize("seeds", [4, pytest.param(100, marks=pytest.mark.faults_long)])
-def test_power_cuts_in_a_repair(tmp_path, monkeypatch, seeds):
+def test_power_cuts_in_a_repair(tmp_path, monkeypatch, seeds, cases):
     """Wherever power fails in a repair, the folder has the old log or the new one, and the next one ends the work."""
     layout, length = next(iter(LENGTHS.items()))
     shelter = Shelter(tmp_path / "tier", CAPACITY)
@@ -257,6 +262,7 @@ def test_power_cuts_in_a_repair(tmp_path, monkeypatch, seeds):
             again.survives(tier, [])
             tier.close()
             shutil.rmtree(folder)
+    cases((len(device) + 1) * (seeds + 2))
 
 
 def test_the_shim(tmp_path, monkeypatch):

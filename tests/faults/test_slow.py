@@ -200,8 +200,9 @@ def _in_threads(callers, operations, meanwhile):
 # -- many operations ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix("hung", "disk")
 @pytest.mark.parametrize("operations", [12_000, pytest.param(600_000, marks=pytest.mark.faults_long)])
-def test_a_troubled_disk(tier, device, only_our_garbage, record_property, operations):
+def test_a_troubled_disk(tier, device, only_our_garbage, record_property, operations, cases):
     """Whatever the device does, no call is late by more than 50 ms, no HIT is wrong, and afterwards all is well."""
     rng = random.Random(operations)  # noqa: S311  # must replay
     troubles = Counter()
@@ -236,10 +237,12 @@ def test_a_troubled_disk(tier, device, only_our_garbage, record_property, operat
         assert hits(save(tier, LAYOUT, path, LENGTH).outcomes) == 8
         assert hits(load(tier, LAYOUT, path, LENGTH)) == 8
     tier.check_integrity()
+    cases(operations)
 
 
+@pytest.mark.matrix("hung", "memory")
 @pytest.mark.parametrize("operations", [12_000, pytest.param(400_000, marks=pytest.mark.faults_long)])
-def test_troubled_memory(only_our_garbage, record_property, operations):
+def test_troubled_memory(only_our_garbage, record_property, operations, cases):
     """With bits flipped, room short and others saving and removing, no call is late, and no HIT is wrong."""
     tier = MemoryTier(MIB // 4)  # half of what is asked for fits
     rng = random.Random(operations)  # noqa: S311  # must replay
@@ -268,12 +271,14 @@ def test_troubled_memory(only_our_garbage, record_property, operations):
     assert told["outcomes"]["save full"] > 0
     tier.check_integrity()
     tier.close()
+    cases(operations)
 
 
 # -- one trouble at a time ---------------------------------------------------------------------------------------------
 
 
-def test_reads_that_hang(tier, device):
+@pytest.mark.matrix("frozen", "disk")
+def test_reads_that_hang(tier, device, cases):
     """A device that hangs makes loads LATE by their deadline and writes nothing into their buffers when it is back."""
     keys = PATHS[0]
     save(tier, LAYOUT, keys, LENGTH)
@@ -289,10 +294,29 @@ def test_reads_that_hang(tier, device):
     assert hits(load(tier, LAYOUT, keys, LENGTH)) == 8
     assert all((piece == 7).all() for (piece,) in room)
     tier.check_integrity()
+    cases(6)
 
 
+@pytest.mark.matrix("slow", "disk")
+def test_reads_and_writes_that_take_long(tier, device, cases):
+    """A slow device makes loads LATE and keeps saves waiting in the queue; what arrives in time is exact."""
+    save(tier, LAYOUT, PATHS[0], LENGTH)
+    device.trouble = {READ: Trouble(0.02), WRITE: Trouble(0.02), SYNC: Trouble(0.02)}
+    seen = Counter()
+    for turn in range(100):
+        seen.update(load(tier, LAYOUT, PATHS[0], LENGTH, seconds=turn % 5 / 200))
+        tier.save(LAYOUT, PATHS[1], blocks_of(LAYOUT, PATHS[1], LENGTH))
+    assert set(seen) == {Outcome.HIT, Outcome.LATE}
+    assert hits(load(tier, LAYOUT, PATHS[0], LENGTH)) == 8
+    device.resume()
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    tier.check_integrity()
+    cases(100)
+
+
+@pytest.mark.matrix("frozen", "disk")
 @pytest.mark.parametrize("kind", [WRITE, SYNC])
-def test_writes_that_hang(tier, device, kind):
+def test_writes_that_hang(tier, device, kind, cases):
     """Saves return while the device hangs, wait up to the queue's bound, and are LATE beyond it; loads go on."""
     save(tier, LAYOUT, PATHS[0], LENGTH)
     device.hang(kind)
@@ -304,10 +328,12 @@ def test_writes_that_hang(tier, device, kind):
     device.resume()
     assert all(job.wait(PATIENCE_SECONDS) for job in jobs)
     tier.check_integrity()
+    cases(len(jobs))
 
 
+@pytest.mark.matrix("frozen", "disk")
 @pytest.mark.parametrize("kinds", [(READ,), (WRITE,), (SYNC,), (READ, WRITE, SYNC)], ids="-".join)
-def test_closing_while_the_device_hangs(tier, device, kinds, tmp_path):
+def test_closing_while_the_device_hangs(tier, device, kinds, tmp_path, cases):
     """Closing is bounded, every job is done, the folder stays locked until the device answers, and is right then."""
     durable = PATHS[0]
     save(tier, LAYOUT, durable, LENGTH)
@@ -334,10 +360,12 @@ def test_closing_while_the_device_hangs(tier, device, kinds, tmp_path):
             assert outcome is Outcome.HIT or said is not Outcome.HIT
     again.check_integrity()
     again.close()
+    cases(1)
 
 
+@pytest.mark.matrix("I/O error", "disk")
 @pytest.mark.parametrize("seed", range(6))
-def test_errors_at_random(tier, device, seed):
+def test_errors_at_random(tier, device, seed, cases):
     """EIO and ENOSPC at any call are outcomes: a HIT is exact, what was durable stays, and the tier gets well again."""
     device._random.seed(seed)
     save(tier, LAYOUT, PATHS[0], LENGTH)
@@ -359,3 +387,4 @@ def test_errors_at_random(tier, device, seed):
     for path in PATHS:
         assert hits(save(tier, LAYOUT, path, LENGTH).outcomes) == 8
     assert all(hits(load(tier, LAYOUT, path, LENGTH)) == 8 for path in PATHS)
+    cases(60)
