@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -300,6 +301,22 @@ def test_no_excerpt_from_an_open_listener(engine: Engine, tmp_path: Path) -> Non
         request = parted(client, "Open")
         status, _, body = client.send("GET", f"/receipts/{request}?excerpt=1")
         assert (status, json.loads(body)["error"]["code"]) == (403, "not_local")
+
+
+def test_the_file_of_receipts_has_no_text(model: Model, tmp_path: Path) -> None:
+    """What a prompt says is in no line of the file of receipts, also where it parts from another one."""
+    path = tmp_path / "receipts.jsonl"
+    settings = Settings(port=0, memory_bytes=64 << 20, receipts_path=path)
+    with (
+        closing(eager_store(settings)) as store,
+        closing(Engine(model, store)) as engine,
+        ApiServer(engine, settings) as server,
+    ):
+        request = parted(Client(server.url), "Canary")
+    written = path.read_text()
+    assert request in written
+    assert "diverged" in written
+    assert not {"Canary", "clock", "asked"} & set(re.findall(r"[A-Za-z]+", written))
 
 
 def test_models_health_and_metrics(client: Client) -> None:

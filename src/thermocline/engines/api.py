@@ -339,9 +339,8 @@ class _Api:
         return Response(self._metrics.text().encode(), content_type="text/plain; version=0.0.4")
 
     async def _receipts(self, request: Request) -> Response:
-        store = self._engine.store
-        latest = store.receipts.latest(_limit(request.query)) if store else []
-        return Response(await asyncio.to_thread(_listed, latest))
+        store, limit = self._engine.store, _limit(request.query)
+        return Response(await asyncio.to_thread(lambda: _listed(store.receipts.latest(limit) if store else [])))
 
     async def _receipt(self, request: Request) -> Response:
         store = self._engine.store
