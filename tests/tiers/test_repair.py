@@ -174,6 +174,19 @@ def test_damage_everywhere_in_a_segment(shelter):
     _is_right(shelter, gone)
 
 
+def test_a_frame_that_lies_where_no_slot_begins(shelter):
+    """A whole frame that a device put where none can be is not taken in: the log would name a place beside it."""
+    name = (B, chain(19, 3)[2])
+    segment, offset = shelter.places[name]
+    size = frame_bytes(LENGTH)
+    frame = _frame(shelter, segment, offset)
+    last = max(at for where, at in shelter.places.values() if where == segment)
+    overwrite(shelter.path / segment, offset, bytes(len(frame)))
+    overwrite(shelter.path / segment, last + size + PAGE, frame)
+    assert repair_path(shelter.path).repaired == Repairs(corrupt=1, orphans=0, void=0, restored=0, log_pages=0, files=0)
+    _is_right(shelter, [name])
+
+
 def test_segments_that_are_cut_or_gone(shelter):
     """Blocks whose segment was cut or deleted are dropped, with what hangs on them."""
     segments = sorted({segment for segment, _ in shelter.places.values()})

@@ -101,7 +101,7 @@ def _strays(files: Segments, there: Iterable[int], whole: Records) -> Iterator[S
         here = rows(whole, np.flatnonzero(whole["segment"] == number))
         slot_bytes = int(here["slot_pages"][0]) * PAGE_BYTES if len(here) else 0
         taken = set((here["slot"] * here["slot_pages"]).tolist())
-        found = [stray for stray in scan.strays(files, number, taken) if slot_bytes in {0, stray.frame_bytes}]
+        found = list(scan.strays(files, number, taken))
         if found and not slot_bytes:  # the segment was emptied and cut into other slots at some time: which was last?
             latest = max(stray.header.epoch for stray in found)
             sizes = Counter(stray.frame_bytes for stray in found if stray.header.epoch == latest)
