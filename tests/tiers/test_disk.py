@@ -509,6 +509,41 @@ def _disk_bytes(path):
     return total
 
 
+def test_a_compaction_of_a_log_that_rotted(opened, tmp_path):
+    """Records of log pages that rotted while the tier was open are in the compacted log again, and no others."""
+    path = tmp_path / "tier"
+    tier = opened(path)
+    for seed in range(6):
+        for layout in (A, B):
+            save(tier, layout, chain(seed, 8))
+    tier.remove(A, chain(2, 8))
+    save(tier, B, chain(9, 8))  # where a block was removed
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    pages = journal.read(path / "index.log").pages
+    for page in range(0, pages, 2):
+        flip(path / "index.log", 4096 * page + 700)
+    lost = [where(tier, A, key) for key in chain(0, 8)[7:]]  # its frame has rotted as well
+    flip(lost[0][0], lost[0][1] + 50)
+    expected = {
+        (layout, key)
+        for layout, seeds in ((A, (0, 1, 3, 4, 5)), (B, (0, 1, 2, 3, 4, 5, 9)))
+        for seed in seeds
+        for key in chain(seed, 8)
+    } - {(A, chain(0, 8)[7])}
+    tier._journal.compact()
+    assert hits(save(tier, B, KEYS).outcomes) == 12
+    tier.close()
+    assert journal.read(path / "index.log").bad_pages == 0
+    again = opened(path)
+    found = {part.layout: part for part in again.found()}
+    names = {(layout, key) for layout, part in found.items() for key in part.keys}
+    assert names >= expected | {(B, key) for key in KEYS}
+    assert all(part.rooted().all() for part in found.values())
+    for layout, key in expected:
+        assert load(again, layout, [key]) == [Outcome.HIT]
+    again.check_integrity()
+
+
 def test_a_crash_between_rename_and_reopen(opened, tmp_path, monkeypatch):
     """Whatever moment of a compaction a crash hits, the next opening finds all that was durable."""
     path = tmp_path / "tier"

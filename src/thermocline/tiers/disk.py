@@ -14,10 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +29,11 @@ from thermocline.tiers import directory, journal, shelves
 from thermocline.tiers.crew import Crew
 from thermocline.tiers.doubts import UNREADABLE, Doubts
 from thermocline.tiers.journal import Journal, Records
+from thermocline.tiers.recall import recall
 from thermocline.tiers.segments import READ_BYTES_MAX, Read, Readers, Segments
 from thermocline.tiers.shelves import Recorded, Shelf, place_of, slot_at
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage, block_length
-from thermocline.tiers.writer import FrameWriter
+from thermocline.tiers.writer import FrameWriter, Write, removals
 
 LOG = logging.getLogger("thermocline.tiers")
 MIB = 1024 * 1024
@@ -45,20 +43,6 @@ CLOSE_SECONDS_MAX = 10.0
 READERS_CLOSE_SECONDS_MAX = 1.0
 READER_THREADS = 2
 WRITER_THREADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    layout: LayoutId
-    keys: Sequence[BlockKey]
-    blocks: Sequence[Block]
-    places: Sequence[int]
-    length_bytes: int
-    job: Job
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.places) * frame_bytes(self.length_bytes)
 
 
 class DiskTier:
@@ -82,7 +66,7 @@ class DiskTier:
         self._queue_bytes_max = queue_bytes_max
         self._lock = threading.Condition()
         self._shelves: dict[LayoutId, Shelf] = {}
-        self._writes: deque[_Write] = deque()
+        self._writes: deque[Write] = deque()
         self._forgotten: list[tuple[LayoutId, BlockKey, int]] = []
         self._queued_bytes = 0  # from save to durable
         self._unpublished = 0  # blocks from save to visible
@@ -90,7 +74,7 @@ class DiskTier:
         self._quarantined_bytes = 0
         self._doubts = Doubts()
         self._replaced: list[tuple[LayoutId, BlockKey, int]] = []  # older places, given back after the next sync
-        self._unsynced: list[_Write] = []  # this and the next: the writer's own
+        self._unsynced: list[Write] = []  # this and the next: the writer's own
         self._unlogged: list[tuple[LayoutId, BlockKey, int]] = []
         self._starved = self._told_of_size = False
         self._grow_at = float("-inf")
@@ -165,7 +149,7 @@ class DiskTier:
             job.outcomes[taken:] = [refusal] * (len(blocks) - taken)
             if places:
                 self._shelves.setdefault(layout, Shelf(length))
-                write = _Write(layout, keys[:taken], blocks[:taken], places, length, job)
+                write = Write(layout, keys[:taken], blocks[:taken], places, length, job)
                 self._writes.append(write)
                 self._queued_bytes += write.nbytes
                 self._unpublished += taken
@@ -339,7 +323,7 @@ class DiskTier:
         finally:
             self._let_go()
 
-    def _next_round(self) -> list[_Write]:
+    def _next_round(self) -> list[Write]:
         """Wait for something to do; the writes of the next round."""
         with self._lock:
             if not self._unsynced:
@@ -351,11 +335,11 @@ class DiskTier:
             self._busy = True
         return batch
 
-    def _write_round(self, batch: Sequence[_Write]) -> None:
+    def _write_round(self, batch: Sequence[Write]) -> None:
         """Log what was forgotten, write, log what was written; sync when nothing more waits or the group is full."""
         if self._starved and not self._closing:
             self._grow()
-        if self._log(self._removals(self._unlogged)):
+        if self._log(removals(self._unlogged)):
             self._unlogged = []
             self._unsynced += self._write(batch)
         else:  # nothing may be written over what the log still names
@@ -367,7 +351,7 @@ class DiskTier:
             if not self._closing:
                 self._look_ahead()  # after the sync: nobody waits for it now
 
-    def _take_back(self, writes: Sequence[_Write]) -> None:
+    def _take_back(self, writes: Sequence[Write]) -> None:
         """Undo writes in whatever state a defect left them."""
         for write in writes:
             if not write.job.done:
@@ -381,15 +365,15 @@ class DiskTier:
     def _has_work(self) -> bool:
         return bool(self._writes or self._forgotten or self._closing or (self._starved and self._may_grow()))
 
-    def _next_group(self) -> list[_Write]:
-        group: list[_Write] = []
+    def _next_group(self) -> list[Write]:
+        group: list[Write] = []
         size = 0
         while self._writes and size < GROUP_BYTES_MAX:
             group.append(self._writes.popleft())
             size += group[-1].nbytes
         return group
 
-    def _write(self, batch: Sequence[_Write]) -> list[_Write]:
+    def _write(self, batch: Sequence[Write]) -> list[Write]:
         """Write frames, then their records; what was written is visible. Returns what still has to be synced."""
         written = [write for write in batch if self._write_frames(write)]
         if written and not self._log(self._additions(written)):
@@ -404,7 +388,7 @@ class DiskTier:
             write.job.set_visible()
         return written
 
-    def _write_frames(self, write: _Write) -> bool:
+    def _write_frames(self, write: Write) -> bool:
         try:
             self._writer.write(write.layout, write.keys, write.blocks, write.places)
             if any(self.holds(write.layout, write.keys)):  # the log names the older frame until this one is durable
@@ -418,7 +402,7 @@ class DiskTier:
         self._fail(write)
         return False
 
-    def _publish(self, write: _Write) -> None:
+    def _publish(self, write: Write) -> None:
         entries = self._shelves[write.layout].entries
         for key, place in zip(write.keys, write.places, strict=True):
             old = entries.get(key)
@@ -428,7 +412,7 @@ class DiskTier:
         self._unpublished -= len(write.places)
         self._unpublished_bytes -= write.nbytes
 
-    def _settle(self, unsynced: Sequence[_Write]) -> None:
+    def _settle(self, unsynced: Sequence[Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
             names = [self._journal.sync, self._segments.sync_names] if unsynced else []
@@ -446,7 +430,7 @@ class DiskTier:
         for write in unsynced:
             write.job.set_done()
 
-    def _fail(self, write: _Write) -> None:
+    def _fail(self, write: Write) -> None:
         """Give up a write that is not visible yet."""
         with self._lock:
             for place in write.places:
@@ -480,23 +464,25 @@ class DiskTier:
             return False
         return True
 
-    def _additions(self, writes: Sequence[_Write]) -> Records:
+    def _additions(self, writes: Sequence[Write]) -> Records:
         parts = []
         for write in writes:
-            part = shelves.records(journal.ADD, write.layout, write.keys, write.places)
+            part = shelves.records(journal.ADD, write.layout, write.keys, write.places, write.length_bytes)
             part["parent"] = np.frombuffer(b"".join(block.parent for block in write.blocks), part["parent"].dtype)
             part["depth"] = [block.depth for block in write.blocks]
-            part["slot_pages"], part["length"] = frame_bytes(write.length_bytes) // PAGE_BYTES, write.length_bytes
             part["stored"] = self._clock.wall()
             parts.append(part)
         return np.concatenate(parts)
 
-    def _removals(self, forgotten: Sequence[tuple[LayoutId, BlockKey, int]]) -> Records:
-        parts = [
-            shelves.records(journal.REMOVE, layout, [key for _, key, _ in some], [place for _, _, place in some])
-            for layout, some in ((layout, list(some)) for layout, some in groupby(forgotten, key=itemgetter(0)))
-        ]
-        return np.concatenate([np.empty(0, journal.RECORD), *parts])
+    def _recall(self, live: Records) -> Records:
+        """What of the blocks held is not among a log's records."""
+        with self._lock:
+            held = [
+                shelves.records(journal.ADD, layout, list(entries), list(entries.values()), shelf.length_bytes)
+                for layout, shelf in self._shelves.items()
+                for entries in [shelf.entries]
+            ]
+        return recall(live, np.concatenate([live[:0], *held]), self._segments, self._clock.wall())
 
     def _may_grow(self) -> bool:
         return self._slots.units < self._segments_max and self._clock.now() >= self._grow_at
@@ -539,7 +525,7 @@ class DiskTier:
         if history.unknown_version:
             hint = "move the directory away, or run the release that wrote it"
             raise DiskFormatError(f"{log} has pages of a version that is not known here", hint=hint)
-        self._journal = Journal(log, bytes_max=log_bytes, epoch=history.epoch + 1)
+        self._journal = Journal(log, bytes_max=log_bytes, epoch=history.epoch + 1, recall=self._recall)
         self._files.callback(self._journal.close)
         cut = self._open_segments()
         parts = shelves.recorded(history.live, self._segments.numbers, self._segments.segment_bytes, cut)
@@ -595,5 +581,5 @@ class DiskTier:
             LOG.warning("disk tier: the index log could not be written anew: %s", error)
 
 
-def _segments_of(writes: Sequence[_Write]) -> set[int]:
+def _segments_of(writes: Sequence[Write]) -> set[int]:
     return {slot_at(place).unit for write in writes for place in write.places}

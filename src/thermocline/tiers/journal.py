@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -62,6 +62,7 @@ AHEAD_BYTES = 1024 * 1024
 """Zeroes behind the log, while the quota has room for them; renewed when three quarters are used up."""
 VERSION = 1
 Records = NDArray[Any]
+Recall = Callable[[Records], Records]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +185,13 @@ class Journal:
     more than `records_max` places are in use, a record always finds room, if need be after a compaction.
     """
 
-    def __init__(self, path: Path, *, bytes_max: int, epoch: int) -> None:
-        """Open or create. Raises OSError."""
+    def __init__(self, path: Path, *, bytes_max: int, epoch: int, recall: Recall | None = None) -> None:
+        """Open or create. Raises OSError.
+
+        `recall` gives the records that are missing in these, for a compaction that finds pages damaged.
+        """
         self._path = path
+        self._recall = recall
         self._fresh = path.with_suffix(".new")
         self._fresh.unlink(missing_ok=True)  # a compaction that a crash cut short
         self._pages_max = bytes_max // PAGE_BYTES
@@ -243,9 +248,14 @@ class Journal:
                 self._size = start + os.pwrite(self._fd, bytes(stop - start), start)
 
     def compact(self) -> None:
-        """Rewrite the log with its live records only. Raises OSError; the log is whole even then."""
+        """Rewrite the log with its live records only. Raises OSError; the log is whole even then.
+
+        Records of a page that rotted while the tier was open are taken from what the tier holds.
+        """
         self._cut_tail()
-        self.rewrite(read(self._path).live)
+        found = read(self._path)
+        lost = self._recall(found.live) if found.bad_pages and self._recall else found.live[:0]
+        self.rewrite(np.concatenate([found.live, lost]))
 
     def rewrite(self, live: Records) -> None:
         """Replace the log by one of these records, durable on return. Raises OSError; the log is whole even then."""

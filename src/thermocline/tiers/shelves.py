@@ -114,12 +114,15 @@ class Shelf:
         return runs
 
 
-def records(kind: int, layout: LayoutId, keys: Sequence[BlockKey], places: Sequence[int]) -> Records:
-    """One record for each key: what lies where. All else is zero."""
+def records(
+    kind: int, layout: LayoutId, keys: Sequence[BlockKey], places: Sequence[int], length_bytes: int = 0
+) -> Records:
+    """One record for each key: what lies where, and how long it is. All else is zero."""
     some = np.zeros(len(keys), journal.RECORD)
     some["key"] = np.frombuffer(b"".join(keys), some["key"].dtype)
     some["layout"] = np.frombuffer(layout, some["layout"].dtype)
-    some["kind"] = kind
+    some["kind"], some["length"] = kind, length_bytes
+    some["slot_pages"] = frame_bytes(length_bytes) // PAGE_BYTES if length_bytes else 0
     positions = np.array([position(place) for place in places], np.int64)
     some["segment"], some["slot"] = positions >> SLOT_BITS, positions & (1 << SLOT_BITS) - 1
     return some

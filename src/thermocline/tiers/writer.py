@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
+
+import numpy as np
 
 from thermocline.blocks.frame import PAGE_BYTES, Header, copy_in, frame_bytes, padded, write_header
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
+from thermocline.tiers import journal
 from thermocline.tiers.crew import Crew, Task
+from thermocline.tiers.journal import Records
 from thermocline.tiers.segments import Segments, aligned_memory
-from thermocline.tiers.shelves import position, slot_at
-from thermocline.tiers.tier import Block, Piece, block_length
+from thermocline.tiers.shelves import position, records, slot_at
+from thermocline.tiers.tier import Block, Job, Piece, block_length
 
 FRAMES_MAX = 256
 """Frames under way at a time, so that headers and payloads stay below the kernel's bound on pieces."""
 
 WRITE_BYTES_MAX = 32 * 1024 * 1024
 """Bytes per write call, and so the bound on the aligned copy of what does not lie aligned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Blocks of one save that have places."""
+
+    layout: LayoutId
+    keys: Sequence[BlockKey]
+    blocks: Sequence[Block]
+    places: Sequence[int]
+    length_bytes: int
+    job: Job
+
+    @property
+    def nbytes(self) -> int:
+        """What they take on disk."""
+        return len(self.places) * frame_bytes(self.length_bytes)
+
+
+def removals(forgotten: Sequence[tuple[LayoutId, BlockKey, int]]) -> Records:
+    """The log's records of blocks that left their places."""
+    parts = [
+        records(journal.REMOVE, layout, [key for _, key, _ in some], [place for _, _, place in some])
+        for layout, some in ((layout, list(some)) for layout, some in groupby(forgotten, key=itemgetter(0)))
+    ]
+    return np.concatenate([np.empty(0, journal.RECORD), *parts])
 
 
 class FrameWriter:
