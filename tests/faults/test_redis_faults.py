@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from tests.conformance.samples import blocks_of, chain, content, hits, layout_of, load, room_for, save
 from tests.faults import matrix
+from tests.faults.devices import Witness
 from tests.faults.proxy import Cut, Delay, Drop, Flip, Freeze, Pause, Proxy, Rate, Repeat, Way
 from tests.faults.redis_server import RedisServer
 from thermocline.blocks.frame import PAGE_BYTES, frame_bytes
@@ -516,44 +518,54 @@ def _wire_faults(server, opened, faults):
 # -- deadlines, and what is left over ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [2.0, pytest.param(240.0, marks=LONG)])
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(60.0, marks=LONG)])
 @pytest.mark.matrix("hung", "redis")
 def test_no_operation_outlives_its_deadline(server, opened, cases, seconds, record_property):
-    """Whatever server and wire do meanwhile, each operation is over soon after its deadline, and no HIT is wrong."""
+    """Whatever server and wire do meanwhile, each operation is over soon after its deadline, and no HIT is wrong.
+
+    Times in which this machine did not even wake a sleeper do not count: the witness is another process.
+    """
     with Proxy(server.address) as proxy:
         tier = opened(proxy.address, seconds=0.05)
         save(tier, A, KEYS, LENGTH)
         storm = threading.Thread(target=_storm, args=(proxy, server, CLOCK.now() + seconds))
-        storm.start()
-        count, worst, seen = _ask_until_over(tier, storm)
-        storm.join()
-        record_property(matrix.NOTE, f"at most {1e3 * worst:.1f} ms after the deadline")
+        with Witness() as witness:
+            storm.start()
+            told, late, seen = _ask_until_over(tier, storm)
+            storm.join()
+        ours = [end - deadline - witness.stalled_seconds(begin, end) for begin, deadline, end in late]
+        worst = max((end - deadline for _, deadline, end in late), default=0.0)
+        count = told.total()
+        text = f"{told['met']:,} met the wire, {len(late)} of {count:,} over by 50 ms, at most {1e3 * worst:.0f} ms"
+        record_property(
+            matrix.NOTE, f"{text}; {sum(over > OVERRUN_SECONDS for over in ours)} of them not the machine's"
+        )
         assert Outcome.HIT in seen
         assert seen & {Outcome.LATE, Outcome.FAILED}
-        assert worst < (OVERRUN_SECONDS if seconds > 100 else GUARD_SECONDS)
+        assert max(ours, default=0.0) < (OVERRUN_SECONDS if seconds > 50 else GUARD_SECONDS)
         _well_again(tier)
     cases(count)
 
 
 def _ask_until_over(tier, storm):
-    """How many operations there were, how long the latest one outlived its deadline, what they answered."""
+    """How many operations met the wire and how many found none, those over by more than the bound, what all answered."""
     rng = random.Random(9)  # noqa: S311  # a seed must replay
     into = room_for(len(KEYS), LENGTH)
     right = [content(A, key, LENGTH) for key in KEYS]
-    count, worst, seen = 0, 0.0, set()
+    told, late, seen = Counter(), [], set()
     while storm.is_alive():
-        deadline = CLOCK.now() + rng.uniform(0.0, 0.005)
-        if rng.random() < 0.8:
-            outcomes = tier.load(A, KEYS, into, deadline)
-            worst = max(worst, CLOCK.now() - deadline)
-            for pieces, outcome, wanted in zip(into, outcomes, right, strict=True):
-                assert outcome is not Outcome.HIT or np.array_equal(pieces[0], wanted)
-        else:
-            outcomes = tier.find(A, KEYS, deadline)
-            worst = max(worst, CLOCK.now() - deadline)
+        begin = CLOCK.now()
+        deadline = begin + rng.uniform(0.0, 0.005)
+        loads = rng.random() < 0.8
+        outcomes = tier.load(A, KEYS, into, deadline) if loads else tier.find(A, KEYS, deadline)
+        end = CLOCK.now()
+        if end - deadline > OVERRUN_SECONDS:
+            late.append((begin, deadline, end))
+        for pieces, outcome, wanted in zip(into, outcomes, right, strict=True):
+            assert not loads or outcome is not Outcome.HIT or np.array_equal(pieces[0], wanted)
         seen |= set(outcomes)
-        count += 1
-    return count, worst, seen
+        told["no link" if set(outcomes) == {Outcome.FAILED} else "met"] += 1
+    return told, late, seen
 
 
 def _storm(proxy, server, until):
