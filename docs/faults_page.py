@@ -37,9 +37,6 @@ FAULTS = {
     ),
     "bit in a header": Row(
         "one bit of a stored header or index record flips",
-        "",
-        "",
-        {"memory": "the index is the header"},
     ),
     "cut": Row(
         "a file or value is cut short",
@@ -116,7 +113,7 @@ FAULTS = {
     ),
     "slow": Row("the medium is slow", "as frozen", "no deadline (RFC #54363)", {"memory": IN_PROCESS}),
     "hung": Row(
-        "many operations with deadlines of 0 to 5 ms under random faults",
+        "operations with short deadlines, while one fault follows another",
         "",
         "",
         {"memory": IN_PROCESS},
