@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -185,6 +186,37 @@ def test_a_frame_that_lies_where_no_slot_begins(shelter):
     overwrite(shelter.path / segment, last + size + PAGE, frame)
     assert repair_path(shelter.path).repaired == Repairs(corrupt=1, orphans=0, void=0, restored=0, log_pages=0, files=0)
     _is_right(shelter, [name])
+
+
+@pytest.mark.parametrize("answer", ["EIO", "short"])
+@pytest.mark.parametrize("log", ["whole", "gone"])
+def test_a_sector_that_cannot_be_read(shelter, monkeypatch, answer, log):
+    """A page that the device cannot read costs the block it is in, and what hangs on it, not the frames around it."""
+    name = (A, chain(7, 3)[1])
+    segment, offset = shelter.places[name]
+    bad = offset + PAGE
+    preadv = os.preadv
+    number = (shelter.path / segment).stat().st_ino
+
+    def damaged(fd, buffers, start):
+        nbytes = sum(len(buffer) for buffer in buffers)
+        if os.fstat(fd).st_ino != number or not start <= bad < start + nbytes:
+            return preadv(fd, buffers, start)
+        if answer == "EIO" or start == bad:
+            raise OSError(errno.EIO, "planted")
+        return preadv(fd, [memoryview(buffers[0])[: bad - start]], start)
+
+    if log == "gone":
+        (shelter.path / LOG_FILE).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", damaged)
+        found = repair_path(shelter.path)
+        gone = _behind(shelter, [name])
+        assert found.blocks == len(shelter.durable) - len(gone) == 178
+        assert repair_path(shelter.path).repaired == NOTHING
+    tier = shelter.open()
+    shelter.survives(tier, gone, outcomes=[Outcome.MISS])
+    tier.close()
 
 
 def test_segments_that_are_cut_or_gone(shelter):

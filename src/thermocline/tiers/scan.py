@@ -62,11 +62,13 @@ def strays(files: Segments, number: int, taken: Collection[int]) -> Iterator[Str
         return
     try:
         written = os.fstat(fd).st_mtime
+        frame = aligned_memory(PAGE_BYTES)
         for offset, header in _headers(fd, files.segment_bytes):
             size = frame_bytes(header.length_bytes)
             if offset % size or offset + size > files.segment_bytes or offset // PAGE_BYTES in taken:
                 continue
-            frame = aligned_memory(size)
+            if frame.nbytes != size:
+                frame = aligned_memory(size)
             _read(fd, frame, offset)
             if read_header(frame[:PAGE_BYTES]) == header and _is_whole(header, frame):
                 yield Stray(header, number, offset // size, written)
