@@ -27,6 +27,7 @@ TILE_BYTES = 512 * 1024
 
 _FIELDS = struct.Struct("<8sHBBIQQ32s32s32s16s16s")
 _SUM_AT = PAGE_BYTES - SUM_BYTES
+_ZEROES = bytes(_SUM_AT - _FIELDS.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,11 @@ def frame_bytes(length_bytes: int) -> int:
 
 def write_header(header: Header, page: NDArray[np.uint8]) -> None:
     """Fill a 4,096-byte page with the header and its sum."""
-    page[_FIELDS.size : _SUM_AT] = 0
+    view = page.data
     fields = (header.depth, header.length_bytes, header.epoch, header.key, header.parent, header.layout)
-    _FIELDS.pack_into(page.data, 0, MAGIC, VERSION, header.codec, 0, *fields, header.tenant, header.payload_sum)
-    page[_SUM_AT:] = np.frombuffer(xxh3_128_digest(page[:_SUM_AT].data), np.uint8)
+    _FIELDS.pack_into(view, 0, MAGIC, VERSION, header.codec, 0, *fields, header.tenant, header.payload_sum)
+    view[_FIELDS.size : _SUM_AT] = _ZEROES
+    view[_SUM_AT:] = xxh3_128_digest(view[:_SUM_AT])
 
 
 def read_header(page: NDArray[np.uint8]) -> Header | None:

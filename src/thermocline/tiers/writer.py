@@ -79,7 +79,8 @@ class FrameWriter:
     ) -> Iterator[Task]:
         """One write per stretch of places that lie side by side: while one is under way, the next gets its headers."""
         size = frame_bytes(length)
-        if self._bounce.nbytes < len(keys) * padded(length) and not all(map(_is_aligned, blocks)):
+        aligned = [_is_aligned(block) for block in blocks]
+        if not all(aligned) and self._bounce.nbytes < len(keys) * padded(length):
             self._bounce = aligned_memory(len(keys) * padded(length))
         for _, run in groupby(range(len(places)), key=lambda at: position(places[at]) - at):
             numbers = list(run)
@@ -87,15 +88,15 @@ class FrameWriter:
             for at in numbers:
                 block = blocks[at]
                 header = Header(keys[at], block.parent, layout, block.depth, length, block.sum, self._epoch)
-                pieces += self._frame(header, block, at)
+                pieces += self._frame(header, block, at, aligned=aligned[at])
             slot = slot_at(places[numbers[0]])
             yield partial(self._segments.write, slot.unit, slot.number * size, pieces)
 
-    def _frame(self, header: Header, block: Block, at: int) -> tuple[Piece, Piece]:
+    def _frame(self, header: Header, block: Block, at: int, *, aligned: bool) -> tuple[Piece, Piece]:
         """A header page, and the payload where it lies; or in aligned memory of our own, padded to whole pages."""
         page = self._headers[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
         write_header(header, page)
-        if _is_aligned(block):
+        if aligned:
             return page, block.pieces[0]
         size = padded(header.length_bytes)
         target = self._bounce[at * size : (at + 1) * size]
