@@ -45,13 +45,15 @@ def test_the_next_run_predicts_the_same(tmp_path):
     """What was learned is there after a restart, to the last bit, in a file that only its owner may read."""
     path = tmp_path / "costs.json"
     first = SavedCosts(path)
-    learned(first)
+    for _ in range(4):
+        learned(first)
     first.close()
     second = SavedCosts(path)
     assert second.computes("model")
     assert answers(second) == answers(first)
     assert second.knows("disk")
     assert not second.knows("other")
+    assert (second.sure("disk"), second.sure("memory"), second.sure("other")) == (first.sure("disk"), True, False)
     second.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == ["costs.json"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.store.making import BLOCK_BYTES, LAYOUT, TOKENS_PER_BLOCK, ScriptedTier, ask, chain, save
 from tests.store.test_reasons import details
-from thermocline.costs.model import LearnedCosts
+from thermocline.costs.model import SURE_OBSERVATIONS, LearnedCosts
 from thermocline.store.admit import TRIED_ONE_IN, refusal
 from thermocline.store.mover import PROBE_SECONDS
 
@@ -38,14 +38,19 @@ def test_a_path_is_refused_where_computing_it_is_quicker(load, recompute, gain_m
         assert found == refusal(costs, LAYOUT, "cold", 8, gain_min=gain_min), "the same question, the same answer"
 
 
-def test_what_was_never_measured_is_admitted():
-    """Without a measurement of the tier, or of the model, a save is admitted: else nothing would ever be measured."""
+def test_what_was_hardly_measured_is_admitted():
+    """Without enough measurements of tier and model a save is admitted: else nothing would ever be measured."""
     assert refusal(costs_of(1.0, 0.1), LAYOUT, "cold", 8) is not None
     assert refusal(costs_of(1.0, 0.1), LAYOUT, "other", 8) is None
     tier, model = LearnedCosts(), LearnedCosts()
     tier.transferred("cold", BLOCK_BYTES, 100.0)
     model.recomputed(TOKENS_PER_BLOCK, 0, 1e-6)
     assert refusal(tier, LAYOUT, "cold", 8) is refusal(model, LAYOUT, "cold", 8) is None
+    few = LearnedCosts()
+    for number in range(1, SURE_OBSERVATIONS + 1):
+        few.transferred("cold", 8 * BLOCK_BYTES, 1.0)
+        few.recomputed(8 * TOKENS_PER_BLOCK, 0, 0.1)
+        assert (refusal(few, LAYOUT, "cold", 8) is None) == (number < SURE_OBSERVATIONS)
 
 
 def test_one_in_so_many_is_tried():

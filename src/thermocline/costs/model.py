@@ -38,6 +38,8 @@ TRANSFER_PRIORS = {"memory": (20e-6, 1 / 5e9), "disk": (1e-3, 1 / 0.5e9)}
 TRANSFER_PRIOR = (2e-3, 1 / 0.2e9)
 PREFILL_PRIOR = (5e-3, 2e-4, 1e-8)
 MODELS_KEPT = 16
+SURE_OBSERVATIONS = 16
+"""More than are made at the start: one busy moment there should not decide what is kept."""
 
 
 class Costs(Protocol):
@@ -50,7 +52,7 @@ class Costs(Protocol):
         """Seconds to load `nbytes` from a tier."""
 
     def sure(self, tier: str) -> bool:
-        """True once both a prefill and a load from this tier were measured: before that, all of this is a guess."""
+        """True once prefills and loads from this tier were measured often: before that, nothing should be refused."""
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class FitState(msgspec.Struct, frozen=True):
 
     prior: tuple[float, ...]
     sizes: tuple[SizeState, ...]
+    observations: int = 0
 
 
 class Fit:
@@ -101,6 +104,7 @@ class Fit:
         self._prior = tuple(prior)
         self._prior_sums = PRIOR_WEIGHT * _products(rows * self._scale)
         self._classes: dict[int, _Observed] = {}
+        self.observations = 0
         self._weights: tuple[float, ...] | None = self._prior
         self._lock = threading.Lock()
 
@@ -116,12 +120,12 @@ class Fit:
                 SizeState(size, tuple(map(tuple, seen.sums.tolist())), seen.slowness, seen.weight)
                 for size, seen in self._classes.items()  # in this order: sums of floats depend on it
             )
-            return FitState(self._prior, tuple(sizes))
+            return FitState(self._prior, tuple(sizes), self.observations)
 
     def restore(self, state: FitState) -> bool:
         """Go on from what was learned before. False, and nothing changed, where it does not fit or cannot be true."""
         shape = self._prior_sums.shape
-        if state.prior != self._prior or len(state.sizes) > SIZES_MAX:
+        if state.prior != self._prior or len(state.sizes) > SIZES_MAX or state.observations < 0:
             return False
         classes: dict[int, _Observed] = {}
         for seen in state.sizes:
@@ -134,6 +138,7 @@ class Fit:
             return False
         with self._lock:
             self._classes = classes
+            self.observations = state.observations
             self._weights = None if classes else self._prior
         return True
 
@@ -152,6 +157,7 @@ class Fit:
             observed.sums += _products(row)
             observed.slowness += math.log(seconds / _dot(self._prior, terms))
             observed.weight += 1
+            self.observations += 1
             self._weights = None
 
     def predict(self, terms: Sequence[float]) -> float:
@@ -256,7 +262,8 @@ class LearnedCosts:
 
     def sure(self, tier: str) -> bool:
         """See `Costs.sure`."""
-        return self._prefill.observed and self.knows(tier)
+        loads = self._transfers.get(tier)
+        return loads is not None and min(loads.observations, self._prefill.observations) >= SURE_OBSERVATIONS
 
     def recomputed(self, tokens: int, cached: int, seconds: float) -> None:
         """The engine took `seconds` to compute `tokens` behind `cached` ones."""
