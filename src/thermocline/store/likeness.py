@@ -74,8 +74,8 @@ class Likeness:
         self._prompts: OrderedDict[str, _Kept] = OrderedDict()
         self._tokens = 0
         # How many hashes of all samples fall into each bucket. Text that nobody sent lately falls beside them, and is
-        # told at once: no need to compare it with every prompt.
-        self._buckets = np.zeros(1 << BUCKET_BITS, np.uint32)
+        # told at once: no need to compare it with every prompt. Modulo 256, which hides one bucket in a blue moon.
+        self._buckets = np.zeros(1 << BUCKET_BITS, np.uint8)
 
     def closest(self, prompt: Prompt, start: int, stop: int) -> Resemblance | None:
         """The recent prompt that parts from this one at a token in [start, stop), and holds most of what follows.
@@ -104,7 +104,7 @@ class Likeness:
             return
         if request in self._prompts:
             self._forget(self._prompts.pop(request))
-        kept = self._prompts[request] = _Kept(prompt.tokens.copy(), np.sort(prompt.hashes))
+        kept = self._prompts[request] = _Kept(prompt.tokens.copy(), np.unique(prompt.hashes))
         self._tokens += len(kept.tokens)
         np.add.at(self._buckets, _bucket(kept.sample), 1)
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
