@@ -67,6 +67,16 @@ def test_one_request_tries_at_a_time():
 
 
 @given(events=st.lists(st.tuples(st.sampled_from(["failed", "succeeded", "trying"]), st.floats(0, 100)), max_size=40))
+def test_failures_of_one_moment_count_once():
+    """Many requests that fail of one hiccup do not each double the time that a tier is left alone."""
+    breaker = Breaker()
+    opened = [breaker.failed(10.0, started=9.0) for _ in range(20)]
+    assert opened.count(True) == 1
+    assert breaker.allows(10.0 + OPEN_SECONDS_MIN)
+    assert breaker.failed(12.0, started=11.5), "the next attempt that fails opens it again"
+    assert not breaker.allows(12.0 + OPEN_SECONDS_MIN)
+
+
 def test_a_breaker_never_stays_open_for_ever(events):
     """Whatever happened, a tier is tried again after the longest time that a breaker stays open."""
     breaker, now = Breaker(), 0.0

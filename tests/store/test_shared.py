@@ -14,6 +14,7 @@ from thermocline.store.receipt import Missing, Reason
 from thermocline.store.shared import Answer
 from thermocline.tiers.redis import RedisTier
 from thermocline.tiers.redis_scripts import Space
+from thermocline.tiers.tier import Outcome
 from thermocline.wire.resp import Address
 
 MIB = 1024 * 1024
@@ -223,6 +224,58 @@ def test_a_tier_that_raises(make_store, make_redis):
     assert ask(store, chain("prompt", 4, behind=keys)).by_tier == {"memory": 4}
     assert store.metrics.value("tier_failures_total", (("tier", "redis"),)) >= 2
     store.check_integrity()
+
+
+def test_answers_without_values(make_store, make_redis):
+    """A server that answers questions and never delivers is set aside all the same: loads are judged by loads."""
+
+    class Stalling(RedisTier):
+        def load(self, layout, keys, into, deadline):
+            return [Outcome.LATE] * len(keys)
+
+    sharing, store = make_store(make_redis()), make_store(make_redis(kind=Stalling))
+    keys = chain("prompt", 4)
+    save(sharing, keys)
+    reasons = [ask(store, keys).reasons[0][2] for _ in range(6)]
+    assert reasons == ["late", "late", "late", "tier_down", "tier_down", "tier_down"]
+
+
+def test_busy_is_not_broken(make_store, make_redis):
+    """A tier with more callers than it serves at a time is not set aside for it, and the reason says so."""
+
+    class Busy(RedisTier):
+        busy = True
+
+        def find(self, layout, keys, deadline):
+            return [Outcome.PENDING] * len(keys) if self.busy else super().find(layout, keys, deadline)
+
+        def load(self, layout, keys, into, deadline):
+            return [Outcome.PENDING] * len(keys) if self.busy else super().load(layout, keys, into, deadline)
+
+    sharing, redis = make_store(make_redis()), make_redis(kind=Busy)
+    store, keys = make_store(redis), chain("prompt", 4)
+    save(sharing, keys)
+    for _ in range(6):
+        assert ask(store, keys).reasons == [(0, 4, "late")]
+    assert store.metrics.value("tier_failures_total", (("tier", "redis"),)) == 0
+    redis.busy = False
+    plan = store.match([LAYOUT], keys, prompt_tokens=65)
+    redis.busy = True
+    loaded = store.load(plan, 0, [[np.zeros(BLOCK_BYTES, np.uint8)] for _ in keys])
+    assert [part.reason for part in loaded.missing] == [Reason.LATE]
+    assert "busy" in loaded.missing[0].detail
+    redis.busy = False
+    assert ask(store, keys).by_tier == {"redis": 4}
+
+
+def test_full_is_not_sent_again_and_again(make_store, make_redis, server):
+    """A server that has no memory is left alone for a while, instead of being sent all of it with every request."""
+    store = make_store(make_redis())
+    server.config("maxmemory", "1mb")
+    for at in range(8):
+        save(store, chain(f"prompt {at}", 4))
+    full = store.metrics.value("save_blocks_total", (("tier", "redis"), ("outcome", "full")))
+    assert full == 12
 
 
 def test_flush_and_close_wait_for_what_was_offered(make_store, make_redis, server):

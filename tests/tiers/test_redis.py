@@ -6,17 +6,20 @@ import contextlib
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conformance.samples import CLOCK, PATIENCE_SECONDS, blocks_of, chain, hits, layout_of, load, save
 from tests.faults.redis_server import RedisServer
 from thermocline.blocks.frame import frame_bytes
 from thermocline.errors import TierError
-from thermocline.tiers.redis import RedisTier
+from thermocline.tiers.redis import LINKS, RedisTier
 from thermocline.tiers.redis_scripts import Space
 from thermocline.tiers.tier import Block, Outcome, SharedTier
+from thermocline.wire import resp
 from thermocline.wire.resp import Address
 
 MIB = 1024 * 1024
@@ -268,6 +271,124 @@ def test_the_rights_that_it_needs(opened, server):
     assert hits(load(tier, A, keys)) == 12
     assert tier.wait_idle(PATIENCE_SECONDS)
     assert tier.remove(A, keys) == 12
+
+
+def test_what_was_lost_is_offered_again(opened, server):
+    """Once the tier was told that a value is gone, by a question or a load, it does not call it known."""
+    tier = opened()
+    keys = chain(1, 4)
+    save(tier, A, keys)
+    server.call("FLUSHALL")
+    assert tier.find(A, keys, CLOCK.now() + 60) == [Outcome.MISS] * 4
+    assert not any(tier.known(A, keys))
+
+
+def test_a_save_of_what_is_there_lets_it_live_on(opened, server):
+    """A value that another engine wrote and this one uses as well gets its whole time to live again."""
+    first, second = opened(), opened()
+    keys = chain(1, 2)
+    save(first, A, keys)
+    for key in keys:
+        server.call("PEXPIRE", b"test:" + A + key, 60_000)
+    save(second, A, keys)
+    assert second.wait_idle(PATIENCE_SECONDS)
+    deadline = CLOCK.now() + PATIENCE_SECONDS
+    while min(server.call("PTTL", b"test:" + A + key) for key in keys) <= 60_000:
+        assert CLOCK.now() < deadline, "it expires although it is used"
+        CLOCK.sleep(0.01)
+
+
+def test_more_callers_than_links(opened, server):
+    """Many at a time are all served; one that finds no free link in its time is told so, and nothing is lost by it."""
+    tier = opened()
+    keys = chain(1, 40)
+    save(tier, A, keys)
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: load(tier, A, keys), range(96)))
+    assert all(outcome in {Outcome.HIT, Outcome.PENDING} for answer in answers for outcome in answer)
+    assert hits(load(tier, A, keys)) == 40
+
+
+def test_a_caller_in_a_hurry_costs_nobody_else(opened, server):
+    """A load that has no time left says LATE and closes its own connection; the others stay as they are."""
+    tier = opened()
+    keys = chain(1, 4)
+    save(tier, A, keys)
+    before = len(tier._links._ready)
+    assert load(tier, A, keys, seconds=-1.0) == [Outcome.LATE] * 4
+    assert len(tier._links._ready) >= before - 1
+    assert hits(load(tier, A, keys)) == 4
+
+
+def test_links_that_are_dropped_during_a_load(opened):
+    """Dropping all links ends no load that is under way: it is served to its end, and its link closed then."""
+    tier = opened()
+    keys = chain(1, 8)
+    save(tier, A, keys)
+    with tier._links.lent(CLOCK.now() + PATIENCE_SECONDS) as link:
+        tier._links.drop()
+        outcomes = []
+        tier._receive(link, A, keys, [[np.zeros(LENGTH, np.uint8)] for _ in keys], CLOCK.now() + 60, outcomes)
+    assert outcomes == [Outcome.HIT] * 8
+    assert not link.usable
+
+
+def test_all_links_are_seen_to(opened, server):
+    """Every idle link and the writer's own line are asked now and then, so that none dies of idleness unnoticed."""
+    tier = opened()
+    assert tier.wait_up(PATIENCE_SECONDS)
+    before = _calls(server, "ping")
+    tier._links.ping(PATIENCE_SECONDS)
+    assert _calls(server, "ping") - before == LINKS
+
+
+def _calls(server, command):
+    lines = server.call("INFO", "commandstats").decode().splitlines()
+    line = next((line for line in lines if line.startswith(f"cmdstat_{command}:")), "calls=0,")
+    return int(line.partition("calls=")[2].partition(",")[0])
+
+
+def test_a_read_only_replica(opened, server, tmp_path):
+    """A replica serves what it has; damage there is refused for good, though nobody can delete it."""
+    tier = opened()
+    keys = chain(1, 4)
+    save(tier, A, keys)
+    server.call("SETRANGE", b"test:" + A + keys[1], 5000, b"\x00\x01\x02")
+    server.call("REPLICAOF", "127.0.0.1", "1")
+    assert load(tier, A, keys)[:2] == [Outcome.HIT, Outcome.CORRUPT]
+    assert tier.wait_idle(PATIENCE_SECONDS)
+    for _ in range(3):
+        assert tier.find(A, keys[:2], CLOCK.now() + 60) == [Outcome.HIT, Outcome.MISS]
+    assert set(save(tier, A, chain(2, 2)).outcomes) == {Outcome.FAILED}
+
+
+def test_secrets_are_not_quoted(server):
+    """What a server says of a command that it does not know may quote a password: it is cut off."""
+    server.call("CONFIG", "SET", "maxclients", "100")
+    link = resp.connect(Address.parse(server.url), now=CLOCK.now, deadline=CLOCK.now() + 60)
+    link.send([resp.encode(b"NOSUCH", b"TOPSECRET")], CLOCK.now() + 60)
+    reply = link.reply(CLOCK.now() + 60)
+    assert isinstance(reply, resp.Refusal)
+    assert "TOPSECRET" not in reply.text
+    link.close()
+
+
+def test_closing_does_not_wait_for_a_server(opened, server):
+    """A tier whose server is frozen in the middle of a save closes, and the save has ended."""
+    tier = opened()
+    with server.frozen():
+        job = tier.save(A, chain(1, 3), blocks_of(A, chain(1, 3)))
+        tier.close()
+        assert job.done
+        assert Outcome.HIT not in job.outcomes
+
+
+def test_no_such_authority(server, tmp_path):
+    """A CA file that is not there is an error at once, with a hint."""
+    address = Address.parse("rediss://127.0.0.1:1", ca_file=tmp_path / "none.pem")
+    with pytest.raises(TierError) as raised:
+        RedisTier(address, SPACE)
+    assert "redis_ca_file" in raised.value.hint
 
 
 def test_passwords(server):

@@ -6,9 +6,10 @@ Bookkeeping only: nothing here touches bytes (a tier's `remove` frees room, it d
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -33,7 +34,7 @@ EVICT_SHARE = 16
 EXPIRE_BATCH = 512
 """Blocks that one match lets expire. After a long silence there may be more: the next matches go on."""
 
-Verb = Literal["load", "save"]
+Verb = Literal["find", "load", "save"]
 
 
 class Books:
@@ -63,10 +64,11 @@ class Books:
         self.ghosts = Ghosts()
         self.leases = Leases(self.index, lease_seconds)
         self.saving: set[tuple[LayoutId, BlockKey]] = set()
-        # Two for each tier: a disk that still takes writes may hang in every read, and a full one may still be read.
+        # One for each verb: a disk that still takes writes may hang in every read, and a full one may still be read.
         self._breakers: dict[tuple[str, Verb], Breaker] = {}
         for name in (*self.tiers, *self.shared):
-            self._breakers[name, "load"], self._breakers[name, "save"] = Breaker(), Breaker()
+            for verb in get_args(Verb):
+                self._breakers[name, verb] = Breaker()
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -188,10 +190,10 @@ class Books:
         """A request is about to use the tier; where it failed before, others wait for what becomes of this one."""
         self._breakers[name, verb].trying(self.clock.now())
 
-    def failed(self, name: str, verb: Verb) -> None:
-        """A tier failed as a whole, or was late."""
+    def failed(self, name: str, verb: Verb, started: float = math.inf) -> None:
+        """A tier failed as a whole, or was late, at what was `started` then."""
         self.metrics.count("tier_failures_total", 1, (("tier", name),))
-        if self._breakers[name, verb].failed(self.clock.now()):
+        if self._breakers[name, verb].failed(self.clock.now(), started):
             self.metrics.count("breaker_opened_total", 1, (("tier", name),))
             LOG.warning("tier %s failed repeatedly to %s and is set aside for a while", name, verb)
 

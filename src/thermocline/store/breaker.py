@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 FAILURES_MAX = 3
@@ -17,6 +18,7 @@ class Breaker:
     failures: int = 0
     open_until: float = CLOSED
     open_seconds: float = OPEN_SECONDS_MIN
+    opened_at: float = CLOSED
 
     def allows(self, now: float) -> bool:
         """False while the tier is left alone."""
@@ -33,11 +35,17 @@ class Breaker:
         self.open_until = CLOSED
         self.open_seconds = OPEN_SECONDS_MIN
 
-    def failed(self, now: float) -> bool:
-        """The tier failed or was late. True if that opened the breaker; each time it stays open twice as long."""
+    def failed(self, now: float, started: float = math.inf) -> bool:
+        """The tier failed or was late. True if that opened the breaker; each time it stays open twice as long.
+
+        What was `started` before the breaker opened last says nothing new: many requests may fail of one hiccup.
+        """
+        if started < self.opened_at:
+            return False
         self.failures += 1
         if self.failures < FAILURES_MAX:
             return False
+        self.opened_at = now
         self.open_until = now + self.open_seconds
         self.open_seconds = min(2 * self.open_seconds, OPEN_SECONDS_MAX)
         self.failures = FAILURES_MAX - 1  # the one request that tries again may fail once

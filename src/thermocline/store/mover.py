@@ -43,6 +43,7 @@ class _Write:
     keys: Sequence[BlockKey]
     blocks: Sequence[Block]
     pins: Sequence[tuple[int, str]]
+    started: float
 
 
 class Mover:
@@ -174,7 +175,9 @@ class Mover:
                 index.pin(*pin)
             self._writing[tier.name].update(nodes)
             books.trying(tier.name, "save")
-            return _Write(tier, layout, nodes, [index.place(node).key for node in nodes], blocks, pins)
+            return _Write(
+                tier, layout, nodes, [index.place(node).key for node in nodes], blocks, pins, books.clock.now()
+            )
 
     def _admits(self, name: str, layout: LayoutId, node: int) -> bool:
         """Whether a tier is to be given the path that ends here. What is refused has that as its reason later on."""
@@ -274,7 +277,7 @@ class Mover:
             books.metrics.count("save_blocks_total", job.outcomes.count(outcome), label)
         with books.lock:
             if Outcome.FAILED in job.outcomes:
-                books.failed(name, "save")
+                books.failed(name, "save", write.started)
                 books.lost(write.layout, write.keys[at : at + len(job.outcomes)], job.outcomes, name)
             elif Outcome.HIT in job.outcomes:
                 books.succeeded(name, "save")

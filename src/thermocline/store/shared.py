@@ -22,6 +22,8 @@ from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier,
 
 LOG = logging.getLogger("thermocline.store")
 ASK_SECONDS_MAX = 0.05
+FREE_SECONDS = 0.005
+"""A refusal that took less than this cost the request nothing, and the tier may be asked again by the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,49 +98,58 @@ class SharedTiers:
         prompt_tokens: int,
     ) -> Answer:
         start, stop = part
-        books, name = self._books, tier.name
-        why = self._why_not_ask(name, layouts, part, prompt_tokens)
-        held = start
+        held = sure = start
+        why = self._why_not_ask(tier.name, layouts, part, prompt_tokens)
         if why is None:
-            with books.lock:
-                books.trying(name, "load")
-            deadline = books.clock.now() + ASK_SECONDS_MAX
+            deadline = self._books.clock.now() + ASK_SECONDS_MAX
             found = [_find(tier, layout, keys[start:stop], deadline) for layout in layouts]
-            refused = {outcome for outcomes in found for outcome in outcomes} & _SILENT.keys()
-            with books.lock:
-                (books.failed if refused else books.succeeded)(name, "load")
-            if refused:
-                reason, words = _SILENT[min(refused)]
-                why = (reason, f"{name} {words}, and may hold them")
-            else:
-                held += min(map(_leading_hits, found))
-        sure = start
+            why = self._judged(tier.name, found, deadline - ASK_SECONDS_MAX)
+            held += 0 if why else min(map(_leading_hits, found))
         if why is not None:
             known = [tier.known(layout.id, keys[start:stop]) for layout in layouts]
-            sure += next(
-                (at for at, all_know in enumerate(zip(*known, strict=True)) if not all(all_know)), stop - start
-            )
-        return Answer(name, start, stop, held, sure, why)
+            all_know = [all(each) for each in zip(*known, strict=True)]
+            sure += all_know.index(False) if False in all_know else len(all_know)
+        return Answer(tier.name, start, stop, held, sure, why)
+
+    def _judged(self, name: str, found: Sequence[Sequence[Outcome]], started: float) -> tuple[Reason, str] | None:
+        """What its silence is called, or None where it answered. Only silence that cost time is held against a tier.
+
+        That it answers a question does not say that it can be loaded from: the two are judged apart.
+        """
+        books = self._books
+        silent = {outcome for outcomes in found for outcome in outcomes} & _SILENT.keys()
+        with books.lock:
+            if not silent:
+                books.succeeded(name, "find")
+                return None
+            if silent != {Outcome.PENDING}:
+                if books.clock.now() - started > FREE_SECONDS:
+                    books.failed(name, "find", started)
+                else:
+                    books.metrics.count("tier_failures_total", 1, (("tier", name),))
+        reason, words = _SILENT[min(silent)]
+        return reason, f"{name} {words}, and may hold them"
 
     def _why_not_ask(
         self, name: str, layouts: Sequence[Layout], part: tuple[int, int], prompt_tokens: int
     ) -> tuple[Reason, str] | None:
         """Not while it is set aside, and not where even all of it would take longer to load than to compute."""
         start, stop = part
-        if not self._books.allows(name, "load"):
-            return Reason.TIER_DOWN, f"{name} is set aside after failures, and may hold them"
         size = layouts[0].tokens_per_block
         costs = self._costs()
         loading = costs.transfer((stop - start) * sum(layout.block_bytes for layout in layouts), name)
         before, behind = start * size, stop * size
         computing = costs.recompute(prompt_tokens - before, before)
         computing -= costs.recompute(prompt_tokens - behind, behind)
-        if loading < computing:
-            return None
-        return (
-            Reason.DECLINED,
-            f"loading from {name} would take {loading:.4f} s, computing {computing:.4f} s: not asked",
-        )
+        if loading >= computing:
+            words = f"loading from {name} would take {loading:.4f} s, computing {computing:.4f} s: not asked"
+            return Reason.DECLINED, words
+        books = self._books
+        with books.lock:
+            if books.allows(name, "find") and books.allows(name, "load"):
+                books.trying(name, "find")
+                return None
+        return Reason.TIER_DOWN, f"{name} is set aside after failures, and may hold them"
 
     # -- offer ---------------------------------------------------------------------------------------------------------
 
@@ -161,7 +172,7 @@ class SharedTiers:
             index.pin(node, self._warm.name)
             books.trying(tier.name, "save")
         job = save_guarded(tier, layout.id, [keys[at] for at in wanted], [lent[at] for at in wanted])
-        job.watch(done=partial(self._offered, tier.name, node))
+        job.watch(done=partial(self._offered, tier.name, node, books.clock.now()))
         return job
 
     def _pays(self, tier: SharedTier, layout: Layout, keys: Sequence[BlockKey]) -> bool:
@@ -185,15 +196,17 @@ class SharedTiers:
             blocks.append(Block(keys[at - 1] if at else NO_PARENT, at + 1, [lent[0]], lent[1]))
         return blocks
 
-    def _offered(self, name: str, node: int, job: Job) -> None:
+    def _offered(self, name: str, node: int, started: float, job: Job) -> None:
         books = self._books
         for outcome in set(job.outcomes):
             label = (("tier", name), ("outcome", outcome))
             books.metrics.count("save_blocks_total", job.outcomes.count(outcome), label)
         with books.lock:
             books.index.unpin(node, self._warm.name)
-            if Outcome.FAILED in job.outcomes:
-                books.failed(name, "save")
+            if (
+                Outcome.FAILED in job.outcomes or Outcome.FULL in job.outcomes
+            ):  # all of it would be sent again and again
+                books.failed(name, "save", started)
             elif Outcome.HIT in job.outcomes:
                 books.succeeded(name, "save")
 
@@ -232,4 +245,5 @@ _UNSURE = frozenset({Reason.NEVER_SEEN, Reason.UNKNOWN})
 _SILENT = {
     Outcome.FAILED: (Reason.TIER_DOWN, "failed"),
     Outcome.LATE: (Reason.LATE, "did not answer in time"),
+    Outcome.PENDING: (Reason.LATE, "was busy with other requests"),
 }

@@ -196,8 +196,8 @@ class Store:
             elif Outcome.LATE in outcomes:
                 self.costs.not_transferred(name, len(outcomes) * layout.block_bytes, seconds)
             if Outcome.FAILED in outcomes or (Outcome.LATE in outcomes and deadline - started > FAIR_SECONDS):
-                self._books.failed(name, "load")
-            elif Outcome.LATE not in outcomes:
+                self._books.failed(name, "load", started)
+            elif Outcome.LATE not in outcomes and Outcome.PENDING not in outcomes:
                 self._books.succeeded(name, "load")
             self._books.lost(layout.id, keys, outcomes, name)
         return outcomes
@@ -364,6 +364,8 @@ def _why_not(outcome: Outcome, tier: str) -> tuple[Reason, str]:
         return Reason.CORRUPT, f"a block on {tier} did not verify"
     if outcome is Outcome.LATE:
         return Reason.LATE, f"{tier} did not answer in time"
+    if outcome is Outcome.PENDING:
+        return Reason.LATE, f"{tier} was busy with other requests"
     if outcome is Outcome.FAILED:
         return Reason.TIER_DOWN, f"{tier} failed"
     return Reason.EVICTED, f"left {tier} between match and load"

@@ -22,6 +22,7 @@ class Links:
         self._changed = threading.Condition()
         self._ready: list[Link] = []
         self._lent: set[Link] = set()
+        self._doomed: set[Link] = set()  # lent, and to be closed when they come back
         self._closed = False
 
     @property
@@ -32,14 +33,14 @@ class Links:
     @property
     def whole(self) -> bool:
         """True while none is missing."""
-        return len(self._ready) + len(self._lent) >= self._number
+        return len(self._ready) + len(self._lent - self._doomed) >= self._number
 
     @contextlib.contextmanager
     def lent(self, deadline: float) -> Iterator[Link | None]:
         """A link for the time of the block; None where there is none, or none was free by `deadline`.
 
-        An OSError in the block drops all links: what was true of one is likely to be true of the others, and nobody
-        should wait as long again to find out.
+        After an OSError in the block its link is closed. Where the server is silent or gone, all are dropped: nobody
+        should wait as long again to find that out. A caller whose own time ran out says nothing about the others.
         """
         link = self._take(deadline)
         if link is None:
@@ -49,8 +50,9 @@ class Links:
         try:
             yield link
             whole = True
-        except OSError:
-            self.drop()
+        except OSError as error:
+            if link.silent or not isinstance(error, TimeoutError):
+                self.drop()
             raise
         finally:
             self._give(link, whole=whole)
@@ -68,19 +70,21 @@ class Links:
 
     def ping(self, seconds: float) -> None:
         """See that the idle ones still answer, each within `seconds`; where one does not, all are dropped."""
-        for _ in range(len(self._ready)):
-            deadline = self._clock.now() + seconds
-            with contextlib.suppress(OSError), self.lent(deadline) as link:
-                if link is not None:
-                    link.send([encode(b"PING")], deadline)
-                    link.reply(deadline)
+        with self._changed:
+            idle, self._ready = self._ready, []
+            self._lent.update(idle)
+        well = True
+        for link in idle:
+            well = well and _answers(link, self._clock.now() + seconds)
+            self._give(link, whole=well)
+        if not well:
+            self.drop()
 
     def drop(self) -> None:
         """Close all; those that are lent when they come back."""
         with self._changed:
             idle, self._ready = self._ready, []
-            for link in self._lent:
-                link.usable = False
+            self._doomed |= self._lent
             self._changed.notify_all()
         for link in idle:
             link.close()
@@ -105,10 +109,20 @@ class Links:
     def _give(self, link: Link, *, whole: bool) -> None:
         with self._changed:
             self._lent.discard(link)
-            keep = whole and link.usable and not self._closed
+            keep = whole and link.usable and link not in self._doomed and not self._closed
+            self._doomed.discard(link)
             if keep:
                 self._ready.append(link)
             self._changed.notify()
         if not keep:
             link.close()
             self._lost()
+
+
+def _answers(link: Link, deadline: float) -> bool:
+    try:
+        link.send([encode(b"PING")], deadline)
+        link.reply(deadline)
+    except OSError:
+        return False
+    return True

@@ -23,6 +23,7 @@ from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import TierError
+from thermocline.tiers import redis_scripts as scripts
 from thermocline.tiers.links import Links
 from thermocline.tiers.redis_scripts import Name, Space
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage, block_length
@@ -32,15 +33,17 @@ from thermocline.wire.resp import Address, Link, Refusal, Reply, encode
 LOG = logging.getLogger("thermocline.tiers")
 MIB = 1024 * 1024
 WAIT_SECONDS = 0.05
-LINKS = 2
+LINKS = 8
+"""So many requests are served at a time; another one waits for its turn."""
 AHEAD_BYTES = 32 * MIB
 """Values asked for and not received yet: the server keeps them in memory, so it must not be all of a long prompt."""
 
 PART_BYTES = 8 * MIB
 """Values written in one transaction; another client's request waits at most as long as the server takes for these."""
 
-KNOWN_MAX = 65_536
-REFUSED_MAX = 4096
+KNOWN_MAX, KNOWN_SECONDS = 65_536, 60.0
+"""What was met or written is not offered again so soon. Then it is: the server may have lost it, or let it expire."""
+DAMAGED_MAX = 4096
 TOUCHES_MAX = 8192
 WRITE_GAP_SECONDS = 1.0
 WRITE_SECONDS_MAX = 10.0
@@ -48,7 +51,8 @@ CONNECT_SECONDS_MAX = 1.0
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 5.0
 PING_SECONDS = 10.0
 NEVER = float("-inf")
-CLOSE_SECONDS_MAX = 5.0
+DENIED = "give the password with redis_password_file and the user as redis://user@host; a socket must be writable by us"
+CLOSE_SECONDS_MAX = 2.0
 TELL_SECONDS, KINDS_TOLD_MAX = 60.0, 64
 
 
@@ -85,9 +89,9 @@ class RedisTier:
         wait_seconds: float = WAIT_SECONDS,
         queue_bytes_max: int = 64 * MIB,
     ) -> None:
-        """Connect. A server that does not answer is tried again in the background; that is no error.
+        """Connect, for a second at most. A server that does not answer is tried again in the background: no error.
 
-        Raises TierError where the server refuses user or password.
+        Raises TierError where the server refuses user or password, or the CA file cannot be read.
         """
         self.name = name
         self.depth_max, self.gain_min = space.depth_max, space.gain_min
@@ -101,21 +105,28 @@ class RedisTier:
         self._flying: set[Name] = set()
         self._known: OrderedDict[Name, float] = OrderedDict()  # to when we last wrote or touched it
         self._touches: dict[Name, None] = {}  # to be given their time to live again, in this order
-        self._refused: dict[Name, None] = {}  # damaged, and not deleted yet
+        self._damaged: set[Name] = set()  # refused until they are deleted, or written anew
+        self._deletions: list[Name] = []  # those of them that were not tried yet
         self._held = (0, 0)
         self._closing = False
+        self._denied: PermissionError | None = None
+        self._tried = False
         self._told: dict[str, float] = {}
         self._line: Link | None = None
         self._retry_at, self._pause = float("-inf"), RETRY_SECONDS_MIN
         self._ping_at = self._clock.now() + PING_SECONDS
-        self._links = Links(self._connect, LINKS, clock=self._clock, lost=self._wake)
         try:
-            self._mend()
-        except PermissionError as error:
-            hint = "name the file with the password in redis_password_file, and the user as redis://user@host"
-            raise TierError(f"the Redis server refuses us: {error.strerror}", hint=hint) from error
+            self._tls = resp.tls_of(address)
+        except OSError as error:
+            hint = "name a readable file of PEM certificates in redis_ca_file"
+            raise TierError(f"cannot use {address.ca_file} as certificate authority: {error}", hint=hint) from error
+        self._links = Links(self._connect, LINKS, clock=self._clock, lost=self._wake)
         self._thread = threading.Thread(target=self._serve, name="redis-keeper", daemon=True)
         self._thread.start()
+        denied = self._wait_tried(CONNECT_SECONDS_MAX)
+        if denied is not None:
+            self.close()
+            raise TierError(f"the Redis server refuses us: {denied.strerror}", hint=DENIED) from denied
 
     # -- the seam ------------------------------------------------------------------------------------------------------
 
@@ -131,11 +142,17 @@ class RedisTier:
                 held = self._exist(link, layout, keys, deadline)
         except OSError as error:
             return [self._gone(error)] * len(keys)
-        refused = self._refused
-        return [
-            Outcome.HIT if there and (layout, key) not in refused else Outcome.MISS
+        if held is None:
+            return [Outcome.FAILED] * len(keys)
+        outcomes = [
+            Outcome.HIT if there and (layout, key) not in self._damaged else Outcome.MISS
             for key, there in zip(keys, held, strict=True)
         ]
+        with self._lock:
+            for key, outcome in zip(keys, outcomes, strict=True):
+                if outcome is Outcome.MISS:
+                    self._known.pop((layout, key), None)
+        return outcomes
 
     def holds(self, layout: LayoutId, keys: Sequence[BlockKey]) -> Bitmap:
         """See `Tier.holds`; here it is one round trip, and False for all where there is no answer."""
@@ -144,7 +161,7 @@ class RedisTier:
 
     def known(self, layout: LayoutId, keys: Sequence[BlockKey]) -> Bitmap:
         """See `SharedTier.known`."""
-        since = self._clock.now() - self._space.ttl_seconds / 2
+        since = self._clock.now() - min(KNOWN_SECONDS, self._space.ttl_seconds / 4)
         known, flying = self._known, self._flying
         return [known.get((layout, key), NEVER) > since or (layout, key) in flying for key in keys]
 
@@ -197,8 +214,7 @@ class RedisTier:
 
     def usage(self) -> Usage:
         """See `Tier.usage`: values of this namespace, of all who share it, as of our last write. Asks nobody."""
-        blocks, held = self._held
-        return Usage(blocks, min(held, self._space.capacity_bytes), self._space.capacity_bytes)
+        return Usage(*self._held, self._space.capacity_bytes)
 
     def found(self) -> Sequence[Found]:
         """See `Tier.found`: others may have it changed at any time, so nothing is taken over."""
@@ -207,7 +223,7 @@ class RedisTier:
     def wait_idle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is queued or being written; False if `seconds` passed first."""
         with self._lock:
-            return self._lock.wait_for(lambda: not (self._queued_bytes or self._refused or self._touches), seconds)
+            return self._lock.wait_for(lambda: not (self._queued_bytes or self._deletions or self._touches), seconds)
 
     def wait_up(self, seconds: float | None = None) -> bool:
         """Wait until the server answers; False if `seconds` passed first."""
@@ -222,12 +238,22 @@ class RedisTier:
             assert len(self._known) <= KNOWN_MAX, "too many are remembered"
 
     def close(self) -> None:
-        """See `Tier.close`. A server that does not answer is given up on after a few seconds."""
+        """See `Tier.close`. A server that does not answer is given up on after a moment: what waits is FAILED then."""
         with self._lock:
             self._closing = True
             self._lock.notify_all()
         self._thread.join(CLOSE_SECONDS_MAX)
+        self._fail_queued()
+        line = self._line
+        if line is not None:
+            line.end()
         self._links.close()
+
+    def _wait_tried(self, seconds: float) -> PermissionError | None:
+        """Wait for the first attempt to connect. It is made by the keeper, as looking up a name may take any time."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._tried, seconds)
+        return self._denied
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -267,7 +293,7 @@ class RedisTier:
         if isinstance(got, Refusal):
             self._tell(got)
             return Outcome.CORRUPT if got.code == "WRONGTYPE" else Outcome.FAILED
-        if (layout, key) in self._refused:
+        if (layout, key) in self._damaged:
             return Outcome.MISS
         header = read_header(page) if got == frame_bytes(length) else None
         if header is None or (header.key, header.layout, header.length_bytes) != (key, layout, length):
@@ -287,26 +313,27 @@ class RedisTier:
                     self._remember(name, now)
                 elif outcome in {Outcome.MISS, Outcome.CORRUPT}:
                     self._known.pop(name, None)
-                if outcome is Outcome.CORRUPT and len(self._refused) < REFUSED_MAX:
-                    self._refused[name] = None
-            if self._touches or self._refused:
+                if outcome is Outcome.CORRUPT and len(self._damaged) < DAMAGED_MAX:
+                    self._damaged.add(name)
+                    self._deletions.append(name)
+            if self._touches or self._deletions:
                 self._lock.notify_all()
 
-    def _exist(self, link: Link, layout: LayoutId, keys: Sequence[BlockKey], deadline: float) -> Bitmap:
-        """Which values there are: one pipelined round trip. Raises OSError, also where the server refuses."""
+    def _exist(self, link: Link, layout: LayoutId, keys: Sequence[BlockKey], deadline: float) -> Bitmap | None:
+        """Which values there are: one pipelined round trip. None where the server refuses. Raises OSError."""
         link.send([b"".join(encode(b"EXISTS", self._space.value(layout, key)) for key in keys)], deadline)
         replies = [link.reply(deadline) for _ in keys]
         for reply in replies:
             if isinstance(reply, Refusal):
                 self._tell(reply)
-                raise OSError(reply.text)
+                return None
         return [reply == 1 for reply in replies]
 
     def _no_link(self) -> Outcome:
-        return Outcome.LATE if self._links.up else Outcome.FAILED
+        return Outcome.PENDING if self._links.up else Outcome.FAILED
 
     def _gone(self, error: OSError) -> Outcome:
-        self._tell(Refusal(str(error), str(error)))
+        self._tell(Refusal(type(error).__name__, str(error)))
         return Outcome.LATE if isinstance(error, TimeoutError) else Outcome.FAILED
 
     # -- writing: the keeper's own -------------------------------------------------------------------------------------
@@ -315,14 +342,21 @@ class RedisTier:
         try:
             while self._wait_for_work():
                 try:
-                    self._mend()
                     self._work()
-                except OSError as error:
+                    self._mend()
+                except PermissionError as error:
+                    self._denied = error
                     self._gone(error)
-                    self._disconnect()
+                except OSError as error:  # of the writer's line: whether the links are well is another question
+                    self._gone(error)
+                    self._cut()
+                    self._ping_at = NEVER
                 except Exception:  # a defect must not end this thread: nobody would connect or write any more
                     LOG.exception("redis tier: a round of writing failed")
                     self._disconnect()
+                with self._lock:
+                    self._tried = True
+                    self._lock.notify_all()
         finally:
             self._fail_queued()
             self._cut()
@@ -339,7 +373,7 @@ class RedisTier:
         return self._ping_at if self._line is not None and self._links.whole else self._retry_at
 
     def _has_work(self) -> bool:
-        waiting = self._writes or self._refused or self._touches
+        waiting = self._writes or self._deletions or self._touches
         return self._closing or bool(waiting and self._line is not None)
 
     def _mend(self) -> None:
@@ -352,6 +386,7 @@ class RedisTier:
         else:
             self._ping_at = now + PING_SECONDS
             self._links.ping(self._wait_seconds)
+            self._see_that_it_answers()
 
     def _reconnect(self) -> None:
         """Connect what is not connected. Where links were lost, the line of the writer is likely to be lost as well."""
@@ -382,7 +417,7 @@ class RedisTier:
 
     def _connect(self, gap_seconds: float | None = None) -> Link:
         deadline = self._clock.now() + CONNECT_SECONDS_MAX
-        link = resp.connect(self._address, now=self._clock.now, deadline=deadline)
+        link = resp.connect(self._address, now=self._clock.now, deadline=deadline, tls=self._tls)
         link.gap_seconds = gap_seconds or self._wait_seconds
         return link
 
@@ -410,13 +445,10 @@ class RedisTier:
             self._fail_queued()
             return
         with self._lock:
-            refused, touches = list(self._refused), list(self._touches)
-            self._touches = {}
-        if refused:
-            self._delete(line, refused, self._clock.now() + WRITE_SECONDS_MAX)
-            with self._lock:
-                for name in refused:
-                    self._refused.pop(name, None)
+            deletions, touches = self._deletions, list(self._touches)
+            self._deletions, self._touches = [], {}
+        if deletions:
+            self._delete(line, deletions, self._clock.now() + WRITE_SECONDS_MAX)
         if touches:
             self._run(line, self._space.touch(touches), self._clock.now() + WRITE_SECONDS_MAX)
         with self._lock:
@@ -434,13 +466,22 @@ class RedisTier:
         try:
             keys = [write.keys[at] for at in write.wanted]
             there = self._exist(line, write.layout, keys, deadline)
+            if there is None:
+                return
             outcomes.update((at, Outcome.HIT) for at, held in zip(write.wanted, there, strict=True) if held)
+            self._have_live_on(write, list(outcomes))
             lacking = [at for at, held in zip(write.wanted, there, strict=True) if not held]
             for start in range(0, len(lacking), step):
                 part = lacking[start : start + step]
                 outcomes.update(zip(part, self._write_part(line, write, part, deadline), strict=True))
         finally:
             self._end(write, outcomes)
+
+    def _have_live_on(self, write: _Write, positions: Sequence[int]) -> None:
+        """What the server has already is used by us as well."""
+        with self._lock:
+            room = TOUCHES_MAX - len(self._touches)
+            self._touches |= {(write.layout, write.keys[at]): None for at in positions[:room]}
 
     def _write_part(self, line: Link, write: _Write, part: Sequence[int], deadline: float) -> list[Outcome]:
         """One transaction: account for the blocks, making room, and set their values. Raises OSError."""
@@ -479,6 +520,7 @@ class RedisTier:
                 self._flying.discard(name)
                 if outcome is Outcome.HIT:
                     self._remember(name, now)
+                    self._damaged.discard(name)
             self._queued_bytes -= write.nbytes
             self._lock.notify_all()
         write.job.set_done()
@@ -486,10 +528,13 @@ class RedisTier:
     def _delete(self, link: Link, names: Sequence[Name], deadline: float) -> int:
         """Delete values. Returns how many there were. Raises OSError."""
         reply = self._run(link, self._space.forget(names), deadline)
+        done = self._count(reply)
         with self._lock:
             for name in names:
                 self._known.pop(name, None)
-        return reply[2] if isinstance(reply, list) and self._count(reply) and isinstance(reply[2], int) else 0
+            if done:
+                self._damaged.difference_update(names)
+        return done[2] if done else 0
 
     def _run(self, link: Link, command: bytes, deadline: float) -> Reply:
         link.send([command], deadline)
@@ -498,15 +543,13 @@ class RedisTier:
             self._tell(reply)
         return reply
 
-    def _count(self, reply: Reply) -> bool:
-        """Take over what a script says is held now: values, and their bytes. False if it says something else."""
-        if not isinstance(reply, list) or not all(isinstance(part, int) for part in reply):
-            return False
-        blocks, held = reply[:2]
-        assert isinstance(blocks, int)
-        assert isinstance(held, int)
-        self._held = (blocks, held)
-        return True
+    def _count(self, reply: Reply) -> list[int]:
+        """What a script says: values held now, their bytes, and how many it deleted. Empty if it says anything else."""
+        numbers = [part for part in reply if isinstance(part, int)] if isinstance(reply, list) else []
+        if len(numbers) != scripts.NUMBERS:
+            return []
+        self._held = (numbers[0], numbers[1])
+        return numbers
 
     # -- both ----------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 Per namespace a sorted set names every value, ordered by when it expires; a hash says how large the values of a layout
 are, and a counter what all of them take. Only these scripts change them, and the server runs one script at a time: the
-cap holds however many engines write. What the server evicted by itself counts until it would have expired, so the sum
-may be too high, never too low.
+cap holds however many engines write. What the server evicted by itself counts until it would have expired. Should it
+evict these three keys, which every write uses, the sum begins anew, and values that nobody counts expire in their time.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local known, gone = {}, 0
 local function size(name)
   local layout = string.sub(name, 1, 32)
-  if not known[layout] then
-    known[layout] = tonumber(redis.call('HGET', sizes, layout) or redis.call('STRLEN', prefix .. name))
-  end
-  return known[layout]
+  if not known[layout] then known[layout] = tonumber(redis.call('HGET', sizes, layout) or '0') end
+  return known[layout] > 0 and known[layout] or redis.call('STRLEN', prefix .. name)
 end
 local held = tonumber(redis.call('GET', used) or '-1')
 if held < 0 or redis.call('EXISTS', index) == 0 then
@@ -69,12 +67,15 @@ end
 """
 _END = b"""
 redis.call('SET', used, string.format('%.0f', held))
-for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ttl + 3600000) end
+for _, key in ipairs(KEYS) do
+  if redis.call('PTTL', key) < ttl + 3600000 then redis.call('PEXPIRE', key, ttl + 3600000) end
+end
 return {redis.call('ZCARD', index), held, gone}
 """
 RESERVE = _BEGIN + _EXPIRE + _RESERVE + _END
 FORGET = _BEGIN + _FORGET + _END
 TOUCH = _BEGIN + _TOUCH + _END
+NUMBERS = 3
 """Each answers with the values that are held now, their bytes, and how many values it deleted."""
 
 

@@ -10,6 +10,7 @@ close it. Every length is checked before memory is taken for it. Works with Redi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import ssl
@@ -26,7 +27,7 @@ LINE_BYTES_MAX = 8192
 BULK_BYTES_MAX = 64 << 10
 """The longest value that `reply` takes; larger ones go through `value_into`, to memory that the caller has."""
 
-ARRAY_MAX, DEPTH_MAX = 4096, 4
+ARRAY_MAX, INNER_ARRAY_MAX, DEPTH_MAX = 4096, 16, 2
 BUFFERS_MAX = 1000  # the kernel takes 1,024 per call
 PORT_DEFAULT = 6379
 DIGITS_MAX = 19
@@ -54,15 +55,16 @@ class Address:
         try:
             parts = urlsplit(url)
             port, host = parts.port or PORT_DEFAULT, parts.hostname or ""
-        except ValueError as error:
-            raise SettingsError(f"the address of the Redis server cannot be read: {error}", hint=hint) from None
+            host.encode("idna")
+        except ValueError:  # what it says may quote a part of a password
+            raise SettingsError("the address of the Redis server cannot be read", hint=hint) from None
         if parts.password:
             hint = "put the password into a file that only this user can read, and name it in redis_password_file"
             raise SettingsError("a password in redis_url would be shown wherever settings are", hint=hint)
         unix = parts.scheme == "unix"
         database = "" if unix else parts.path.strip("/")
-        known = parts.scheme in {"redis", "rediss", "unix"} and bool(parts.path if unix else host)
-        if not known or (database and not database.isdecimal()):
+        known = parts.scheme in {"redis", "rediss", "unix"} and bool(parts.path and not host if unix else host)
+        if not known or parts.query or parts.fragment or (database and not database.isdecimal()):
             raise SettingsError(f"{url!r} is not the address of a Redis server", hint=hint)
         path = unquote(parts.path) if unix else ""
         user, tls = unquote(parts.username or ""), parts.scheme == "rediss"
@@ -77,6 +79,12 @@ class Refusal:
     text: str
 
 
+def _refusal(line: bytes) -> Refusal:
+    """Without what some servers quote of the command: it may be a password, or a key."""
+    text = line.decode(errors="replace").partition(", with args")[0]
+    return Refusal(text.partition(" ")[0], text)
+
+
 Reply = int | bytes | Refusal | list["Reply"] | None
 
 
@@ -85,10 +93,20 @@ def encode(*parts: bytes) -> bytes:
     return b"".join([b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)])
 
 
-def connect(address: Address, *, now: Callable[[], float], deadline: float) -> Link:
-    """A link that has answered. Raises OSError; PermissionError where the server refuses user or password."""
+def tls_of(address: Address) -> ssl.SSLContext | None:
+    """What checks the server's certificate; None without TLS. Raises OSError where the CA file cannot be read."""
+    if not address.tls:
+        return None
+    return ssl.create_default_context(cafile=None if address.ca_file is None else str(address.ca_file))
+
+
+def connect(address: Address, *, now: Callable[[], float], deadline: float, tls: ssl.SSLContext | None = None) -> Link:
+    """A link that has answered. Raises OSError; PermissionError where the server refuses user or password.
+
+    Looking up a host's name takes as long as it takes: the deadline counts from there on.
+    """
     seconds = max(SECONDS_MIN, deadline - now())
-    link = Link(_socket(address, seconds), now=now, gap_seconds=seconds)
+    link = Link(_socket(address, seconds, tls), now=now, gap_seconds=seconds)
     try:
         if address.password is not None:
             user = [address.user.encode()] if address.user else []
@@ -102,7 +120,7 @@ def connect(address: Address, *, now: Callable[[], float], deadline: float) -> L
     return link
 
 
-def _socket(address: Address, seconds: float) -> socket.socket:
+def _socket(address: Address, seconds: float, tls: ssl.SSLContext | None) -> socket.socket:
     if address.path:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -115,10 +133,8 @@ def _socket(address: Address, seconds: float) -> socket.socket:
     sock = socket.create_connection((address.host, address.port), timeout=seconds)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not address.tls:
-            return sock
-        context = ssl.create_default_context(cafile=None if address.ca_file is None else str(address.ca_file))
-        return context.wrap_socket(sock, server_hostname=address.host)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock if tls is None else tls.wrap_socket(sock, server_hostname=address.host)
     except BaseException:
         sock.close()
         raise
@@ -129,7 +145,7 @@ def _expect_ok(link: Link, deadline: float, *command: bytes) -> None:
     reply = link.reply(deadline)
     if not isinstance(reply, Refusal):
         return
-    if reply.code in {"NOAUTH", "WRONGPASS", "NOPERM"} or command[0] == b"AUTH":
+    if reply.code in {"NOAUTH", "WRONGPASS", "NOPERM"} or "password" in reply.text:
         raise PermissionError(errno.EACCES, reply.text)
     raise OSError(errno.EPROTO, reply.text)
 
@@ -137,7 +153,19 @@ def _expect_ok(link: Link, deadline: float, *command: bytes) -> None:
 class Link:
     """One connection, used by one thread at a time. Requests are answered in their order."""
 
-    __slots__ = ("_ahead", "_now", "_raw", "_scatters", "_seconds", "_sock", "_start", "_stop", "gap_seconds", "usable")
+    __slots__ = (
+        "_ahead",
+        "_now",
+        "_raw",
+        "_scatters",
+        "_seconds",
+        "_sock",
+        "_start",
+        "_stop",
+        "gap_seconds",
+        "silent",
+        "usable",
+    )
 
     def __init__(self, sock: socket.socket, *, now: Callable[[], float], gap_seconds: float) -> None:
         """`now` is the clock of all deadlines. No wait for the next byte lasts longer than `gap_seconds`."""
@@ -151,13 +179,19 @@ class Link:
         self._seconds = -1.0  # the socket's timeout
         self.usable = True
         """False once it is closed, or stands in the middle of a reply."""
+        self.silent = False
+        """True once most of a gap passed without a byte: it is the server that is slow, not the caller in a hurry."""
 
     def send(self, buffers: Sequence[bytes | memoryview], deadline: float) -> None:
         """Send all of it. Raises OSError."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while views:
             self._be_patient(deadline)
-            sent = self._sock.sendmsg(views[:BUFFERS_MAX]) if self._scatters else self._sock.send(views[0])
+            try:
+                sent = self._sock.sendmsg(views[:BUFFERS_MAX]) if self._scatters else self._sock.send(views[0])
+            except TimeoutError:
+                self.silent = self._seconds > self.gap_seconds / 2
+                raise
             views, _ = _behind(views, sent)
 
     def reply(self, deadline: float, *, depth: int = 0) -> Reply:
@@ -169,8 +203,7 @@ class Link:
         if kind == b":":
             return _number(rest)
         if kind == b"-":
-            text = rest.decode(errors="replace")
-            return Refusal(text.partition(" ")[0], text)
+            return _refusal(rest)
         size = _number(rest)
         if size < 0 and kind in b"$*":
             return None
@@ -178,7 +211,7 @@ class Link:
             value = bytearray(size + 2)
             self._fill([memoryview(value)], deadline)
             return bytes(_ended(value))
-        if kind == b"*" and size <= ARRAY_MAX and depth < DEPTH_MAX:
+        if kind == b"*" and size <= (INNER_ARRAY_MAX if depth else ARRAY_MAX) and depth < DEPTH_MAX:
             return [self.reply(deadline, depth=depth + 1) for _ in range(size)]
         raise _broken("a reply that is too large, or none")
 
@@ -190,8 +223,7 @@ class Link:
         """
         line = self._line(deadline)
         if line[:1] == b"-":
-            text = line[1:].decode(errors="replace")
-            return Refusal(text.partition(" ")[0], text)
+            return _refusal(line[1:])
         if line[:1] != b"$":
             raise _broken("another reply than a value")
         size, wanted = _number(line[1:]), sum(len(view) for view in views)
@@ -210,6 +242,12 @@ class Link:
         """Let go of it. A second call does nothing."""
         self.usable = False
         self._sock.close()
+
+    def end(self) -> None:
+        """From another thread than the one that uses it: whatever that one waits for fails now. Close it there."""
+        self.usable = False
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -238,7 +276,7 @@ class Link:
 
     def _fill(self, views: Sequence[memoryview], deadline: float) -> None:
         """Fill all of `views`: with what was received ahead, then from the socket, which brings what follows too."""
-        left = self._drain(views) if self._stop > self._start else list(views)
+        left = self._drain(views) if self._stop > self._start else [view for view in views if len(view)]
         while left:
             more = [self._ahead] if len(left) < BUFFERS_MAX else []
             got = self._receive([*left[:BUFFERS_MAX], *more], deadline)
@@ -258,7 +296,11 @@ class Link:
 
     def _receive(self, views: list[memoryview], deadline: float) -> int:
         self._be_patient(deadline)
-        got = self._sock.recvmsg_into(views)[0] if self._scatters else self._sock.recv_into(views[0])
+        try:
+            got = self._sock.recvmsg_into(views)[0] if self._scatters else self._sock.recv_into(views[0])
+        except TimeoutError:
+            self.silent = self._seconds > self.gap_seconds / 2
+            raise
         if not got:
             raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         return got
