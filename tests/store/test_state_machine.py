@@ -37,7 +37,7 @@ from thermocline.tiers.disk import DiskTier
 from thermocline.tiers.memory import MemoryTier
 from thermocline.tiers.redis import RedisTier
 from thermocline.tiers.redis_scripts import Space
-from thermocline.tiers.tier import Outcome
+from thermocline.tiers.tier import GONE, Found, Outcome
 from thermocline.wire.resp import Address
 
 MEMORY_BLOCKS = 24
@@ -260,6 +260,14 @@ def test_damage_of_one_layout_does_not_reach_another(make_store):
     flip_in_memory(store, PATHS[0][3], LAYOUTS[0])
     assert ask(store, PATHS[0], LAYOUTS[0]).blocks == 3
     assert ask(store, PATHS[0], LAYOUTS[1]).blocks == 0
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="`Found.rooted` looks GONE up as a position")
+def test_an_orphan_alone_is_left_out():
+    """A disk that holds nothing but one block without its parent can be opened, and that block is no use."""
+    one = np.array([1.0])
+    found = Found(LAYOUTS[0].id, {PATHS[0][1]: 0}, np.array([GONE]), 2 * one.astype(np.int64), one)
+    assert not found.rooted().any()
 
 
 @pytest.fixture(scope="module", autouse=True)
