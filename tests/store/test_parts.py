@@ -66,7 +66,6 @@ def test_one_request_tries_at_a_time():
     assert breaker.allows(3.5)
 
 
-@given(events=st.lists(st.tuples(st.sampled_from(["failed", "succeeded", "trying"]), st.floats(0, 100)), max_size=40))
 def test_failures_of_one_moment_count_once():
     """Many requests that fail of one hiccup do not each double the time that a tier is left alone."""
     breaker = Breaker()
@@ -77,6 +76,7 @@ def test_failures_of_one_moment_count_once():
     assert not breaker.allows(12.0 + OPEN_SECONDS_MIN)
 
 
+@given(events=st.lists(st.tuples(st.sampled_from(["failed", "succeeded", "trying"]), st.floats(0, 100)), max_size=40))
 def test_a_breaker_never_stays_open_for_ever(events):
     """Whatever happened, a tier is tried again after the longest time that a breaker stays open."""
     breaker, now = Breaker(), 0.0
