@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.redis_server import RedisServer
 from tests.store.making import LAYOUT, ask, chain, save
 from thermocline.build import store_from
 from thermocline.clock import ManualClock
@@ -41,6 +42,50 @@ def test_memory_and_disk(tmp_path):
     assert ask(again, chain("prompt", 4)).by_tier == {"disk": 4}
     again.check_integrity()
     again.close()
+
+
+def test_redis(tmp_path):
+    """With an address of Redis its beginnings go there, as the settings say, and another store finds them."""
+    secret = tmp_path / "secret"
+    secret.write_text("word\n")
+    with RedisServer(tmp_path) as server:
+        server.config("requirepass", "word")
+        shared = {
+            "redis_url": server.url,
+            "redis_password_file": secret,
+            "redis_namespace": "team",
+            "redis_bytes": 8 * MIB,
+            "redis_ttl_seconds": 600.0,
+            "redis_prefix_tokens": 64,
+            "redis_gain_min": 0.0,
+            "redis_wait_seconds": 30.0,
+            "tokens_per_block": 16,
+        }
+        first, second = store_from(small(**shared)), store_from(small(**shared))
+        keys = chain("prompt", 6)
+        save(first, keys)
+        assert ask(second, keys).by_tier == {"redis": 4}
+        assert second.usage()["redis"].capacity_bytes == 8 * MIB
+        first.close()
+        second.close()
+
+
+def test_redis_that_cannot_be_used(tmp_path):
+    """A wrong password, or a share too small for one block, is an error with a hint, and the disk is free again."""
+    secret = tmp_path / "secret"
+    secret.write_text("wrong\n")
+    with RedisServer(tmp_path) as server:
+        server.config("requirepass", "word")
+        disk = tmp_path / "disk"
+        for error, settings in (
+            (TierError, {"redis_url": server.url, "redis_password_file": secret}),
+            (SettingsError, {"redis_url": server.url, "redis_prefix_tokens": 16}),
+            (SettingsError, {"redis_url": "redis://:word@127.0.0.1"}),
+        ):
+            with pytest.raises(error) as raised:
+                store_from(small(disk, **settings))
+            assert raised.value.hint
+    store_from(small(disk)).close()
 
 
 def test_every_setting_of_the_store_is_used():

@@ -83,6 +83,11 @@ def _colder(settings: Settings, clock: Clock, opened: ExitStack) -> Iterator[Tie
 
 
 def _space(settings: Settings) -> Space:
+    if settings.redis_prefix_tokens < settings.tokens_per_block:
+        text = (
+            f"redis_prefix_tokens is {settings.redis_prefix_tokens}, less than a block of {settings.tokens_per_block}"
+        )
+        raise SettingsError(f"{text} tokens: nothing would be kept", hint="raise it, or leave redis_url out")
     return Space(
         settings.redis_namespace.encode(),
         settings.redis_bytes,

@@ -36,6 +36,7 @@ class Told(msgspec.Struct, frozen=True):
     tokens: tuple[int, ...] = ()
     cached_tokens: int = 0
     first_token_seconds: float = 0.0
+    match_seconds: float = 0.0
     reasons: tuple[Reason, ...] = ()
 
 
@@ -114,7 +115,8 @@ def serve(asked: IO[str], told: IO[str]) -> None:
             result = engine.generate(ask.tokens, ask.new_tokens, save=ask.save)
             missing = result.receipt.missing if result.receipt else ()
             reasons = tuple(dict.fromkeys(part.reason for part in missing if part.reason is not Reason.TAIL))
-            tell(Told(result.tokens, result.cached_tokens, result.first_token_seconds, reasons))
+            matching = result.receipt.match_seconds if result.receipt else 0.0
+            tell(Told(result.tokens, result.cached_tokens, result.first_token_seconds, matching, reasons))
 
 
 if __name__ == "__main__":
