@@ -58,7 +58,7 @@ def test_redis(tmp_path):
             "redis_ttl_seconds": 600.0,
             "redis_prefix_tokens": 64,
             "redis_gain_min": 0.0,
-            "redis_wait_seconds": 30.0,
+            "redis_wait_seconds": 10.0,
             "tokens_per_block": 16,
         }
         first, second = store_from(small(**shared)), store_from(small(**shared))
