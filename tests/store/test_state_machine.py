@@ -262,7 +262,6 @@ def test_damage_of_one_layout_does_not_reach_another(make_store):
     assert ask(store, PATHS[0], LAYOUTS[1]).blocks == 0
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="`Found.rooted` looks GONE up as a position")
 def test_an_orphan_alone_is_left_out():
     """A disk that holds nothing but one block without its parent can be opened, and that block is no use."""
     one = np.array([1.0])

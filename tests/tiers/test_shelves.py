@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thermocline.blocks.slots import FIRST_GENERATION, Slot
 from thermocline.tiers.journal import ADD, Row, make
 from thermocline.tiers.shelves import Places, Shelf, by_segment, place_of, position, recorded, shallowest, slot_at
-from thermocline.tiers.tier import FIRST, GONE
+from thermocline.tiers.tier import FIRST, GONE, Found
 
 PAGE = 4096
 SEGMENT = 16 * PAGE
@@ -109,6 +111,29 @@ def test_parents():
     names = {FIRST: 0, GONE: 99, **dict(enumerate(order))}
     assert {number: names[at] for number, at in zip(order, found.parents.tolist(), strict=True)} == parents
     assert found.depths.tolist() == [depths[number] for number in order]
+
+
+@given(st.lists(st.tuples(st.integers(-2, 7), st.integers(1, 3)), max_size=8))
+def test_what_hangs_together(rows):
+    """Whatever is found, exactly the blocks with an unbroken path to a first block are rooted, and they stay whole."""
+    parents = [parent if parent < len(rows) else GONE for parent, _ in rows]
+    depths = [depth for _, depth in rows]
+
+    def reaches(at):
+        if parents[at] in {FIRST, GONE}:
+            return parents[at] == FIRST and depths[at] == 1
+        return depths[at] == depths[parents[at]] + 1 and reaches(parents[at])
+
+    positions = {_key(at): at for at in range(len(rows))}
+    found = Found(A, positions, np.array(parents, np.int64), np.array(depths, np.int64), np.arange(len(rows)) / 2)
+    expected = [at for at in range(len(rows)) if reaches(at)]
+    assert np.flatnonzero(found.rooted()).tolist() == expected
+    part = found.only(found.rooted())
+    assert part.keys == [_key(at) for at in expected]
+    assert part.rooted().all()
+    assert part.stored_wall_seconds.tolist() == [at / 2 for at in expected]
+    for at, parent in zip(expected, part.parents.tolist(), strict=True):
+        assert (part.keys[parent] if parent >= 0 else parent) == (_key(parents[at]) if parents[at] >= 0 else FIRST)
 
 
 def test_by_segment():

@@ -82,12 +82,12 @@ class Found:
 
     def rooted(self) -> NDArray[np.bool_]:
         """Which blocks have all their ancestors here, each one less deep than the one below it."""
-        above = np.where(self.parents >= 0, self.depths[self.parents], 0) if len(self.parents) else self.depths
+        above = np.where(self.parents >= 0, self.depths[np.maximum(self.parents, 0)], 0)
         jump = np.where(above + 1 == self.depths, self.parents, GONE)
         if (jump != GONE).all():
             return np.ones(len(jump), bool)
         while (jump >= 0).any():  # twice as far each time
-            jump = np.where(jump >= 0, jump[jump], jump)
+            jump = np.where(jump >= 0, jump[np.maximum(jump, 0)], jump)
         rooted: NDArray[np.bool_] = jump == FIRST
         return rooted
 
@@ -96,7 +96,7 @@ class Found:
         keys = [key for key, stays in zip(self.positions, some.tolist(), strict=True) if stays]
         number = np.where(some, np.cumsum(some) - 1, GONE)
         above = self.parents[some]
-        parents = np.where(above >= 0, number[above], above)
+        parents = np.where(above >= 0, number[np.maximum(above, 0)], above)
         columns = (parents, self.depths[some], self.stored_wall_seconds[some])
         return Found(self.layout, dict(zip(keys, range(len(keys)), strict=True)), *columns)
 
