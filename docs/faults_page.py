@@ -81,13 +81,16 @@ FAULTS = {
     ),
     "index damaged": Row("index log or snapshot is damaged or missing", "", "", {"memory": NO_FILE}),
     "killed while writing": Row(
-        "kill -9 while it writes",
+        "kill -9, or a cut connection, while it writes",
         "in-place writes: 59 torn visible files in 100 kills (the technique, measured)",
         "temporary file and rename: 0 torn, 94 left-over files in 100 kills (the technique, measured)",
         {"memory": IN_PROCESS},
     ),
     "power loss": Row(
-        "power is lost between any two writes", "no fsync (read)", "no fsync (read)", {"memory": NO_FILE}
+        "power is lost between any two writes",
+        "no fsync (read)",
+        "no fsync (read)",
+        {"memory": NO_FILE, "redis": "the server's matter"},
     ),
     "full": Row(
         "the medium is full",
