@@ -415,8 +415,9 @@ class DiskTier:
     def _settle(self, unsynced: Sequence[Write]) -> None:
         """One sync for a group of writes: durable, or taken back."""
         try:
-            names = [self._journal.sync, self._segments.sync_names] if unsynced else []
-            self._crew.run([*names, *(partial(self._segments.sync, number) for number in _segments_of(unsynced))])
+            tasks = [self._journal.sync] if unsynced else []
+            tasks += [self._segments.sync_names] if unsynced and self._segments.names_unsynced else []
+            self._crew.run([*tasks, *(partial(self._segments.sync, number) for number in _segments_of(unsynced))])
         except OSError as error:
             LOG.warning("disk tier: a sync failed: %s", error)
             for write in unsynced:

@@ -46,7 +46,7 @@ class Segments:
         self._path = path
         self.segment_bytes = segment_bytes
         self._fds: dict[int, int] = {}
-        self._names_unsynced = False
+        self.names_unsynced = False
 
     def existing(self) -> list[int]:
         """Numbers of the segment files that are there, whole or cut; foreign names are left alone."""
@@ -83,7 +83,7 @@ class Segments:
                 path.unlink(missing_ok=True)
             raise
         self._fds[number] = fd
-        self._names_unsynced |= fresh
+        self.names_unsynced |= fresh
 
     def open_cut(self, number: int) -> int:
         """Open a segment as it is, however short. Returns its length in bytes. Raises OSError."""
@@ -121,9 +121,9 @@ class Segments:
 
     def sync_names(self) -> None:
         """Make the names of new segments durable. Raises OSError."""
-        if self._names_unsynced:
+        if self.names_unsynced:
             sync_directory(self._path)
-            self._names_unsynced = False
+            self.names_unsynced = False
 
     def close(self) -> None:
         """Let go of all files."""
