@@ -17,12 +17,17 @@ from thermocline.errors import BenchError
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What `bench list` says of a bench. Its module, `bench.NAME` with _ for -, has `run(progress) -> Report`."""
+    """What `bench list` says of a bench. Its module has `run(progress) -> Report`."""
 
     name: str
     answers: str
     cost_seconds: int
     engine: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module's name below `bench`."""
+        return self.name.replace("-", "_")
 
 
 BENCHES = {
@@ -53,7 +58,7 @@ def main(name: str, json_output: bool, save: bool) -> int:  # noqa: FBT001  # th
         raise BenchError(f"no bench {name}", hint=hint)
     if entry.engine and importlib.util.find_spec("torch") is None:
         raise BenchError(f"bench {name} runs a model, and torch is not installed", hint="run `make engine` first")
-    result = harness.measure(name, importlib.import_module(f"bench.{name.replace('-', '_')}").run)
+    result = harness.measure(name, importlib.import_module(f"bench.{entry.module}").run)
     if save:
         harness.save(result)
     print(harness.to_json(result) if json_output else harness.to_text(result))

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from bench import harness, keys, match, recovery, start, tiers_disk, tiers_memory
+from bench import harness, keys, match, recovery, redis_tier, start, tiers_disk, tiers_memory
 from bench.harness import Progress
+from thermocline.demo import local_redis
 
 MIB = 1024 * 1024
 
@@ -53,6 +54,15 @@ def test_recovery(monkeypatch, progress):
     monkeypatch.setattr(recovery, "BLOCKS", 5_000)
     monkeypatch.setenv("PYTHONPATH", str(harness.ROOT / "src"))
     _is_sound(recovery.run(progress))
+
+
+def test_redis_tier(monkeypatch, progress):
+    """`bench redis-tier` has all arms bring the same bytes from a server of its own."""
+    if local_redis.installed() is None:
+        pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
+    monkeypatch.setattr(redis_tier, "ROUNDS", 1)
+    monkeypatch.setattr(redis_tier, "SIZES", ((4, 64 * 1024, 4.0),))
+    _is_sound(redis_tier.run(progress))
 
 
 def test_memory(monkeypatch, progress):
