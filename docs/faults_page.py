@@ -206,4 +206,8 @@ def _tests(kept: list[dict[str, Any]]) -> list[str]:
         said = f"{each['outcome']}; {each['note']}" if each.get("note") else each["outcome"]
         cells = (each["fault"], each["tier"], test, f"{each['cases']:,}", said, each["date"], each["commit"])
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Times in this table were taken while the machine was busy with other tests: read them as upper bounds.",
+    ]
     return [*lines, "", "`make test-long ARGS=--keep-matrix` runs them all and keeps the outcome."]
