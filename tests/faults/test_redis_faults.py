@@ -213,9 +213,6 @@ def test_wrong_types(server, opened):
     _well_again(tier)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`find` looks into what is damaged after its round trip: it may be deleted by then"
-)
 def test_damage_is_not_found_while_it_is_deleted(server, opened):
     """What a load found damaged is not found any more, also where it is deleted while the question is under way."""
     tier = opened(server.address)

@@ -269,7 +269,6 @@ def test_an_orphan_alone_is_left_out():
     assert not found.rooted().any()
 
 
-@pytest.mark.xfail(strict=True, reason="`Store.save` says HIT of what it held at first, and looks no more")
 def test_what_had_to_go_for_a_save_is_no_hit(make_store):
     """What lies hidden behind a damaged block and goes to make room for it is not called HIT by that save."""
     path = PATHS[0][:4]

@@ -226,6 +226,12 @@ class Store:
                 books.saving -= names
         for at in wanted[taken:]:
             outcomes[at - start] = Outcome.FULL
+        with books.lock:  # what was held at first may have had to go for the rest
+            for at, outcome in enumerate(outcomes, start):
+                if outcome is Outcome.HIT and not books.index.holds(
+                    books.index.node(layout.id, keys[at]), self._warm.name
+                ):
+                    outcomes[at - start] = Outcome.FULL
         books.not_admitted(layout.id, [keys[at] for at in wanted[taken:]])
         self._count_saved(layout, taken, len(wanted) - taken)
         return self._mover.write_down(layout, keys, [keys[at] for at in wanted[:taken]], Job(outcomes))

@@ -135,6 +135,7 @@ class RedisTier:
         deadline = min(deadline, self._clock.now() + self._wait_seconds)
         if not keys:
             return []
+        damaged = [(layout, key) in self._damaged for key in keys]  # now: it may be deleted by the time of the answer
         try:
             with self._links.lent(deadline) as link:
                 if link is None:
@@ -145,8 +146,8 @@ class RedisTier:
         if held is None:
             return [Outcome.FAILED] * len(keys)
         outcomes = [
-            Outcome.HIT if there and (layout, key) not in self._damaged else Outcome.MISS
-            for key, there in zip(keys, held, strict=True)
+            Outcome.HIT if there and not bad and (layout, key) not in self._damaged else Outcome.MISS
+            for key, there, bad in zip(keys, held, damaged, strict=True)
         ]
         with self._lock:
             for key, outcome in zip(keys, outcomes, strict=True):
