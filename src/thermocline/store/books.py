@@ -81,6 +81,17 @@ class Books:
         """A tier of either kind."""
         return self.shared[name] if name in self.shared else self.tiers[name]
 
+    def well(self, name: str, verb: Verb) -> bool:
+        """True while nothing speaks against the tier: what a request relies on. Trials are for the background."""
+        return self._breakers[name, verb].closed
+
+    def on_trial(self, name: str, verb: Verb) -> bool:
+        """True where the tier was left alone for long enough: tried by the caller then, and left alone by others."""
+        if self.well(name, verb) or not self.allows(name, verb):
+            return False
+        self.trying(name, verb)
+        return True
+
     def allows(self, name: str, verb: Verb) -> bool:
         """False while the tier's breaker is open."""
         return self._breakers[name, verb].allows(self.clock.now())

@@ -1,4 +1,4 @@
-"""A breaker per tier: after failures in a row the tier is left alone for a while, then one request tries it."""
+"""A breaker per tier and verb: after failures in a row the tier is left alone for a while, then tried once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ class Breaker:
     open_seconds: float = OPEN_SECONDS_MIN
     opened_at: float = CLOSED
 
+    @property
+    def closed(self) -> bool:
+        """True while nothing speaks against the tier."""
+        return self.open_until == CLOSED
+
     def allows(self, now: float) -> bool:
-        """False while the tier is left alone."""
+        """False while the tier is left alone; then it may be tried."""
         return now >= self.open_until
 
     def trying(self, now: float) -> None:

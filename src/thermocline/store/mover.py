@@ -297,16 +297,21 @@ class Mover:
             job.set_done()
         return job
 
-    def probe(self, name: str, layout: Layout, keys: Sequence[BlockKey]) -> None:
-        """Load the last of these blocks, which a plan declined, in the background, to learn if the tier is still slow.
+    def probe(self, name: str, layout: Layout, keys: Sequence[BlockKey], *, at_once: bool = False) -> None:
+        """Load the last of these blocks in the background, to learn if the tier is still slow, or still fails.
 
-        At most one now and then for each tier. What a plan does not load is not measured, and would be declined for
-        ever after one bad day.
+        At most one now and then for each tier, if not `at_once`. What no plan loads is not measured, and would be
+        declined, or left alone, for ever after one bad day.
         """
         now = self._books.clock.now()
         with self._books.lock:
             waited = now - self._probed_seconds.get(name, -math.inf)
-            if waited < PROBE_SECONDS or self._closing or self._prefetches.qsize() >= PREFETCHES_MAX or not keys:
+            if (
+                (waited < PROBE_SECONDS and not at_once)
+                or self._closing
+                or self._prefetches.qsize() >= PREFETCHES_MAX
+                or not keys
+            ):
                 return
             self._probed_seconds[name] = now
             self._prefetches.put(partial(self._probe, name, layout, tuple(keys[-PROMOTE_BLOCKS:])))

@@ -41,6 +41,8 @@ class Answer:
     held: int
     sure: int = 0
     why: tuple[Reason, str] | None = None
+    probed: int = 0
+    """Blocks before this one may be loaded in the background to see how the tier does; 0 for none."""
 
     def blamed(self, missing: Sequence[Missing]) -> tuple[Missing, ...]:
         """These reasons, with the tier's silence as the reason where it is one."""
@@ -81,7 +83,7 @@ class SharedTiers:
         """Ask for what the store's own tiers lack of this path, where having it would pay: one round trip a tier."""
         with self._books.lock:
             own = self._books.covered(layouts, keys)
-            reach = max((held.blocks for held in own if self._books.allows(held.tier, "load")), default=0)
+            reach = max((held.blocks for held in own if self._books.well(held.tier, "load")), default=0)
         answers: list[Answer] = []
         for tier in self._tiers:
             stop = _beginning(tier, keys)
@@ -99,18 +101,20 @@ class SharedTiers:
         prompt_tokens: int,
     ) -> Answer:
         start, stop = part
-        held = sure = start
         why = self._why_not_ask(tier.name, layouts, part, prompt_tokens)
         if why is None:
             started = self._books.clock.now()
             found = [_find(tier, layout, keys[start:stop], started + ASK_SECONDS_MAX) for layout in layouts]
             why = self._judged(tier.name, found, started)
-            held += 0 if why else min(map(_leading_hits, found))
-        if why is not None:
-            known = [tier.known(layout.id, keys[start:stop]) for layout in layouts]
-            all_know = [all(each) for each in zip(*known, strict=True)]
-            sure += all_know.index(False) if False in all_know else len(all_know)
-        return Answer(tier.name, start, stop, held, sure, why)
+            held = start if why else start + min(map(_leading_hits, found))
+            if why is None and (held == start or self._books.well(tier.name, "load")):
+                return Answer(tier.name, start, stop, held)
+            if why is None:  # it answers again, and what it delivers is to be seen yet
+                return Answer(tier.name, start, stop, start, held, (Reason.TIER_DOWN, _set_aside(tier.name)), held)
+        known = [tier.known(layout.id, keys[start:stop]) for layout in layouts]
+        all_know = [all(each) for each in zip(*known, strict=True)]
+        sure = start + (all_know.index(False) if False in all_know else len(all_know))
+        return Answer(tier.name, start, stop, start, sure, why, start + 1 if why[0] is Reason.DECLINED else 0)
 
     def _judged(self, name: str, found: Sequence[Sequence[Outcome]], started: float) -> tuple[Reason, str] | None:
         """What its silence is called, or None where it answered. Only silence that cost time is held against a tier.
@@ -150,7 +154,7 @@ class SharedTiers:
             if books.allows(name, "find") and books.allows(name, "load"):
                 books.trying(name, "find")
                 return None
-        return Reason.TIER_DOWN, f"{name} is set aside after failures, and may hold them"
+        return Reason.TIER_DOWN, _set_aside(name)
 
     # -- offer ---------------------------------------------------------------------------------------------------------
 
@@ -232,6 +236,10 @@ def save_guarded(tier: Tier, layout: LayoutId, keys: Sequence[BlockKey], blocks:
     job = Job([Outcome.FAILED] * len(keys))
     job.set_done()
     return job
+
+
+def _set_aside(name: str) -> str:
+    return f"{name} is set aside after failures, and may hold them"
 
 
 def _beginning(tier: SharedTier, keys: Sequence[BlockKey]) -> int:

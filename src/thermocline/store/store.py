@@ -89,7 +89,7 @@ class Store:
         with books.lock:
             books.expire(now)
             held = books.covered(layouts, keys)
-            up = [tier for tier in held if books.allows(tier.tier, "load") and not self._closed]
+            up = [tier for tier in held if self._relies_on(tier.tier) and not self._closed]
             up += [Covered(answer.tier, answer.held) for answer in answers if answer.held > answer.start]
             plan = make_plan(layouts, keys, prompt_tokens, up, self.costs)
             matched = max((tier.blocks for tier in up), default=0)
@@ -97,15 +97,8 @@ class Store:
             for answer in answers:
                 missing = answer.blamed(missing)
             books.touch(layouts, keys, held, now)
-            for run in plan.runs:
-                books.trying(run.tier, "load")
             lease = books.leases.take(books.pins_for(plan), now)
-        for tier in up:
-            if tier.blocks > plan.blocks and tier.tier != self._warm.name:
-                self._mover.probe(tier.tier, layouts[0], keys[plan.blocks : tier.blocks])
-        for answer in answers:
-            if answer.why is not None and answer.why[0] is Reason.DECLINED:
-                self._mover.probe(answer.tier, layouts[0], keys[answer.start : answer.start + 1])
+        self._probe(layouts[0], keys, plan.blocks, (*held, *(Covered(each.tier, each.probed) for each in answers)))
         seconds = self._clock.now() - now
         self.metrics.count("matches_total")
         self.metrics.count("match_seconds_total", seconds)
@@ -116,6 +109,20 @@ class Store:
             load_seconds_max=min(plan.load_seconds_max, self._load_seconds_max),
             match_seconds=seconds,
         )
+
+    def _probe(self, layout: Layout, keys: Sequence[BlockKey], planned: int, held: Sequence[Covered]) -> None:
+        """Have tiers tried in the background that were declined, or set aside for long enough: no request waits."""
+        for tier in held:
+            if tier.blocks > planned and tier.tier != self._warm.name:
+                with self._books.lock:
+                    set_aside = not self._books.well(tier.tier, "load")
+                    wanted = self._books.on_trial(tier.tier, "load") if set_aside else True
+                if wanted:
+                    self._mover.probe(tier.tier, layout, keys[planned : tier.blocks], at_once=set_aside)
+
+    def _relies_on(self, name: str) -> bool:
+        """Memory of this process is tried by requests; any other tier in trouble in the background."""
+        return self._books.well(name, "load") or (name == self._warm.name and self._books.on_trial(name, "load"))
 
     def release(self, lease: int) -> None:
         """The blocks of a plan may go. A second call does nothing."""
@@ -165,7 +172,7 @@ class Store:
             at = hits.total()
             if at == len(keys) or self._clock.now() >= deadline:
                 break
-            if name != first and not self._books.allows(name, "load"):
+            if name != first and not self._relies_on(name):
                 continue
             outcomes = self._load_from(name, layout, keys[at:], into[at:], deadline)
             hits[name] = _leading_hits(outcomes)
