@@ -91,6 +91,7 @@ def in_another_process(*, first: int = 0, step: int = 1, **settings: str | float
     return answers
 
 
+@pytest.mark.matrix("restart", "redis")
 def test_a_new_process_with_an_empty_disk_answers_from_redis(
     expected: list[tuple[int, ...]], make_engine: MakeEngine, make_store: MakeStore, tmp_path: Path, tiny_folder: Path
 ) -> None:

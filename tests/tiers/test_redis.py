@@ -150,6 +150,7 @@ def test_expired_values_leave_the_books(opened, server):
     assert hits(load(tier, A, chain(1, 5))) == 0
 
 
+@pytest.mark.matrix("index damaged", "redis")
 def test_the_books_are_made_again(opened, server):
     """Where the server evicted a part of the books, sums come from what is left, and never fall below the truth."""
     tier = opened()
