@@ -338,6 +338,24 @@ def test_a_write_that_fails_after_it_was_visible_is_taken_back(make_store):
     assert len(cold.blocks) == 5
 
 
+def test_what_is_lost_before_it_is_entered_is_not_entered(make_store):
+    """A block that a tier lost between storing it and saying so is not held for held: books and tier agree."""
+    cold = ScriptedTier(holding=True)
+    store, keys = make_store(cold), chain("prompt", 4)
+    store.save(LAYOUT, keys, contents(LAYOUT, keys))
+    layout, names, blocks, job = cold.waiting.pop()
+    cold.reserved = 0
+    kept = [(at, block) for at, block in enumerate(blocks) if at != 2]  # another request found this one damaged
+    cold.blocks = {(layout, names[at]): (b"".join(map(bytes, block.pieces)), block.sum) for at, block in kept}
+    job.outcomes[:] = [Outcome.HIT] * 4
+    job.set_visible()
+    job.set_done()
+    assert store.flush(0.0)
+    store.check_integrity()
+    assert store._books.index.covered(LAYOUT.id, keys, "cold") == 2
+    cold.holding = False
+
+
 def test_a_write_whose_beginning_failed_is_taken_back(make_store):
     """Where the beginning of a path could not be written, its end, written meanwhile, does not stay in the way."""
     cold = ScriptedTier(holding=True)

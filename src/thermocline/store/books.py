@@ -146,6 +146,9 @@ class Books:
                     self._forget(name, layout, keys[at:])
                     return at
             self.ghosts.forget(layout, keys)
+            gone = [key for key, there in zip(keys, self.tiers[name].holds(layout, keys), strict=True) if not there]
+            if gone:  # lost before it was entered: whoever found that could not tell us
+                self.lost(layout, gone, [Outcome.MISS] * len(gone), name)
         return len(keys)
 
     def restore(self, tier: Tier) -> None:
