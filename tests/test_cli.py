@@ -150,7 +150,10 @@ def test_interrupt():
     """Ctrl-C exits 130 and prints nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        argv = [sys.executable, "-m", "thermocline", "why", "--url", url]
+        # whoever started the tests may ignore the signal, and children would too
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heard}; from thermocline import cli; cli.main(['why', '--url', {url!r}])"
+        argv = [sys.executable, "-c", code]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             connection, _ = silent.accept()
             with connection:  # which stays unanswered
