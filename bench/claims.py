@@ -52,6 +52,19 @@ def _nothing_reused(found: Kept) -> str:
     return f"{median:+.2f} % CPU time ({low:+.2f} to {high:+.2f})"
 
 
+def _from_redis(found: Kept) -> str:
+    shares = (
+        found["details"]["ratios"][f"{name}: two keys per block / ours"] for name in ("64 x 256 KiB", "24 x 2048 KiB")
+    )
+    small, large = (f"{row['median']:.1f}x" for row in shares)
+    return f"{small} the speed of two keys per block at 256 KiB, {large} at 2 MiB, and verified"
+
+
+def _recovered(found: Kept) -> str:
+    (name, *_) = found["details"]["arms"]
+    return f"{quantity(found['details']['arms'][name]['median'], 's')} until a million blocks can be matched again"
+
+
 def _of_demo(chapter: str) -> Callable[[Kept], str]:
     def figure(found: Kept) -> str:
         shown = {each["name"]: each for each in found["chapters"]}
@@ -85,6 +98,20 @@ CLAIMS = (
         "Finding the blocks is the small part, also for 131,072 tokens. Moving them is what costs.",
     ),
     Row(
+        "redis-tier",
+        '"Redis as a shared tier"',
+        "thermocline bench redis-tier",
+        _from_redis,
+        "Bytes cost what the server's one core takes to move them. Where computing is quicker, nothing is sent.",
+    ),
+    Row(
+        "recovery",
+        "taken for granted: a restart is a cold start",
+        "thermocline bench recovery",
+        _recovered,
+        "With the log in the page cache, as after a restart of the server alone. Blocks are checked when loaded.",
+    ),
+    Row(
         "overhead",
         '"5 to 20x faster with a cache"',
         "thermocline bench overhead",
@@ -104,6 +131,20 @@ CLAIMS = (
         "thermocline demo",
         _of_demo("planted"),
         "A hit rate belongs to a traffic, not to a cache: one timestamp at the top of a prompt makes it zero.",
+    ),
+    Row(
+        "demo",
+        '"why is my hit rate 30 %?"',
+        "thermocline why --summary",
+        _of_demo("summary"),
+        "No peer says why a block was missing. Here every token that was computed has one reason, and they add up.",
+    ),
+    Row(
+        "demo",
+        "taken for granted: when the shared cache hangs, so do requests",
+        "thermocline demo",
+        _of_demo("frozen"),
+        "The first request that finds it silent waits for its bound; the others do not ask until it is back.",
     ),
     Row(
         "demo",
