@@ -120,7 +120,7 @@ def test_words():
         ),
         "  EVICTED             64 tokens    5 %",
         "    was here, and was dropped to make room",
-        "    in 1 requests, such as: left memory 3 min ago (lru)",
+        "    in 1 request, such as: left memory 3 min ago (lru)",
         "  TAIL                21 tokens    2 %",
         "    is always computed: a partial block, or the token that starts the answer",
         (

@@ -133,7 +133,7 @@ def render_summary(summary: Summary, *, bars: bool = False) -> str:
     """
     whole = summary.prompt_tokens
     lines = [
-        f"{summary.requests:,} requests{_period(summary)}",
+        f"{_requests(summary.requests)}{_period(summary)}",
         f"  prompts   {whole:>12,} tokens",
         f"  loaded    {summary.loaded_tokens:>12,} tokens  {_share(summary.loaded_tokens, whole)}: the hit rate",
     ]
@@ -167,7 +167,7 @@ def _told(share: ReasonShare) -> list[str]:
     lines = [_WORDS[share.reason]]
     if share.detail and share.reason is not Reason.TAIL:
         more = f", and {share.alike - 1:,} more like it" if share.alike > 1 else ""
-        lines.append(f"in {share.requests:,} requests, such as: {share.detail}{more}")
+        lines.append(f"in {_requests(share.requests)}, such as: {share.detail}{more}")
     return lines
 
 
@@ -224,6 +224,10 @@ def _explain(missing: Missing, receipt: Receipt) -> str:
 def _tiers(receipt: Receipt) -> str:
     parts = [f"{tokens:,} from {tier}" for tier, tokens in receipt.by_tier.items() if tokens]
     return f": {', '.join(parts)}" if parts else ""
+
+
+def _requests(count: int) -> str:
+    return f"{count:,} request{'' if count == 1 else 's'}"
 
 
 def _share(part: int, whole: int) -> str:
