@@ -1,9 +1,11 @@
 """What the server does for the Redis tier in one step: account for values, make room, forget, let live on.
 
-Per namespace a sorted set names every value, ordered by when it expires; a hash says how large the values of a layout
-are, and a counter what all of them take. Only these scripts change them, and the server runs one script at a time: the
-cap holds however many engines write. What the server evicted by itself counts until it would have expired. Should it
-evict these three keys, which every write uses, the sum begins anew, and values that nobody counts expire in their time.
+Per namespace a sorted set names every value, ordered by when it expires, the deeper ones of a path a little sooner, so
+that they go before their beginnings, also where a path is written in several parts. A hash says how large the values
+of a layout are, and a counter what all of them take. Only these scripts change them, and the server runs one script at
+a time: the cap holds however many engines write. What the server evicted by itself counts until it would have expired.
+Should it evict these three keys, which every write uses, the sum begins anew, and values that nobody counts expire in
+their time.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ local prefix, cap, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local known, gone = {}, 0
+local step = ttl / 100000
 local function size(name)
   local layout = string.sub(name, 1, 32)
   if not known[layout] then known[layout] = tonumber(redis.call('HGET', sizes, layout) or '0') end
@@ -46,13 +49,15 @@ for _, name in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now, 'LIMIT', 0
 _RESERVE = b"""
 redis.call('HSET', sizes, ARGV[4], ARGV[5])
 known[ARGV[4]] = tonumber(ARGV[5])
+local mine, at = {}, 0
 for i = 6, #ARGV, 2 do
-  if redis.call('ZADD', index, now + ttl - tonumber(ARGV[i + 1]), ARGV[i]) == 1 then held = held + size(ARGV[i]) end
+  mine[ARGV[i]] = true
+  if redis.call('ZADD', index, now + ttl - step * ARGV[i + 1], ARGV[i]) == 1 then held = held + size(ARGV[i]) end
 end
 while held > cap do
-  local name = redis.call('ZRANGE', index, 0, 0)[1]
-  if not name then held = 0 break end
-  drop(name)
+  local name = redis.call('ZRANGE', index, at, at)[1]
+  if not name then break end
+  if mine[name] then at = at + 1 else drop(name) end
 end
 """
 _FORGET = b"""
@@ -61,7 +66,7 @@ for i = 4, #ARGV do drop(ARGV[i]) end
 _TOUCH = b"""
 for i = 4, #ARGV do
   if redis.call('ZSCORE', index, ARGV[i]) and redis.call('PEXPIRE', prefix .. ARGV[i], ttl) == 1 then
-    redis.call('ZADD', index, now + ttl - i, ARGV[i])
+    redis.call('ZADD', index, now + ttl - step * (i - 3), ARGV[i])
   end
 end
 """
