@@ -203,7 +203,7 @@ def test_power_cuts(tmp_path, monkeypatch, record_property, seed, boundaries, va
     grown = [at for at, event in enumerate(run.device.events) if event.kind == "link" and "segment" in event.name]
     assert grown[-1] > 20, "the tier never grew while it was used"
     calls = range(len(run.device) + 1)
-    some = calls if boundaries is None else random.Random(seed).sample(calls, boundaries)  # noqa: S311
+    some = calls if boundaries is None else random.Random(seed).sample(calls, boundaries)  # noqa: S311  # a seed must replay
     started = CLOCK.now()
     told = _cut_everywhere(run, tmp_path, monkeypatch, boundaries=set(some), variants=variants)
     assert told["durable"] > 10 * told["cuts"]

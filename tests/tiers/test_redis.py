@@ -240,6 +240,17 @@ def test_damage_is_deleted(opened, server):
     assert hits(load(tier, A, keys)) == 3
 
 
+def test_damage_that_is_not_deleted_yet_is_written_over(opened, server):
+    """A save of a block whose value is known to be damaged does not take it for held: it is written anew."""
+    tier = opened()
+    keys = chain(1, 2)
+    save(tier, A, keys)
+    server.call("SETRANGE", b"test:" + A + keys[1], 5000, b"\x00\x01\x02")
+    tier._damaged.add((A, keys[1]))  # as where the server went away before it deleted the value
+    assert set(save(tier, A, keys).outcomes) == {Outcome.HIT}
+    assert hits(load(tier, A, keys)) == 2
+
+
 def test_no_memory_is_full(opened, server):
     """A server that refuses for lack of memory makes blocks FULL, keeps what it has, and takes more later."""
     tier = opened()

@@ -143,7 +143,7 @@ def test_a_log_that_is_lost(shelter, damage):
     elif damage == "torn":
         os.truncate(log, size - 1000)
     else:
-        log.write_bytes({"empty": b"", "zeroes": bytes(size), "random": random.Random(1).randbytes(size)}[damage])  # noqa: S311
+        log.write_bytes({"empty": b"", "zeroes": bytes(size), "random": random.Random(1).randbytes(size)}[damage])  # noqa: S311  # a seed must replay
     found = repair_path(shelter.path)
     assert found.repaired.restored == {"cut": 120, "torn": 3}.get(damage, 180)
     _is_right(shelter)

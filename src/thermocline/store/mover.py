@@ -19,7 +19,17 @@ from thermocline.store.books import Books
 from thermocline.store.index import NEVER_USED, NO_NODE, Place
 from thermocline.store.shared import SharedTiers, save_guarded
 from thermocline.tiers.segments import aligned_memory
-from thermocline.tiers.tier import Block, BoundedTier, Job, LendingTier, Outcome, Piece, Tier, block_length
+from thermocline.tiers.tier import (
+    Block,
+    BoundedTier,
+    Job,
+    LendingTier,
+    Outcome,
+    Piece,
+    Tier,
+    block_length,
+    leading_hits,
+)
 
 LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
@@ -264,7 +274,7 @@ class Mover:
 
     def _visible(self, write: _Write, at: int, job: Job) -> None:
         # Being copied is no use: the path keeps the recency that it has, in every tier.
-        hits = next((i for i, outcome in enumerate(job.outcomes) if outcome is not Outcome.HIT), len(job.outcomes))
+        hits = leading_hits(job.outcomes)
         part = slice(at, at + hits)
         name = write.tier.name
         entered = self._books.enter(write.layout, write.keys[part], write.blocks[part], name, NEVER_USED)
@@ -359,7 +369,7 @@ class Mover:
             stop = min(start + PROMOTE_BLOCKS, stop)
             pieces = [[row] for row in buffer.reshape(PROMOTE_BLOCKS, -1)[: stop - start]]
             outcomes = self._load(source, layout, keys[start:stop], pieces, deadline)
-            hits = next((i for i, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
+            hits = leading_hits(outcomes)
             self._save(layout, keys, pieces[:hits], start)
             before, start = start, self._warm_blocks(layout, keys)
             label = (("tier", self._warm.name),)

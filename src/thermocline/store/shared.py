@@ -18,7 +18,7 @@ from thermocline.costs.model import Costs
 from thermocline.store.admit import refusal
 from thermocline.store.books import Books
 from thermocline.store.receipt import Missing, Reason
-from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier, Tier
+from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, SharedTier, Tier, leading_hits
 
 LOG = logging.getLogger("thermocline.store")
 ASK_SECONDS_MAX = 10.0
@@ -106,7 +106,7 @@ class SharedTiers:
             started = self._books.clock.now()
             found = [_find(tier, layout, keys[start:stop], started + ASK_SECONDS_MAX) for layout in layouts]
             why = self._judged(tier.name, found, started)
-            held = start if why else start + min(map(_leading_hits, found))
+            held = start if why else start + min(map(leading_hits, found))
             if why is None and (held == start or self._books.well(tier.name, "load")):
                 return Answer(tier.name, start, stop, held)
             if why is None:  # it answers again, and what it delivers is to be seen yet
@@ -244,10 +244,6 @@ def _set_aside(name: str) -> str:
 
 def _beginning(tier: SharedTier, keys: Sequence[BlockKey]) -> int:
     return len(keys) if tier.depth_max is None else min(len(keys), tier.depth_max)
-
-
-def _leading_hits(outcomes: Sequence[Outcome]) -> int:
-    return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
 
 
 _UNSURE = frozenset({Reason.NEVER_SEEN, Reason.UNKNOWN})

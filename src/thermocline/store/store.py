@@ -21,7 +21,7 @@ from thermocline.store.plan import Covered, Plan, make_plan
 from thermocline.store.receipt import Missing, Reason, merged
 from thermocline.store.receipts import RECEIPTS_KEPT, Loaded, Receipts
 from thermocline.store.shared import SharedTiers
-from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, SharedTier, Tier, Usage
+from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, SharedTier, Tier, Usage, leading_hits
 
 LOG = logging.getLogger("thermocline.store")
 LEASE_SECONDS = 30.0
@@ -175,7 +175,7 @@ class Store:
             if name != first and not self._relies_on(name):
                 continue
             outcomes = self._load_from(name, layout, keys[at:], into[at:], deadline)
-            hits[name] = _leading_hits(outcomes)
+            hits[name] = leading_hits(outcomes)
             refused = outcomes[hits[name]] if hits[name] < len(outcomes) else Outcome.HIT
             if name == first or refused is not Outcome.MISS:
                 why = _why_not(refused, name)
@@ -289,7 +289,7 @@ class Store:
         try:
             blocks = [Block(parents[i], at + 1, pieces, payload_sum(pieces)) for i, (at, pieces) in enumerate(wanted)]
             for _ in range(EVICT_ROUNDS_MAX if wanted else 0):
-                hits = _leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
+                hits = leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
                 part = slice(done, done + hits)
                 with books.lock:
                     entered = books.enter(layout.id, names[part], blocks[part], warm, self._clock.now())
@@ -366,10 +366,6 @@ def _load_all(
     if len(outcomes) != len(keys):
         raise ValueError(f"{len(outcomes)} outcomes for {len(keys)} blocks")
     return outcomes
-
-
-def _leading_hits(outcomes: Sequence[Outcome]) -> int:
-    return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
 
 
 def _why_not(outcome: Outcome, tier: str) -> tuple[Reason, str]:

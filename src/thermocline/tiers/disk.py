@@ -292,8 +292,7 @@ class DiskTier:
                 self._told_of_size = True
                 LOG.warning("disk tier: a frame of %d bytes exceeds a segment of %d", size, self._slots.unit_bytes)
             return [], Outcome.MISS
-        queue_room = max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
-        log_room = self._journal.records_max - self._held() - self._unpublished - len(self._replaced)
+        queue_room, log_room = self._queue_room(size), self._log_room()
         wanted = min(count, queue_room, log_room)
         places = [place_of(slot) for slot in self._slots.take(size, wanted)]
         if len(places) < wanted:
@@ -305,7 +304,7 @@ class DiskTier:
         return max((self._queue_bytes_max - self._queued_bytes) // size, not self._queued_bytes)
 
     def _log_room(self) -> int:
-        return self._journal.records_max - self._held() - self._unpublished
+        return self._journal.records_max - self._held() - self._unpublished - len(self._replaced)
 
     def _write_loop(self) -> None:
         try:

@@ -1,10 +1,10 @@
 """The disk tier's index log: which key lies in which slot, in pages that each carry their own sum.
 
 A page is never rewritten once its write succeeded, and what a failed write left is cut off, so a torn write can only
-lose the records that were being written. A page
-whose sum is wrong is skipped and counted, and reading goes on behind it. When too much of the log is history, the live
-records are written to a new file that takes the log's place in one rename: the log is its own snapshot. The same is
-done at opening where pages were damaged, so that damage does not pile up.
+lose the records that were being written. A page whose sum is wrong is skipped and counted, and reading goes on behind
+it. When too much of the log is history, the live records are written to a new file that takes the log's place in one
+rename: the log is its own snapshot. The same is done at opening where pages were damaged, so that damage does not pile
+up.
 
 Behind the last page lie zeroes, written ahead: a sync then finds an append's place and length on the medium, and writes
 the appended pages alone.
@@ -165,7 +165,7 @@ def rows(array: Records, numbers: NDArray[np.int64]) -> Records:
     """Some rows in ascending order; without a copy if they are all, as in a log without damage."""
     if len(numbers) == len(array):
         return array
-    plain = array.view(np.dtype((np.void, array.dtype.itemsize)))
+    plain = array.view(_CELL)
     some: Records = plain[numbers].view(array.dtype)
     return some
 

@@ -469,9 +469,11 @@ class RedisTier:
             there = self._exist(line, write.layout, keys, deadline)
             if there is None:
                 return
-            outcomes.update((at, Outcome.HIT) for at, held in zip(write.wanted, there, strict=True) if held)
+            damaged = [(write.layout, key) in self._damaged for key in keys]  # those are written over
+            kept = [held and not bad for held, bad in zip(there, damaged, strict=True)]
+            outcomes.update((at, Outcome.HIT) for at, keep in zip(write.wanted, kept, strict=True) if keep)
             self._have_live_on(write, list(outcomes))
-            lacking = [at for at, held in zip(write.wanted, there, strict=True) if not held]
+            lacking = [at for at, keep in zip(write.wanted, kept, strict=True) if not keep]
             for start in range(0, len(lacking), step):
                 part = lacking[start : start + step]
                 outcomes.update(zip(part, self._write_part(line, write, part, deadline), strict=True))

@@ -190,6 +190,11 @@ def block_length(blocks: Sequence[Block]) -> int:
     return lengths.pop() if lengths else 0
 
 
+def leading_hits(outcomes: Sequence[Outcome]) -> int:
+    """How many blocks, from the first one on, are a HIT: what lies behind another outcome is of no use."""
+    return next((at for at, outcome in enumerate(outcomes) if outcome is not Outcome.HIT), len(outcomes))
+
+
 class Tier(Protocol):
     """A place that keeps blocks. Every verb takes many keys; no verb raises because of a block.
 
@@ -210,7 +215,7 @@ class Tier(Protocol):
 
         Only pieces whose outcome is HIT hold the block; all others hold anything at all, and must not be used. Returns
         by `deadline` (on the tier's clock), with LATE for what did not arrive; after the return nothing writes into
-        `into`. A CORRUPT block is not held any more.
+        `into`. A CORRUPT block is not held any more. PENDING: the tier serves others, and was not asked.
         """
 
     def save(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
@@ -226,7 +231,7 @@ class Tier(Protocol):
         """What is held now."""
 
     def found(self) -> Sequence[Found]:
-        """What was held when the tier was opened, parents before children; empty for a tier that starts cold."""
+        """What was held when the tier was opened; empty for a tier that starts cold."""
 
     def check_integrity(self) -> None:
         """Conservation laws hold: what is free and what is used adds up. Raises AssertionError."""
@@ -261,7 +266,7 @@ class SharedTier(Tier, Protocol):
     """Only beginnings that are loaded at least so many times faster than computed are worth their room."""
 
     def find(self, layout: LayoutId, keys: Sequence[BlockKey], deadline: float) -> list[Outcome]:
-        """Which of the keys are there now: HIT or MISS, or LATE or FAILED for all where that could not be learned.
+        """Which of the keys are there now: HIT or MISS; LATE, FAILED or PENDING for all where that was not learned.
 
         One round trip for all keys, over by `deadline` and by the tier's own bound.
         """

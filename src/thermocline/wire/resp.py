@@ -103,7 +103,7 @@ def tls_of(address: Address) -> ssl.SSLContext | None:
 def connect(address: Address, *, now: Callable[[], float], deadline: float, tls: ssl.SSLContext | None = None) -> Link:
     """A link that has answered. Raises OSError; PermissionError where the server refuses user or password.
 
-    Looking up a host's name takes as long as it takes: the deadline counts from there on.
+    `deadline` does not bound how long a host's name is looked up: call it where nobody waits.
     """
     seconds = max(SECONDS_MIN, deadline - now())
     link = Link(_socket(address, seconds, tls), now=now, gap_seconds=seconds)
