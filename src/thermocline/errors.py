@@ -8,7 +8,9 @@
     │   └── DiskFormatError     the path holds something else, or another format version
     ├── ModelError              a model cannot be served (unknown, unsupported cache, no weights)
     ├── RequestError            a request is malformed; carries the HTTP status and OpenAI's `param` and `code`
+    ├── NodeError               a node cannot run here, or refuses us
     ├── BenchError              a bench cannot run here
+    ├── LaunchError             a process that a command starts does not come up, or does not stay up
     └── UnreachableError        a server that a command asks does not answer
 
 Expected outcomes of the cache itself (miss, late, corrupt, refused) are values, never exceptions.
@@ -66,8 +68,16 @@ class RequestError(ThermoclineError):
         self.code = code
 
 
+class NodeError(ThermoclineError):
+    """A node cannot run here, or refuses this client."""
+
+
 class BenchError(ThermoclineError):
     """A bench cannot run here."""
+
+
+class LaunchError(ThermoclineError):
+    """A process that a command starts does not come up, or does not stay up."""
 
 
 class UnreachableError(ThermoclineError):
