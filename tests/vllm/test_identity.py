@@ -1,0 +1,131 @@
+"""24 prompts, 24 greedy tokens each, on real vLLM: every arm answers what no cache answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vllm.arms import cold, distance, hits, same, saved
+from tests.vllm.node import MIB
+from tests.vllm.prompts import all_prompts, loadable, prompt
+
+pytestmark = pytest.mark.vllm_long
+PROMPTS = all_prompts()
+LOADABLE = sum(map(loadable, PROMPTS))
+
+
+def _own(server):
+    """What vLLM answers from its own prefix cache: every prompt asked twice in a row."""
+    answers = []
+    for each in PROMPTS:
+        server.forget()
+        server.ask(each, 1)
+        answers.append(server.ask(each))
+    return answers
+
+
+def _check(answers, expected, warm, arm, report):
+    """Same tokens as `expected`, all of them loaded, and no further from it than vLLM's own hit is."""
+    same(answers, expected, arm)
+    bits = sum(ours.logprobs == theirs.logprobs for ours, theirs in zip(answers, warm, strict=True))
+    found, own = distance(answers, expected), distance(warm, expected)
+    report(
+        f"{arm}: tokens equal {len(answers)}/{len(PROMPTS)}, loaded {sum(each.loaded for each in answers)} of "
+        f"{LOADABLE}, log-probabilities at most {found:.6f} from cold (vLLM's own hit: {own:.6f}), "
+        f"{bits}/{len(PROMPTS)} bit-equal to vLLM's own hit"
+    )
+    assert found <= own
+    assert sum(each.loaded for each in answers) == LOADABLE, [
+        (len(p), a.loaded) for p, a in zip(PROMPTS, answers, strict=True)
+    ]
+
+
+@pytest.fixture
+def report(record_property, capsys):
+    """Prints a figure and keeps it in the report."""
+
+    def say(text):
+        record_property("figure", text)
+        with capsys.disabled():
+            print(f"\n    {text}", end="")  # noqa: T201  # figures of long runs are for people
+
+    return say
+
+
+def test_arms(start_node, start_vllm, folder, redis_server, report):
+    """No connector, vLLM's own hit, memory, disk, a new engine, a second engine, Redis: all answers are equal."""
+    redis_server.call("FLUSHALL")
+    plain = start_vllm()
+    expected = cold(plain, PROMPTS)
+    same(cold(plain, PROMPTS), expected, "no connector, again")
+    warm = _own(plain)
+    same(warm, expected, "vLLM's own hit")
+    plain.close()
+    redis = {"redis_url": redis_server.url, "redis_gain_min": 0}
+    node = start_node(disk_path=folder / "disk", disk_bytes=512 * MIB, **redis)
+    server = start_vllm(node=node.socket)
+    same(cold(server, PROMPTS), expected, "connector, nothing kept")
+    saved(server, PROMPTS)
+    _check(hits(server, PROMPTS), expected, warm, "memory", report)
+    node.restart()
+    saved_again = hits(server, PROMPTS)
+    _check(saved_again, expected, warm, "disk, node restarted", report)
+    assert any("disk" in each.receipt["by_tier"] for each in saved_again)
+    second = start_vllm(node=node.socket)
+    _check(hits(second, PROMPTS), expected, warm, "second engine on the same node", report)
+    server.close()
+    second.close()
+    third = start_vllm(node=node.socket)
+    _check(hits(third, PROMPTS), expected, warm, "new engine process", report)
+    node.restart(disk_path=folder / "other", disk_bytes=512 * MIB)
+    from_redis = hits(third, PROMPTS)
+    _check(from_redis, expected, warm, "Redis, node without disk or memory", report)
+    assert any("redis" in each.receipt["by_tier"] for each in from_redis)
+
+
+CHUNKED = ("--enable-chunked-prefill", "--max-num-batched-tokens", "256")
+
+
+def test_chunked_prefill(start_node, start_vllm, report):
+    """Prompts that are computed 256 tokens at a time are saved and loaded as any other."""
+    plain = start_vllm(*CHUNKED)
+    expected = cold(plain, PROMPTS)
+    warm = _own(plain)
+    plain.close()
+    node = start_node()
+    server = start_vllm(*CHUNKED, node=node.socket)
+    same(cold(server, PROMPTS), expected, "nothing kept")
+    saved(server, PROMPTS)
+    _check(hits(server, PROMPTS), expected, warm, "chunked prefill", report)
+
+
+def test_eight_at_once(start_node, start_vllm, report):
+    """Eight requests at a time are answered as one at a time."""
+    node = start_node()
+    server = start_vllm("--dtype", "float32", node=node.socket)  # batches of bf16 may flip near ties, cache or not
+    expected = cold(server, PROMPTS)
+    same(cold(server, PROMPTS, at_once=8), expected, "eight at once, nothing kept")
+    same(hits(server, PROMPTS, at_once=8), expected, "eight at once, saving")
+    saved(server, PROMPTS)
+    answers = hits(server, PROMPTS, at_once=8)
+    same(answers, expected, "eight at once, loading")
+    loaded = sum(each.loaded for each in answers)
+    report(f"eight at once: tokens equal {len(PROMPTS)}/{len(PROMPTS)}, loaded {loaded} of {LOADABLE}")
+    assert loaded >= LOADABLE // 2, "the engine's own cache finds what a neighbour just loaded; the rest is ours"
+
+
+TINY_SPACE = ("--num-gpu-blocks-override", "132", "--max-num-seqs", "8", "--dtype", "float32")
+
+
+def test_preemption(start_node, start_vllm, report):
+    """Requests that vLLM preempts, because its KV space is tiny, are answered as with room to spare."""
+    prompts = [prompt(400 + at, 480 + 7 * at) for at in range(8)]
+    node = start_node()
+    server = start_vllm(*TINY_SPACE, node=node.socket)
+    expected = cold(server, prompts, 96)
+    saved(server, prompts)
+    before = server.metric("vllm:num_preemptions_total")
+    answers = hits(server, prompts, 96, at_once=8)
+    preempted = server.metric("vllm:num_preemptions_total") - before
+    report(f"preemption: {preempted:.0f} preemptions, loaded {sum(each.loaded for each in answers)} tokens")
+    assert preempted > 0, "nothing was preempted"
+    same(answers, expected, "preempted")
