@@ -110,6 +110,29 @@ def serve(config_path: str | None, as_json: bool, **flags: str | None) -> None:
     api.serve(settings, as_json=as_json)
 
 
+@app.command(cls=_VerbWithSettings)
+@click.option("--socket", metavar="PATH", help="Where to listen; by default node.sock in this user's runtime folder.")
+@click.option(
+    "--idle-exit", metavar="SECONDS", type=click.FloatRange(0), help="End when nobody was connected for so long."
+)
+@_json_flag
+def node(
+    config_path: str | None, socket: str | None, idle_exit: float | None, as_json: bool, **flags: str | None
+) -> None:
+    """Own memory, disk and Redis tiers for all engines of this host, with the settings of `serve` about tiers.
+
+    Runs until Ctrl-C or SIGTERM, then makes what is in memory durable. --json announces the socket as JSON.
+    """
+    settings = _load_settings(config_path, flags)
+    from pathlib import Path
+
+    from thermocline.build import store_from
+    from thermocline.node import daemon, paths
+
+    path = Path(socket) if socket else settings.node_socket or paths.socket_path()
+    daemon.run(lambda: store_from(settings), path, settings.lease_seconds, idle_exit_seconds=idle_exit, as_json=as_json)
+
+
 @app.command()
 @_json_flag
 @click.option("--engine-ready", metavar="FILE", help=_ENGINE_READY)

@@ -38,6 +38,8 @@ _TABLE = (
     Metric("matches_total", "counter", "Questions for the longest held prefix."),
     Metric("match_seconds_total", "counter", "Seconds spent matching and planning."),
     Metric("missing_blocks_total", "counter", "Blocks of prompts that were not loaded, by reason.", ("reason",)),
+    Metric("asked_blocks_total", "counter", "Full blocks of the prompts that a node was asked for."),
+    Metric("staged_blocks_total", "counter", "Blocks that a node found and put in memory, by tier.", ("tier",)),
     Metric("load_blocks_total", "counter", "Blocks asked of a tier, by outcome.", ("tier", "outcome")),
     Metric("load_bytes_total", "counter", "Bytes loaded and verified.", ("tier",)),
     Metric("load_seconds_total", "counter", "Seconds spent loading.", ("tier",)),

@@ -57,8 +57,17 @@ class Slab:
 
     def view(self, slot: Slot, block_bytes: int) -> NDArray[np.uint8]:
         """The bytes of a slot, page-aligned, valid until the slab is closed."""
-        start = slot.unit * self._slots.unit_bytes + slot.number * padded(block_bytes)
+        start = self.offset(slot, block_bytes)
         return self._bytes[start : start + block_bytes]
+
+    def offset(self, slot: Slot, block_bytes: int) -> int:
+        """Where a slot begins: the same in every process that maps `fd`."""
+        return slot.unit * self._slots.unit_bytes + slot.number * padded(block_bytes)
+
+    @property
+    def fd(self) -> int:
+        """The memfd's descriptor, valid until `close`. Who is given a copy of it may map all of the slab."""
+        return self._fd
 
     def is_current(self, slot: Slot) -> bool:
         """True while the slot has not been given back: read after a copy, it says whether the copy was of this use."""

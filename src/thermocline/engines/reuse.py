@@ -113,7 +113,7 @@ class Reuse:
         stop = min(len(self._keys), start + len(self._staging))
         kv.read(start, self._staging.rows[: stop - start])
         job = store.save(self._layout, self._keys[:stop], self._staging.view(range(stop - start)), start=start)
-        return None if Outcome.FULL in job.outcomes else stop
+        return stop if {Outcome.HIT, Outcome.PENDING}.issuperset(job.outcomes) else None
 
     # -- both ----------------------------------------------------------------------------------------------------------
 

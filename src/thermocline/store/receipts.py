@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,13 +70,18 @@ class Receipts:
 
         Its prompt is compared only with those of the same `root`: a receipt says nothing about another salt's prompts.
         """
-        group = int.from_bytes((root or root_key())[:8], "little")
         loaded = loaded or NOTHING
         missing = account(plan, loaded)
-        prompt = sampled(tokens, group=group)
+        receipt = make_receipt(request, plan, loaded, prefill_seconds, missing, self._clock.wall())
+        return self.keep(receipt, tokens, root=root)
+
+    def keep(self, receipt: Receipt, tokens: NDArray[np.uint32], *, root: BlockKey | None = None) -> Receipt:
+        """Keep a receipt that was made elsewhere; returns it with what is known here of prompts like this one."""
+        request = receipt.request
+        prompt = sampled(tokens, group=int.from_bytes((root or root_key())[:8], "little"))
         with self._lock:
-            missing = self._diverged(request, missing, prompt, plan.layouts[0].tokens_per_block)
-            receipt = make_receipt(request, plan, loaded, prefill_seconds, missing, self._clock.wall())
+            missing = self._diverged(request, receipt.missing, prompt, receipt.tokens_per_block)
+            receipt = msgspec.structs.replace(receipt, missing=missing)
             self._likeness.note(request, prompt)
             self._ring.pop(request, None)
             self._ring[request] = receipt

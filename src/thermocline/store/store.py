@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+
+import numpy as np
 
 from thermocline.blocks.frame import payload_sum
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.blocks.slots import Slot
 from thermocline.clock import Clock, SystemClock
 from thermocline.costs.model import LearnedCosts
 from thermocline.metrics import Metrics
@@ -21,7 +25,18 @@ from thermocline.store.plan import Covered, Plan, make_plan
 from thermocline.store.receipt import Missing, Reason, merged
 from thermocline.store.receipts import RECEIPTS_KEPT, Loaded, Receipts
 from thermocline.store.shared import SharedTiers
-from thermocline.tiers.tier import Block, Job, LendingTier, Outcome, Piece, SharedTier, Tier, Usage, leading_hits
+from thermocline.tiers.tier import (
+    Block,
+    Job,
+    LendingTier,
+    Medium,
+    Outcome,
+    Piece,
+    SharedTier,
+    Tier,
+    Usage,
+    leading_hits,
+)
 
 LOG = logging.getLogger("thermocline.store")
 LEASE_SECONDS = 30.0
@@ -220,14 +235,21 @@ class Store:
         outcomes say what is in memory now: HIT, also for what was held already; PENDING for what another thread is
         saving; MISS for what lies behind a block that is not here; FULL where there was no room, FAILED after `close`.
         """
+        blocks_at = partial(_summed, keys, start, blocks)
+        return self._enter(layout, keys, start, start + len(blocks), blocks_at)[0]
+
+    def _enter(
+        self, layout: Layout, keys: Sequence[BlockKey], start: int, stop: int, block_at: Callable[[int], Block]
+    ) -> tuple[Job, list[int]]:
+        """See `save`. Also which positions were handed to the warm tier: for lent slots, those that are used up."""
         books = self._books
         with books.lock:
-            wanted, outcomes = self._sort_out(layout, keys, start, start + len(blocks))
+            wanted, outcomes = self._sort_out(layout, keys, start, stop)
             names = {(layout.id, keys[at]) for at in wanted}
             books.saving |= names
             guard = self._hold(layout.id, keys, wanted[0] - 1, NO_NODE) if wanted else NO_NODE
         try:
-            taken = self._take_in(layout, keys, [(at, blocks[at - start]) for at in wanted], guard)
+            taken, handed = self._take_in(layout, [(keys[at], block_at(at)) for at in wanted], guard)
         finally:
             with books.lock:
                 books.saving -= names
@@ -241,7 +263,8 @@ class Store:
                     outcomes[at - start] = Outcome.FULL
         books.not_admitted(layout.id, [keys[at] for at in wanted[taken:]])
         self._count_saved(layout, taken, len(wanted) - taken)
-        return self._mover.write_down(layout, keys, [keys[at] for at in wanted[:taken]], Job(outcomes))
+        job = self._mover.write_down(layout, keys, [keys[at] for at in wanted[:taken]], Job(outcomes))
+        return job, wanted[:handed]
 
     def _save_at(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int) -> Job:
         return self.save(layout, keys, blocks, start=start)
@@ -278,19 +301,19 @@ class Store:
             index.unpin(held, warm)
         return node
 
-    def _take_in(
-        self, layout: Layout, keys: Sequence[BlockKey], wanted: Sequence[tuple[int, Sequence[Piece]]], guard: int
-    ) -> int:
-        """Copy blocks into the warm tier, evicting as needed; returns how many are in now. Ends the guard's pin."""
+    def _take_in(self, layout: Layout, wanted: Sequence[tuple[BlockKey, Block]], guard: int) -> tuple[int, int]:
+        """Give blocks to the warm tier, evicting as needed; returns how many are in now, and how many it was given.
+
+        Ends the guard's pin.
+        """
         books, warm = self._books, self._warm.name
-        names = [keys[at] for at, _ in wanted]
-        parents = [keys[at - 1] if at else NO_PARENT for at, _ in wanted]
-        done = 0
+        names, blocks = [key for key, _ in wanted], [block for _, block in wanted]
+        done = handed = 0
         try:
-            blocks = [Block(parents[i], at + 1, pieces, payload_sum(pieces)) for i, (at, pieces) in enumerate(wanted)]
             for _ in range(EVICT_ROUNDS_MAX if wanted else 0):
                 hits = leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
                 part = slice(done, done + hits)
+                handed = done + hits
                 with books.lock:
                     entered = books.enter(layout.id, names[part], blocks[part], warm, self._clock.now())
                     done += entered
@@ -301,13 +324,93 @@ class Store:
         finally:
             with books.lock:
                 self._hold(layout.id, names, -1, guard)
-        return done
+        return done, handed
 
     def _count_saved(self, layout: Layout, taken: int, refused: int) -> None:
         tier = ("tier", self._warm.name)
         self.metrics.count("save_blocks_total", taken, (tier, ("outcome", Outcome.HIT)))
         self.metrics.count("save_blocks_total", refused, (tier, ("outcome", Outcome.FULL)))
         self.metrics.count("save_bytes_total", taken * layout.block_bytes, (tier,))
+
+    # -- for other processes, which read and write the memory themselves -----------------------------------------------
+
+    @property
+    def memory_fd(self) -> int:
+        """The descriptor of the memory in which `places` and `lend` name offsets. Valid until `close`."""
+        return self._warm.fd
+
+    @property
+    def memory_bytes(self) -> int:
+        """The size of that memory."""
+        return self._warm.usage().capacity_bytes
+
+    def lease_in_memory(self, layouts: Sequence[Layout], keys: Sequence[BlockKey]) -> tuple[int, int]:
+        """How many leading blocks of every layout lie in memory now, and a lease that keeps them there (0: none)."""
+        with self._books.lock:
+            now, warm, index = self._clock.now(), self._warm.name, self._books.index
+            held = min(index.covered(layout.id, keys, warm) for layout in layouts) if not self._closed else 0
+            nodes = [index.node(layout.id, keys[held - 1]) for layout in layouts] if held else []
+            return held, self._books.leases.take([(node, warm) for node in nodes], now)
+
+    def in_memory(self, plan: Plan) -> bool:
+        """True for a plan that loads from memory alone, or nothing."""
+        return all(run.tier == self._warm.name for run in plan.runs)
+
+    def places(self, layout: Layout, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
+        """Offset and sum of each leading block that lies in memory. Lease them before, and for as long as it matters.
+
+        The reader copies, and compares the sum of its copy with this one.
+        """
+        found: list[tuple[int, bytes]] = []
+        for key in keys:
+            place = self._warm.offset(layout.id, key)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
+    def found_damaged(self, layout: Layout, keys: Sequence[BlockKey]) -> None:
+        """Somebody's copy of these blocks did not verify: look at them again, and drop what is damaged."""
+        buffer = np.empty(layout.block_bytes, np.uint8)
+        for key in keys:
+            self._load_from(self._warm.name, layout, [key], [[buffer]], self._clock.now() + self._load_seconds_max)
+
+    def lend(self, layout: Layout, count: int) -> list[Slot]:
+        """Up to `count` slots of memory to write blocks into, evicting for them; until `adopt` or `take_back`."""
+        slots: list[Slot] = []
+        for _ in range(EVICT_ROUNDS_MAX if not self._closed else 0):
+            slots += self._warm.lend(layout.block_bytes, count - len(slots))
+            if len(slots) == count or not self._books.evict(self._warm.name, count - len(slots)):
+                break
+            self._mover.hand_down(count - len(slots))
+        return slots
+
+    def lent(self, layout: Layout, slot: Slot) -> tuple[int, Piece]:
+        """Where a lent slot lies in memory, and its bytes."""
+        return self._warm.lent(slot, layout.block_bytes)
+
+    def take_back(self, slots: Sequence[Slot]) -> None:
+        """Lent slots are free again; nobody writes there any more."""
+        self._warm.take_back(slots)
+
+    def adopt(
+        self, layout: Layout, keys: Sequence[BlockKey], lent: Sequence[tuple[Slot, bytes]], *, start: int = 0
+    ) -> tuple[Job, list[Slot]]:
+        """Save blocks that lie in lent slots: (slot, sum) of keys[start], keys[start + 1], ... See `save`.
+
+        Returns also the slots that were not needed, as another has these blocks already: they stay lent.
+        """
+        job, handed = self._enter(
+            layout, keys, start, start + len(lent), partial(self._adopted, layout, keys, start, lent)
+        )
+        used = set(handed)
+        return job, [slot for at, (slot, _) in enumerate(lent, start) if at not in used]
+
+    def _adopted(
+        self, layout: Layout, keys: Sequence[BlockKey], start: int, lent: Sequence[tuple[Slot, bytes]], at: int
+    ) -> Block:
+        slot, its_sum = lent[at - start]
+        return Block(_parent(keys, at), at + 1, [self._warm.lent(slot, layout.block_bytes)[1]], its_sum, slot)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
@@ -321,6 +424,14 @@ class Store:
     def usage(self) -> dict[str, Usage]:
         """What every tier holds."""
         return {name: tier.usage() for name, tier in (*self._books.tiers.items(), *self._books.shared.items())}
+
+    def medium(self, name: str) -> Medium:
+        """What a tier is made of."""
+        return self._books.tier(name).medium
+
+    def is_well(self, name: str) -> bool:
+        """False while a tier is set aside after failed loads."""
+        return self._books.well(name, "load")
 
     def measure(self) -> None:
         """Bring the gauges up to date; a scrape calls this first."""
@@ -357,6 +468,16 @@ class Store:
                 LOG.exception("tier %s could not be closed", name)
         self.receipts.close()
         self.costs.close()
+
+
+def _parent(keys: Sequence[BlockKey], at: int) -> BlockKey:
+    return keys[at - 1] if at else NO_PARENT
+
+
+def _summed(keys: Sequence[BlockKey], start: int, blocks: Sequence[Sequence[Piece]], at: int) -> Block:
+    """The block of keys[at], with the sum of the caller's own bytes."""
+    pieces = blocks[at - start]
+    return Block(_parent(keys, at), at + 1, pieces, payload_sum(pieces))
 
 
 def _load_all(

@@ -31,6 +31,7 @@ class MemoryTier:
         self._clock = clock or SystemClock()
         self._slab = Slab(capacity_bytes)
         self._entries: dict[LayoutId, dict[BlockKey, _Entry]] = {}
+        self._lent: dict[Slot, int] = {}  # the bytes of each
         self._lock = threading.Lock()
 
     def holds(self, layout: LayoutId, keys: Sequence[BlockKey]) -> Bitmap:
@@ -57,11 +58,16 @@ class MemoryTier:
     def save(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block]) -> Job:
         """See `Tier.save`. Copies before it returns: the job is done, as durable as memory can be."""
         length = block_length(blocks)
-        slots = self._slab.take(length, len(blocks)) if blocks else []
+        slots = [block.slot for block in blocks if block.slot is not None]
+        in_place = bool(slots)
+        assert len(slots) in {0, len(blocks)}, "a save is of lent slots or of other memory, never of both"
+        if not in_place and blocks:
+            slots = self._slab.take(length, len(blocks))
         done = 0
         try:
             for slot, key, block in zip(slots, keys, blocks, strict=False):
-                copy_in(block.pieces, self._slab.view(slot, length))
+                if not in_place:
+                    copy_in(block.pieces, self._slab.view(slot, length))
                 self._publish(layout, key, _Entry(slot, length, block.sum))
                 done += 1
         finally:
@@ -88,6 +94,34 @@ class MemoryTier:
         entry = self._entries.get(layout, {}).get(key)
         return None if entry is None else (self._slab.view(entry.slot, entry.length_bytes), entry.sum)
 
+    def offset(self, layout: LayoutId, key: BlockKey) -> tuple[int, bytes] | None:
+        """See `LendingTier.offset`."""
+        entry = self._entries.get(layout, {}).get(key)
+        return None if entry is None else (self._slab.offset(entry.slot, entry.length_bytes), entry.sum)
+
+    def lend(self, block_bytes: int, count: int) -> list[Slot]:
+        """See `LendingTier.lend`."""
+        slots = self._slab.take(block_bytes, count)
+        with self._lock:
+            self._lent.update(dict.fromkeys(slots, padded(block_bytes)))
+        return slots
+
+    def lent(self, slot: Slot, block_bytes: int) -> tuple[int, Piece]:
+        """See `LendingTier.lent`."""
+        return self._slab.offset(slot, block_bytes), self._slab.view(slot, block_bytes)
+
+    def take_back(self, slots: Sequence[Slot]) -> None:
+        """See `LendingTier.take_back`."""
+        with self._lock:
+            for slot in slots:
+                del self._lent[slot]
+                self._slab.give(slot)
+
+    @property
+    def fd(self) -> int:
+        """See `LendingTier.fd`."""
+        return self._slab.fd
+
     def free_slots(self, block_bytes: int) -> int:
         """How many blocks of this size fit now."""
         return self._slab.free_slots(block_bytes)
@@ -111,10 +145,11 @@ class MemoryTier:
         self._slab.check_integrity()
         with self._lock:
             held = [entry for entries in self._entries.values() for entry in entries.values()]
-        slots = [entry.slot for entry in held]
+            lent = dict(self._lent)
+        slots = [*(entry.slot for entry in held), *lent]
         assert len(set(slots)) == len(slots), "two blocks in one slot"
         assert all(map(self._slab.is_current, slots)), "a block in a slot that was given back"
-        known, used = sum(padded(entry.length_bytes) for entry in held), self._slab.used_bytes
+        known, used = sum(padded(entry.length_bytes) for entry in held) + sum(lent.values()), self._slab.used_bytes
         assert known == used, f"{used} bytes in use, {known} accounted for"
 
     def close(self) -> None:
@@ -132,6 +167,7 @@ class MemoryTier:
 
     def _publish(self, layout: LayoutId, key: BlockKey, entry: _Entry) -> None:
         with self._lock:
+            self._lent.pop(entry.slot, None)
             entries = self._entries.setdefault(layout, {})
             old = entries.get(key)
             entries[key] = entry

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import LayoutId
+from thermocline.blocks.slots import Slot
 
 LOG = logging.getLogger("thermocline.tiers")
 
@@ -49,13 +50,15 @@ class Block:
     """A block on its way into a tier: its place in the chain (depth 1 is the first) and its bytes.
 
     `sum` was computed over the engine's own bytes when they were saved and travels with the block from tier to tier, so
-    damage on the way is found, never blessed with a fresh sum.
+    damage on the way is found, never blessed with a fresh sum. `slot` is set where the tier lent that room beforehand,
+    and the bytes lie there already: then there is nothing to copy.
     """
 
     parent: BlockKey
     depth: int
     pieces: Sequence[Piece]
     sum: bytes
+    slot: Slot | None = None
 
 
 FIRST, GONE = -1, -2
@@ -245,6 +248,22 @@ class LendingTier(Tier, Protocol):
 
     def block(self, layout: LayoutId, key: BlockKey) -> tuple[Piece, bytes] | None:
         """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""
+
+    def offset(self, layout: LayoutId, key: BlockKey) -> tuple[int, bytes] | None:
+        """Where a block lies in the memory behind `fd`, and its sum. Kept from eviction likewise."""
+
+    def lend(self, block_bytes: int, count: int) -> list[Slot]:
+        """Up to `count` slots for blocks that others write in place, until they are saved or taken back."""
+
+    def lent(self, slot: Slot, block_bytes: int) -> tuple[int, Piece]:
+        """Where a lent slot lies in the memory behind `fd`, and its bytes."""
+
+    def take_back(self, slots: Sequence[Slot]) -> None:
+        """Lent slots are free again. Nobody may write there any more: the caller knows that."""
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the memory, for processes that map it. Valid until `close`."""
 
 
 @runtime_checkable

@@ -1,0 +1,1 @@
+"""The host's daemon: one memory, one disk, one index for all engines of a machine."""
