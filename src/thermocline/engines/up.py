@@ -1,0 +1,156 @@
+"""A node and engines as one command: started in order, kept running, stopped in order.
+
+up   settings to running processes, until a signal
+Up   the same for processes that are given, with the time and the end as inputs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from thermocline.clock import Clock
+from thermocline.engines.child import Child, Happened, State
+from thermocline.engines.telling import Address, Event, Telling
+from thermocline.errors import LaunchError
+
+LOOK_SECONDS = 0.1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop:
+    """Set by a signal: once to stop in order, twice to stop at once."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._hurry = False
+
+    def ask(self) -> None:
+        """Stop; asked again, stop at once."""
+        self._hurry = self._asked.is_set()
+        self._asked.set()
+
+    @property
+    def asked(self) -> bool:
+        """True once it was asked."""
+        return self._asked.is_set()
+
+    @property
+    def hurry(self) -> bool:
+        """True once it was asked twice."""
+        return self._hurry
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until it is asked."""
+        self._asked.wait(seconds)
+
+
+class Up:
+    """The node and the engines of one command. The engines start when the node is ready, and end before it does."""
+
+    def __init__(self, node: Child, engines: Sequence[Child], telling: Telling, clock: Clock, stop: Stop) -> None:
+        self._node, self._engines = node, list(engines)
+        self._telling, self._clock, self._stop = telling, clock, stop
+
+    def run(self, *, model: str, socket: Path) -> None:
+        """Start all, keep them running until `stop` is asked, and stop all, whatever happens.
+
+        Raises LaunchError where something does not come up, or when no engine is left. A node that keeps dying is told
+        and left out: engines answer without it.
+        """
+        try:
+            if self._started([self._node]) and self._started(self._engines):
+                self._telling.event(self._all(model, socket))
+                self._keep()
+        finally:
+            self._telling.waited()
+            self._end(self._engines)
+            self._end([self._node])
+        self._telling.event(Event("stopped", "all of it"))
+
+    def _started(self, children: Sequence[Child]) -> bool:
+        """Start these and wait until all are ready. False where `stop` was asked meanwhile."""
+        for child in children:
+            self._start(child)
+        while not self._stop.asked and any(child.state is not State.READY for child in children):
+            for child in (self._node, *self._engines):
+                self._look(child)
+            self._telling.waiting(children)
+            self._stop.wait(LOOK_SECONDS)
+        self._telling.waited()
+        return not self._stop.asked
+
+    def _keep(self) -> None:
+        """Start again what dies, until `stop` is asked or no engine is left."""
+        while not self._stop.asked:
+            for child in (self._node, *self._engines):
+                try:
+                    self._look(child)
+                except LaunchError as error:
+                    if all(engine.state is State.ENDED for engine in self._engines):
+                        raise
+                    text = f"gave up: {error.message}\nhint: {error.hint}"
+                    self._telling.event(Event("gave_up", child.launch.name, detail=text, log=str(child.log)))
+            self._stop.wait(LOOK_SECONDS)
+
+    def _start(self, child: Child) -> None:
+        child.start()
+        self._telling.event(Event("starting", child.launch.name, log=str(child.log), pid=child.pid))
+
+    def _look(self, child: Child) -> None:
+        seconds = child.seconds
+        happened = child.look()
+        if happened is Happened.STARTED:
+            self._telling.event(Event("starting", child.launch.name, log=str(child.log), pid=child.pid))
+        elif happened is Happened.READY:
+            self._telling.event(Event("ready", child.launch.name, round(seconds, 1), pid=child.pid))
+        elif happened is Happened.DIED and child.death is not None:
+            words, again_seconds = child.death
+            self._telling.event(Event("died", child.launch.name, again_seconds, words, str(child.log)))
+
+    def _end(self, children: Sequence[Child]) -> None:
+        """Ask these to end, wait, and end by force those that take too long, or all where a second signal says so."""
+        running = [child for child in children if child.pid]
+        for child in children:
+            child.terminate()
+        since = self._clock.now()
+        while running:
+            waited = self._clock.now() - since
+            for child in list(running):
+                if child.has_ended():
+                    self._telling.event(Event("stopped", child.launch.name, round(waited, 1)))
+                elif self._stop.hurry or waited > child.launch.stop_seconds_max:
+                    child.kill()
+                    detail = f"by force, after {waited:.0f} s"
+                    self._telling.event(Event("stopped", child.launch.name, round(waited, 1), detail))
+                else:
+                    continue
+                running.remove(child)
+            if running:
+                self._clock.sleep(LOOK_SECONDS)
+
+    def _all(self, model: str, socket: Path) -> Event:
+        node, *engines = (
+            Address(child.launch.name, child.pid, str(child.log), child.launch.url)
+            for child in (self._node, *self._engines)
+        )
+        return Event("up", model=model, socket=str(socket), node=node, engines=tuple(engines))
+
+
+@contextlib.contextmanager
+def signals_ask(stop: Stop) -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM ask to stop. In the main thread only."""
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.ask()
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
