@@ -10,8 +10,8 @@ import msgspec
 
 from thermocline.errors import NodeError, UnreachableError
 from thermocline.node.link import Link
-from thermocline.node.server import NodeStatus
 from thermocline.wire import messages as say
+from thermocline.wire.status import NodeStatus
 
 ANSWER_SECONDS = 5.0
 

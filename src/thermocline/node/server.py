@@ -18,6 +18,7 @@ from thermocline.node.paths import checked
 from thermocline.node.session import Session
 from thermocline.store.store import Store
 from thermocline.wire import messages as say
+from thermocline.wire.status import ClientStatus, NodeStatus, TierStatus
 
 LOG = logging.getLogger("thermocline.node")
 CLIENTS_MAX = 256
@@ -27,42 +28,6 @@ SEND_SECONDS = 1.0
 SEND_BUFFER_BYTES = 4 << 20
 DRAIN_SECONDS = 5.0
 _CREDENTIALS = struct.Struct("3i")
-
-
-class TierStatus(msgspec.Struct, frozen=True):
-    """What one tier holds."""
-
-    name: str
-    medium: str
-    blocks: int
-    used_bytes: int
-    capacity_bytes: int
-    loaded_blocks: int
-    set_aside: bool
-
-
-class ClientStatus(msgspec.Struct, frozen=True):
-    """One client, as the node sees it."""
-
-    role: str
-    pid: int
-    layouts: int
-    leases: int
-    lent_slots: int
-
-
-class NodeStatus(msgspec.Struct, frozen=True):
-    """What `thermocline ps` shows of a node. `staged_blocks` of all `asked_blocks` were found, and put in memory."""
-
-    version: str
-    pid: int
-    socket: str
-    uptime_seconds: float
-    tiers: list[TierStatus]
-    clients: list[ClientStatus]
-    asked_blocks: int
-    staged_blocks: int
-    found_blocks: dict[str, int]
 
 
 class NodeServer:
