@@ -10,7 +10,7 @@ from thermocline.store.store import Store
 class EagerCosts(LearnedCosts):
     """Computing a token takes a second, so that no load is declined, and none is late."""
 
-    def recompute(self, tokens: int, cached: int) -> float:  # the seam's signature
+    def recompute(self, tokens: int, cached: int, model: str = "") -> float:  # the seam's signature
         """A second each."""
         return float(tokens)
 

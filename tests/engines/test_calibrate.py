@@ -19,7 +19,7 @@ ASKED = [(64, 0), (2048, 0), (16, 4096)]
 def test_the_first_plan_need_not_guess(model: Model) -> None:
     """Before the first request, what prompts take on this machine is measured."""
     with closing(store_from(Settings(memory_bytes=64 * MIB))) as store, closing(Engine(model, store)):
-        assert store.costs.computes(model.layout.id.hex())
+        assert store.costs.computes(model.layout.computed_by)
         assert store.costs.recompute(64, 0) != LearnedCosts().recompute(64, 0)
 
 

@@ -23,7 +23,7 @@ class GivenCosts:
     per_byte: dict[str, float] = field(default_factory=dict)
     prefill: tuple[float, float, float] = (0.0, 1e-3, 0.0)
 
-    def recompute(self, tokens: int, cached: int) -> float:
+    def recompute(self, tokens: int, cached: int, model: str = "") -> float:
         """A plane in tokens and in their mean context."""
         a, b, c = self.prefill
         return a + b * tokens + c * tokens * (cached + tokens / 2) if tokens > 0 else 0.0

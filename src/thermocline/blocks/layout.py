@@ -48,3 +48,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         fields = msgspec.to_builtins(self, builtin_types=(bytes,))
         encoded = msgspec.msgpack.encode((FORMAT_VERSION, sorted(fields.items())))
         return LayoutId(hashlib.sha256(encoded).digest())
+
+    @cached_property
+    def computed_by(self) -> str:
+        """What computes such blocks, for costs: all ranks and groups of one engine have the same name."""
+        first = {"tp_rank": 0, "pp_rank": 0, "kv_group": 0}
+        return msgspec.structs.replace(self, **first).id.hex()

@@ -45,13 +45,16 @@ SURE_OBSERVATIONS = 16
 class Costs(Protocol):
     """What the plan asks. Pure between two observations: the same question has the same answer."""
 
-    def recompute(self, tokens: int, cached: int) -> float:
-        """Seconds to compute `tokens` more tokens behind `cached` ones; 0 for no tokens."""
+    def recompute(self, tokens: int, cached: int, model: str = "") -> float:
+        """Seconds to compute `tokens` more tokens behind `cached` ones; 0 for no tokens.
+
+        `model` names what computes (see `Layout.computed_by`), where one store serves several.
+        """
 
     def transfer(self, nbytes: int, tier: str) -> float:
         """Seconds to load `nbytes` from a tier."""
 
-    def sure(self, tier: str) -> bool:
+    def sure(self, tier: str, model: str = "") -> bool:
         """True once prefills and loads from this tier were measured often: before that, nothing should be refused."""
 
 
@@ -233,13 +236,14 @@ class LearnedCosts:
         self._before = before or CostsState()
         self._model = ""
         self._prefill = _new_prefill()
+        self._prefills: dict[str, Fit] = {}
         self._transfers: dict[str, Fit] = {}
         for tier, state in self._before.transfers.items():
             self._transfer(tier).restore(state)
 
-    def recompute(self, tokens: int, cached: int) -> float:
-        """See `Costs.recompute`."""
-        return self._prefill.predict(_prefill_terms(tokens, cached)) if tokens > 0 else 0.0
+    def recompute(self, tokens: int, cached: int, model: str = "") -> float:
+        """See `Costs.recompute`. A model that nothing is known of is taken for the one that computes now."""
+        return self._prefill_of(model).predict(_prefill_terms(tokens, cached)) if tokens > 0 else 0.0
 
     def transfer(self, nbytes: int, tier: str) -> float:
         """See `Costs.transfer`."""
@@ -248,11 +252,8 @@ class LearnedCosts:
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def computes(self, model: str) -> bool:
-        """Prefills are of this model from now on (a layout's name). True if what they take is known from before."""
-        if model != self._model:
-            self._model, self._prefill = model, _new_prefill()
-            state = self._before.prefills.get(model)
-            return state is not None and self._prefill.restore(state) and self._prefill.observed
+        """Prefills that name no model are of this one from now on. True if what they take is known from before."""
+        self._model, self._prefill = model, self._learned(model)
         return self._prefill.observed
 
     def knows(self, tier: str) -> bool:
@@ -260,14 +261,15 @@ class LearnedCosts:
         fit = self._transfers.get(tier)
         return fit is not None and fit.observed
 
-    def sure(self, tier: str) -> bool:
+    def sure(self, tier: str, model: str = "") -> bool:
         """See `Costs.sure`."""
         loads = self._transfers.get(tier)
-        return loads is not None and min(loads.observations, self._prefill.observations) >= SURE_OBSERVATIONS
+        return loads is not None and min(loads.observations, self._prefill_of(model).observations) >= SURE_OBSERVATIONS
 
-    def recomputed(self, tokens: int, cached: int, seconds: float) -> None:
+    def recomputed(self, tokens: int, cached: int, seconds: float, model: str = "") -> None:
         """The engine took `seconds` to compute `tokens` behind `cached` ones."""
-        self._prefill.observe(_prefill_terms(tokens, cached), seconds)
+        fit = self._learned(model) if model else self._prefill
+        fit.observe(_prefill_terms(tokens, cached), seconds)
 
     def transferred(self, tier: str, nbytes: int, seconds: float) -> None:
         """A tier took `seconds` to load `nbytes`."""
@@ -281,15 +283,32 @@ class LearnedCosts:
     def state(self) -> CostsState:
         """What was learned, with what was known before of models that are not computed now."""
         prefills = dict(self._before.prefills)
-        if self._model and self._prefill.observed:
-            prefills.pop(self._model, None)  # the last one in is the last one dropped
-            prefills[self._model] = self._prefill.state()
+        for model, fit in list(self._prefills.items()):
+            if model and fit.observed:
+                prefills.pop(model, None)  # the last one in is the last one dropped
+                prefills[model] = fit.state()
         kept = list(prefills.items())[-MODELS_KEPT:]
         transfers = {tier: fit.state() for tier, fit in list(self._transfers.items()) if fit.observed}
         return CostsState(dict(kept), transfers)
 
     def close(self) -> None:
         """Nothing more will be learned. What was is kept by those that save it."""
+
+    def _prefill_of(self, model: str) -> Fit:
+        return self._prefills.get(model, self._prefill)
+
+    def _learned(self, model: str) -> Fit:
+        """The fit of a model, from what was known before at first."""
+        fit = self._prefills.pop(model, None)
+        if fit is None:
+            fit = _new_prefill()
+            state = self._before.prefills.get(model)
+            if state is not None:
+                fit.restore(state)
+        self._prefills[model] = fit  # the last one used is the last one dropped
+        while len(self._prefills) > MODELS_KEPT:
+            del self._prefills[next(iter(self._prefills))]
+        return fit
 
     def _transfer(self, tier: str) -> Fit:
         fit = self._transfers.get(tier)

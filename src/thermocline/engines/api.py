@@ -34,8 +34,10 @@ from thermocline.engines.sampling import GREEDY, Sampling
 from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
 from thermocline.errors import RequestError, ThermoclineError
+from thermocline.node.client import NodeClient
 from thermocline.settings import Settings, is_loopback, read_key
 from thermocline.store.receipt import ExcerptedReceipt, Receipt
+from thermocline.store.verbs import StoreVerbs
 from thermocline.wire import openai
 from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Handler, Request, Response, Routes
@@ -49,6 +51,7 @@ RECEIPTS_LISTED = 100
 RECEIPTS_BYTES_MAX = 15 << 20
 LIMIT_DIGITS_MAX = 9
 DRAIN_SECONDS = 20.0
+NODE_SECONDS = 5.0
 FORWARDED = frozenset({"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"})
 OPEN_ROUTES = frozenset({"/health"})
 
@@ -60,7 +63,7 @@ def serve(settings: Settings, *, as_json: bool = False) -> None:
     ThermoclineError for a port in use, a disk path that cannot be used, or a model that cannot be served.
     """
     sock = _bound_socket(settings)
-    with contextlib.closing(sock), contextlib.closing(store_from(settings)) as store:
+    with contextlib.closing(sock), contextlib.closing(_store(settings)) as store:
         model = load_model(
             settings.model,
             tokens_per_block=settings.tokens_per_block,
@@ -71,6 +74,15 @@ def serve(settings: Settings, *, as_json: bool = False) -> None:
         with contextlib.closing(engine):
             _settle_memory()
             _run(_serve_until_signal(engine, settings, sock, as_json=as_json))
+
+
+def _store(settings: Settings) -> StoreVerbs:
+    """Tiers of our own, or those of a node. One that is not there yet is no error: it is used from when it is."""
+    if settings.node_socket is None:
+        return store_from(settings)
+    client = NodeClient(settings.node_socket, role="transformers", receipts_kept=settings.receipts_kept)
+    client.wait_up(NODE_SECONDS)
+    return client
 
 
 def _settle_memory() -> None:

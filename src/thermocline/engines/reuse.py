@@ -20,7 +20,7 @@ from thermocline.metrics import Metrics
 from thermocline.store.plan import Plan, Run
 from thermocline.store.receipt import Missing, Receipt
 from thermocline.store.receipts import NOTHING, Loaded
-from thermocline.store.store import Store
+from thermocline.store.verbs import StoreVerbs
 from thermocline.tiers.tier import Outcome
 
 LOG = logging.getLogger("thermocline.engine")
@@ -36,7 +36,7 @@ class Reuse:
     """
 
     def __init__(
-        self, store: Store | None, layout: Layout, staging: MemoryPages, request: GenerateRequest, metrics: Metrics
+        self, store: StoreVerbs | None, layout: Layout, staging: MemoryPages, request: GenerateRequest, metrics: Metrics
     ) -> None:
         self._store, self._layout, self._staging = store, layout, staging
         self._request, self._metrics = request, metrics
@@ -63,7 +63,7 @@ class Reuse:
         for tier, blocks in self._loaded.by_tier.items():
             self._metrics.count("cached_tokens_total", blocks * self._layout.tokens_per_block, (("tier", tier),))
 
-    def _load_windows(self, store: Store, plan: Plan, kv: Kv) -> None:
+    def _load_windows(self, store: StoreVerbs, plan: Plan, kv: Kv) -> None:
         """Load as many blocks at a time as the staging memory holds, until one is missing."""
         for at in range(0, plan.blocks, len(self._staging)):
             window = _window(plan, at, min(plan.blocks, at + len(self._staging)), self._loaded.seconds)
@@ -108,7 +108,7 @@ class Reuse:
             at = self._tried("saving", lambda: self._save_window(store, kv, start))  # noqa: B023  # called at once
             yield
 
-    def _save_window(self, store: Store, kv: Kv, start: int) -> int | None:
+    def _save_window(self, store: StoreVerbs, kv: Kv, start: int) -> int | None:
         """Save as many blocks as the staging memory holds; where to go on, or None if the store takes no more."""
         stop = min(len(self._keys), start + len(self._staging))
         kv.read(start, self._staging.rows[: stop - start])

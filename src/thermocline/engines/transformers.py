@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.costs.model import LearnedCosts
 from thermocline.engines.generation import Event, Finish, GenerateRequest, Generation, Result
 from thermocline.engines.kv import Kv, KvPool
 from thermocline.engines.models import Model
@@ -29,7 +28,7 @@ from thermocline.engines.sampling import NotFiniteError, Sampler, Sampling
 from thermocline.engines.text import Text, TextStream, Tokens
 from thermocline.errors import ModelError, RequestError, ThermoclineError
 from thermocline.metrics import Metrics
-from thermocline.store.store import Store
+from thermocline.store.verbs import PrefillCosts, StoreVerbs
 
 LOG = logging.getLogger("thermocline.engine")
 PREFILL_TOKENS = 2048
@@ -61,7 +60,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        store: Store | None = None,
+        store: StoreVerbs | None = None,
         *,
         metrics: Metrics | None = None,
         requests_max: int = REQUESTS_MAX,
@@ -199,14 +198,14 @@ class Engine:
                         self._compute(np.zeros(tokens, np.uint32), kv)
                     finally:
                         self._pool.give(kv)
-            if self.store is not None and not self.store.costs.computes(self.served.layout.id.hex()):
+            if self.store is not None and not self.store.costs.computes(self.served.layout.computed_by):
                 self._calibrate(self.store.costs)
         except Exception:
             LOG.exception("the warm-up failed")
         finally:
             self._warm.set()
 
-    def _calibrate(self, costs: LearnedCosts) -> None:
+    def _calibrate(self, costs: PrefillCosts) -> None:
         """Learn what short prompts take on this machine, within about a second: the first plan should not guess."""
         seconds = 0.0
         for tokens in CALIBRATION_TOKENS:

@@ -58,10 +58,16 @@ class NodeCosts:
 
     def __init__(self, tell: Callable[[say.Order], object]) -> None:
         self._tell = tell
+        self._model = ""
 
-    def recomputed(self, tokens: int, cached: int, seconds: float) -> None:
+    def computes(self, model: str) -> bool:
+        """See `LearnedCosts.computes`. What the node knows is not asked: False, so it is measured, and told."""
+        self._model = model
+        return False
+
+    def recomputed(self, tokens: int, cached: int, seconds: float, model: str = "") -> None:
         """See `LearnedCosts.recomputed`."""
-        self._tell(say.Computed(tokens, cached, seconds))
+        self._tell(say.Computed(tokens, cached, seconds, model or self._model))
 
 
 class NodeClient:

@@ -27,6 +27,7 @@ from thermocline.wire.messages import KEY_BYTES, SUM_BYTES, MessageError, split
 LOG = logging.getLogger("thermocline.node")
 RECEIVE_BYTES = 1 << 18
 LEASES_MAX = 1 << 16
+MODEL_NAME_MAX = 64
 LENT_SHARE = 16
 """No client is lent more than one in so many of the slots that memory could have of a size."""
 
@@ -254,8 +255,8 @@ class Session:
         self._store.prefetch(self._known(asked.layouts), _keys(asked.keys), deadline).watch(done=arrived)
 
     def _computed(self, said: say.Computed) -> None:
-        if said.tokens > 0 and said.cached >= 0 and said.seconds > 0:
-            self._store.costs.recomputed(said.tokens, said.cached, said.seconds)
+        if said.tokens > 0 and said.cached >= 0 and said.seconds > 0 and len(said.model) <= MODEL_NAME_MAX:
+            self._store.costs.recomputed(said.tokens, said.cached, said.seconds, said.model)
 
     def _record(self, said: say.Record) -> None:
         try:

@@ -32,8 +32,8 @@ def refusal(
     It is where loading all of it takes `gain_min` times less than computing it. A tier that was never measured, or a
     model, is given the benefit of the doubt. `refused` counts what was refused to this tier before.
     """
-    if not costs.sure(tier) or refused % TRIED_ONE_IN == TRIED_ONE_IN - 1:
+    if not costs.sure(tier, layout.computed_by) or refused % TRIED_ONE_IN == TRIED_ONE_IN - 1:
         return None
     loading = costs.transfer(blocks * layout.block_bytes, tier)
-    computing = costs.recompute(blocks * layout.tokens_per_block, 0)
+    computing = costs.recompute(blocks * layout.tokens_per_block, 0, layout.computed_by)
     return None if computing >= gain_min * loading else Refusal(tier, loading, computing)

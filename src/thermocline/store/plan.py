@@ -76,13 +76,14 @@ def make_plan(
     tokens_per_block = layouts[0].tokens_per_block
     block_bytes = sum(layout.block_bytes for layout in layouts)
     runs = _runs(covered, block_bytes, costs)
-    cold = costs.recompute(prompt_tokens, 0)
+    model = layouts[0].computed_by
+    cold = costs.recompute(prompt_tokens, 0, model)
     best, best_total, loading = 0, cold, 0.0
     rest, load_seconds = cold, 0.0
     for count, run in enumerate(runs, 1):
         loading += run.seconds
         cached = run.stop * tokens_per_block
-        remaining = costs.recompute(prompt_tokens - cached, cached)
+        remaining = costs.recompute(prompt_tokens - cached, cached, model)
         if loading + remaining < best_total:
             best, best_total, rest, load_seconds = count, loading + remaining, remaining, loading
     return Plan(

@@ -144,8 +144,9 @@ class SharedTiers:
         costs = self._costs()
         loading = costs.transfer((stop - start) * sum(layout.block_bytes for layout in layouts), name)
         before, behind = start * size, stop * size
-        computing = costs.recompute(prompt_tokens - before, before)
-        computing -= costs.recompute(prompt_tokens - behind, behind)
+        model = layouts[0].computed_by
+        computing = costs.recompute(prompt_tokens - before, before, model)
+        computing -= costs.recompute(prompt_tokens - behind, behind, model)
         if loading >= computing:
             words = f"loading from {name} would take {loading:.4f} s, computing {computing:.4f} s: not asked"
             return Reason.DECLINED, words

@@ -109,11 +109,12 @@ class Prefetch(Message, frozen=True, tag="prefetch"):
 
 
 class Computed(Message, frozen=True, tag="computed"):
-    """Computing `tokens` behind `cached` ones took so long. No answer."""
+    """Computing `tokens` behind `cached` ones took `model` so long. No answer."""
 
     tokens: int
     cached: int
     seconds: float
+    model: str
 
 
 class Record(Message, frozen=True, tag="record"):
