@@ -236,6 +236,29 @@ def _print_in_colour(text: str, bar: str) -> None:
 
 
 @app.command()
+@click.option("--socket", metavar="PATH", help="Only the node at this socket; an error where none answers.")
+@_json_flag
+def ps(socket: str | None, as_json: bool) -> None:
+    """Show the nodes of this user, their tiers, who is connected, and how much of what was asked for they had."""
+    from pathlib import Path
+
+    import msgspec
+
+    from thermocline.lens import ps as shown
+    from thermocline.lens.report import BAR
+    from thermocline.node import ask, paths
+
+    sockets = [Path(socket)] if socket else sorted(paths.runtime_folder().glob("*.sock"))
+    seen = shown.look(sockets, ask.status, must_answer=socket is not None)
+    if as_json:
+        click.echo(msgspec.json.encode(seen).decode())
+    elif sys.stdout.isatty():
+        _print_in_colour(shown.render(seen, bars=True), BAR)
+    else:
+        click.echo(shown.render(seen))
+
+
+@app.command()
 @click.argument("path")
 @click.option("--repair", is_flag=True, help="Drop what is damaged, and find blocks again that a damaged log lost.")
 @_json_flag
