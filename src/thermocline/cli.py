@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from thermocline.settings import Settings
 
-LAST_MAX = 999_999
+LAST_MAX, INSTANCES_MAX = 999_999, 64
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
     OK: "done, and what was checked holds",
@@ -32,6 +32,9 @@ _ENGINE_READY = (
     "Wait for this file before the chapters with a model: it appears when torch is installed. FILE.failed appears "
     "instead when that went wrong, and names the log."
 )
+
+
+_ENGINE = "vLLM's server, which must be installed, or our own."
 
 
 class _Verbs(click.Group):
@@ -133,6 +136,38 @@ def node(
     daemon.run(lambda: store_from(settings), path, settings.lease_seconds, idle_exit_seconds=idle_exit, as_json=as_json)
 
 
+@app.command(cls=_VerbWithSettings)
+@click.argument("more", nargs=-1, metavar="[-- ARGUMENT...]")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True, help=_ENGINE)
+@click.option(
+    "--instances", type=click.IntRange(1, INSTANCES_MAX), default=1, show_default=True, help="How many engines."
+)
+@click.option("--socket", metavar="PATH", help="The node's; by default node.sock in this user's runtime folder.")
+@_json_flag
+def up(
+    more: tuple[str, ...],
+    config_path: str | None,
+    engine: str,
+    instances: int,
+    socket: str | None,
+    as_json: bool,
+    **flags: str | None,
+) -> None:
+    """Start a node and engines that share it, on consecutive free ports from --port on, and keep them running.
+
+    What follows `--` goes to each engine as it is. What dies is started again; Ctrl-C stops the engines, then the node.
+    --json prints each event as a line: the one called "up" has the addresses.
+    """
+    settings = _load_settings(config_path, flags)
+    from pathlib import Path
+
+    from thermocline.engines.up import up
+    from thermocline.node import paths
+
+    path = Path(socket) if socket else settings.node_socket or paths.socket_path()
+    up(settings, path, engine, instances, more, as_json=as_json)
+
+
 @app.command()
 @_json_flag
 @click.option("--engine-ready", metavar="FILE", help=_ENGINE_READY)
@@ -176,8 +211,9 @@ def bench(name: str, save: bool, as_json: bool) -> int:
 @click.option("--excerpt", is_flag=True, help="Show the text where a prompt parts from another: on a terminal only.")
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
+@click.option("--socket", metavar="PATH", help="Ask the node that listens there, as for vLLM, instead of a server.")
 @_json_flag
-def why(
+def why(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     request_id: str,
     summary: bool,
     last: int | None,
@@ -185,6 +221,7 @@ def why(
     excerpt: bool,
     url: str,
     api_key_file: str | None,
+    socket: str | None,
     as_json: bool,
 ) -> None:
     """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
@@ -193,25 +230,51 @@ def why(
     from thermocline.lens import fetch, report
 
     key_file = Path(api_key_file) if api_key_file else None
+    node = Path(socket) if socket else None
     if summary:
-        _summary(last, url, key_file, Path(file) if file else None, as_json=as_json)
+        _summary(last, url, key_file, Path(file) if file else None, node, as_json=as_json)
         return
     if last is not None or file is not None:
         raise _MistakeError("--last and --file add requests up", "write `thermocline why --summary`")
     if excerpt and (as_json or not sys.stdout.isatty()):
         raise _MistakeError("text of prompts is shown on a terminal only", "leave out --excerpt")
-    body = fetch.receipt(url, request_id, key_file, excerpt=excerpt)
+    if excerpt and node is not None:
+        raise _MistakeError("a node knows no text", "leave out --excerpt")
+    body = _receipt_of_node(node, request_id) if node else fetch.receipt(url, request_id, key_file, excerpt=excerpt)
     click.echo(body.decode() if as_json else report.render(report.read(body)))
 
 
-def _summary(last: int | None, url: str, key_file: Path | None, file: Path | None, *, as_json: bool) -> None:
+def _receipt_of_node(node: Path, request_id: str) -> bytes:
+    import msgspec
+
+    from thermocline.errors import RequestError
+    from thermocline.node import ask
+
+    found = msgspec.json.decode(ask.receipts(node, request_id), type=list[msgspec.Raw])
+    if not found:
+        raise RequestError(
+            f"the node has no receipt of {request_id}",
+            hint="vLLM's ids are in its answers; old receipts are dropped; `last` is the latest",
+            status=404,
+        )
+    return bytes(found[0])
+
+
+def _summary(
+    last: int | None, url: str, key_file: Path | None, file: Path | None, node: Path | None, *, as_json: bool
+) -> None:
     import msgspec
 
     from thermocline.lens import fetch, report
     from thermocline.lens.summary import summarise
 
     count = last or LAST_MAX
-    if file is None:
+    if node is not None:
+        from thermocline.node import ask
+        from thermocline.store.receipt import Receipt
+
+        found = summarise(msgspec.json.decode(ask.receipts(node, "", count), type=tuple[Receipt, ...]))
+    elif file is None:
         listed = report.read_list(fetch.receipts(url, count, key_file))
         found = summarise(listed.data)
     else:
