@@ -49,7 +49,7 @@ class _Held:
 
     link: Link
     lease: int
-    keys: dict[BlockKey, int]
+    keys: Sequence[BlockKey]
     places: tuple[Places, ...]
 
 
@@ -167,11 +167,10 @@ class NodeClient:
                 Places(link.incarnation, answer.deadline, offsets[: plan.blocks], sums[: plan.blocks * SUM_BYTES])
                 for offsets, sums in zip(answer.offsets, answer.sums, strict=True)
             )
-            index = {key: at for at, key in enumerate(plan.keys[: plan.blocks])}
             with self._lock:
                 self._lease_last += 1
                 plan = replace(plan, lease=self._lease_last)
-                self._held[plan.lease] = _Held(link, answer.lease, index, places)
+                self._held[plan.lease] = _Held(link, answer.lease, plan.keys, places)
         elif answer.lease:
             link.tell(say.Release((answer.lease,)))
         if not staging.settle(plan):
@@ -185,7 +184,7 @@ class NodeClient:
             held = self._held.get(plan.lease)
         if held is None or not plan.blocks:
             return NOWHERE
-        first = held.keys[plan.keys[0]]
+        first = held.keys.index(plan.keys[0])  # a part of a plan keeps its lease, and begins somewhere in it
         return held.places[rank].part(first, first + plan.blocks)
 
     def load(self, plan: Plan, rank: int, into: Sequence[Sequence[Piece]]) -> Loaded:

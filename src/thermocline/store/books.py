@@ -100,6 +100,8 @@ class Books:
         self, layouts: Sequence[Layout], keys: Sequence[BlockKey], start: int, held: Sequence[Covered], now: float
     ) -> tuple[Missing, ...]:
         """A reason for every block behind the longest match of the tiers that are up."""
+        if start >= len(keys):
+            return ()
         parts: list[Missing] = []
 
         def reaches(stop: int, reason: Reason, detail: str) -> None:

@@ -361,13 +361,7 @@ class Store:
 
         The reader copies, and compares the sum of its copy with this one.
         """
-        found: list[tuple[int, bytes]] = []
-        for key in keys:
-            place = self._warm.offset(layout.id, key)
-            if place is None:
-                break
-            found.append(place)
-        return found
+        return self._warm.places(layout.id, keys)
 
     def found_damaged(self, layout: Layout, keys: Sequence[BlockKey]) -> None:
         """Somebody's copy of these blocks did not verify: look at them again, and drop what is damaged."""

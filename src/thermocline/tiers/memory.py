@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from thermocline.blocks.frame import copy_in, copy_out, padded
@@ -17,6 +18,7 @@ from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, P
 
 class _Entry(NamedTuple):
     slot: Slot
+    offset: int
     length_bytes: int
     sum: bytes
 
@@ -68,7 +70,7 @@ class MemoryTier:
             for slot, key, block in zip(slots, keys, blocks, strict=False):
                 if not in_place:
                     copy_in(block.pieces, self._slab.view(slot, length))
-                self._publish(layout, key, _Entry(slot, length, block.sum))
+                self._publish(layout, key, _Entry(slot, self._slab.offset(slot, length), length, block.sum))
                 done += 1
         finally:
             for slot in slots[done:]:  # pieces that are no plain memory: the caller's mistake must not cost room
@@ -94,10 +96,11 @@ class MemoryTier:
         entry = self._entries.get(layout, {}).get(key)
         return None if entry is None else (self._slab.view(entry.slot, entry.length_bytes), entry.sum)
 
-    def offset(self, layout: LayoutId, key: BlockKey) -> tuple[int, bytes] | None:
-        """See `LendingTier.offset`."""
-        entry = self._entries.get(layout, {}).get(key)
-        return None if entry is None else (self._slab.offset(entry.slot, entry.length_bytes), entry.sum)
+    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
+        """See `LendingTier.places`."""
+        entries = self._entries.get(layout, {})
+        found = map(entries.get, keys)
+        return [(entry.offset, entry.sum) for entry in takewhile(lambda entry: entry is not None, found) if entry]
 
     def lend(self, block_bytes: int, count: int) -> list[Slot]:
         """See `LendingTier.lend`."""

@@ -249,8 +249,8 @@ class LendingTier(Tier, Protocol):
     def block(self, layout: LayoutId, key: BlockKey) -> tuple[Piece, bytes] | None:
         """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""
 
-    def offset(self, layout: LayoutId, key: BlockKey) -> tuple[int, bytes] | None:
-        """Where a block lies in the memory behind `fd`, and its sum. Kept from eviction likewise."""
+    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
+        """Where each leading block that is here lies in the memory behind `fd`, and its sum."""
 
     def lend(self, block_bytes: int, count: int) -> list[Slot]:
         """Up to `count` slots for blocks that others write in place, until they are saved or taken back."""
