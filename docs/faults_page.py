@@ -1,4 +1,4 @@
-"""The page of the fault matrix, made from bench/results/faults.json and from what is known of two peers.
+"""The page of the fault matrix, made from what tests kept under bench/results and from what is known of two peers.
 
 `thermocline` cells come from tests alone: a test names its cells (tests/faults/matrix.py), and a run with
 `--keep-matrix` keeps what it proved. What is said of the peers was measured or read once, with these versions.
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "faults.json"
+VLLM_RESULTS = RESULTS.with_name("vllm-faults.json")
 TIERS = ("memory", "disk", "redis")
+VLLM = "vllm"
+"""Stands in the place of a tier for what was tried on a live vLLM."""
 PEERS = ("LMCache 0.5.6", "vLLM 0.32.0, file-system tier")
 NO_FILE = "it has no file"
 IN_PROCESS = "it is memory of the process"
@@ -143,8 +146,24 @@ FAULTS = {
     "serve: full": Row("live server: the tier is full", "", ""),
 }
 
+VLLM_FAULTS = {
+    "node killed": "the node is killed (SIGKILL)",
+    "node frozen": "the node is frozen (SIGSTOP)",
+    "node slow": "the node runs one tenth of the time (SIGSTOP and SIGCONT in turn)",
+    "socket removed": "the node's socket is removed, and the node is restarted",
+    "disk full": "the disk tier's file system is full",
+    "disk I/O errors": "every read, write and sync of the disk tier fails with EIO",
+    "frames corrupted": "one bit in every 64 KiB of the disk tier's files is flipped",
+    "slab overwritten": "bits of the node's memory flip all the time, under engines that copy from it",
+    "index damaged": "the disk tier's index log is damaged, and the node is restarted",
+    "engine killed while saving": "the engine is killed while it saves; another engine goes on",
+    "engine killed while loading": "the engine is killed while it loads; another engine goes on",
+    "engine frozen past its lease": "the engine is frozen while it loads, past its lease; others take its blocks",
+    "wrong layout offered": "a model of the same shape with other weights asks a node that holds these prompts",
+}
+
 HEAD = """# Faults
-<!-- Written by docs/generate.py from bench/results/faults.json: run tests with --keep-matrix, then `make generate`. -->
+<!-- Written by docs/generate.py from bench/results/*faults.json: test with --keep-matrix, then `make generate`. -->
 
 A hit is exact or it is a miss, and a cache failure is never a request failure. This page says how far that was tested:
 every fault that can be made here, on every tier, beside what two other systems do.
@@ -164,10 +183,34 @@ that go back were not tried. Power loss is a shim that holds back and drops writ
 """
 
 
+VLLM_HEAD = """
+## On a live vLLM
+
+vLLM 0.32.0 on a CPU, its connector, and a node. *held* means: every request was answered with status 200 and with the
+greedy tokens that the same server gives without a cache, while the fault lasted; the same prompts asked again were
+answered alike, from vLLM's own cache and from the store, so that nothing wrong stayed in either; and the node was used
+again afterwards. The cost is the seconds of requests during the fault beside those of the same prompts when nothing is
+kept: the median of the differences, and the largest.
+"""
+
+
 def faults_page() -> str:
     """The whole page."""
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return HEAD + "\n".join([*_table(kept), PEERS_TEXT, *_tests(kept)]) + "\n"
+    kept, live = (json.loads(path.read_text()) if path.exists() else [] for path in (RESULTS, VLLM_RESULTS))
+    return HEAD + "\n".join([*_table(kept), PEERS_TEXT, *_on_vllm(live), *_tests(kept)]) + "\n"
+
+
+def _on_vllm(kept: list[dict[str, Any]]) -> list[str]:
+    """The faults on a live vLLM: what was tried how often, and what it cost."""
+    lines = [*VLLM_HEAD.splitlines(), "", "| fault | runs | outcome | what it cost | commit |", "|---|---|---|---|---|"]
+    for fault, words in VLLM_FAULTS.items():
+        proven = [each for each in kept if each["fault"] == fault]
+        outcome = "held" if all(each["outcome"] == "passed" for each in proven) else "**failed**"
+        runs = f"{sum(each['cases'] for each in proven):,}"
+        note, commit = (", ".join(dict.fromkeys(each[name] for each in proven)) for name in ("note", "commit"))
+        cells = (runs, outcome, note, commit) if proven else ("", "not tested", "", "")
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return [*lines, "", "`make test-vllm ARGS=--keep-matrix` runs them all and keeps the outcome.", ""]
 
 
 def _table(kept: list[dict[str, Any]]) -> list[str]:

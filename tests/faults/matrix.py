@@ -2,7 +2,8 @@
 
 A test names its cells with `@pytest.mark.matrix(FAULT, TIER)` and says with the fixture `cases` how many cases it
 ran; a test that does not say ran one. With `--keep-matrix` a run writes what it proved to bench/results/faults.json,
-from which docs/faults.md is made. Rows of tests that did not run stay as they are.
+from which docs/faults.md is made. Rows of tests that did not run stay as they are. What was tried on a live vLLM has
+the word "vllm" in the place of a tier, and a file of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench import harness
-from docs.faults_page import FAULTS, RESULTS, TIERS
+from docs.faults_page import FAULTS, RESULTS, TIERS, VLLM, VLLM_FAULTS, VLLM_RESULTS
 
 CELL, CASES, NOTE = "matrix cell", "matrix cases", "matrix note"
 
@@ -24,7 +25,8 @@ def name_cells(item: pytest.Item) -> None:
     """Write the cells of a test into its report. Raises UsageError for one that is not in the matrix."""
     for mark in item.iter_markers("matrix"):
         fault, *tiers = mark.args
-        if fault not in FAULTS or not tiers or not set(tiers) <= set(TIERS):
+        known = fault in VLLM_FAULTS if tiers == [VLLM] else fault in FAULTS and tiers and set(tiers) <= set(TIERS)
+        if not known:
             raise pytest.UsageError(f"{item.nodeid}: the matrix has no cell {mark.args}")
         item.user_properties += [(CELL, (fault, tier)) for tier in tiers]
 
@@ -47,12 +49,19 @@ def rows(reports: Iterable[pytest.TestReport]) -> Iterator[dict[str, object]]:
         yield {"fault": fault, "tier": tier, "test": test, **told, **now, "note": note}
 
 
-def keep(reports: Iterable[pytest.TestReport], path: Path = RESULTS) -> int:
+def keep(reports: Iterable[pytest.TestReport], path: Path = RESULTS, vllm_path: Path = VLLM_RESULTS) -> int:
     """Put what was proven beside what earlier runs proved. Returns how many rows are new."""
     fresh = list(rows(reports))
+    _put([row for row in fresh if row["tier"] != VLLM], path)
+    _put([row for row in fresh if row["tier"] == VLLM], vllm_path)
+    return len(fresh)
+
+
+def _put(fresh: list[dict[str, object]], path: Path) -> None:
+    if not fresh:
+        return
     names = {(row["fault"], row["tier"], row["test"]) for row in fresh}
     kept = json.loads(path.read_text()) if path.exists() else []
     kept = [row for row in kept if (row["fault"], row["tier"], row["test"]) not in names]
     ordered = sorted([*kept, *fresh], key=lambda row: (row["fault"], row["tier"], row["test"]))
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
-    return len(fresh)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from docs.faults_page import FAULTS, RESULTS, TIERS, faults_page
+from docs.faults_page import FAULTS, RESULTS, TIERS, VLLM_FAULTS, VLLM_RESULTS, faults_page
 from tests.faults import matrix
 
 
@@ -34,9 +34,13 @@ def test_a_run_changes_only_what_it_ran(tmp_path):
     assert matrix.keep([_report("a.py::t", cases=1), _report("b.py::t", cases=2)], path) == 2
     assert matrix.keep([_report("b.py::t", cases=3)], path) == 1
     assert {row["test"]: row["cases"] for row in json.loads(path.read_text())} == {"a.py::t": 1, "b.py::t": 3}
+    live = tmp_path / "vllm-faults.json"
+    assert matrix.keep([_report("c.py::t", "node killed", "vllm", cases=10)], path, live) == 1
+    assert [row["cases"] for row in json.loads(live.read_text())] == [10]
+    assert len(json.loads(path.read_text())) == 2
 
 
-@pytest.mark.parametrize("cell", [("unheard of", "disk"), ("cut", "tape"), ("cut",)])
+@pytest.mark.parametrize("cell", [("unheard of", "disk"), ("cut", "tape"), ("cut",), ("cut", "vllm")])
 def test_unknown_cells_are_errors(cell):
     """A test cannot name a cell that the page would not show."""
     item = SimpleNamespace(nodeid="t", user_properties=[], iter_markers=lambda name: [pytest.mark.matrix(*cell).mark])
@@ -50,5 +54,8 @@ def test_kept_rows_are_shown():
         assert row["fault"] in FAULTS
         assert row["tier"] in TIERS
         assert row["outcome"] == "passed"
+    for row in json.loads(VLLM_RESULTS.read_text()) if VLLM_RESULTS.exists() else []:
+        assert row["fault"] in VLLM_FAULTS
+        assert row["outcome"] == "passed"
     page = faults_page()
-    assert all(f"| {row.words} |" in page for row in FAULTS.values())
+    assert all(f"| {words} |" in page for words in [*(row.words for row in FAULTS.values()), *VLLM_FAULTS.values()])

@@ -1,0 +1,96 @@
+"""A live vLLM with its node, held to what it answers without a cache while something is wrong with one of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event, Thread
+
+from tests.vllm.arms import cold
+from tests.vllm.node import Node
+from tests.vllm.prompts import loadable, prompt
+from tests.vllm.server import CLOCK, Answer, Server
+
+TOKENS = 8
+PROMPTS = [prompt(600 + at, count) for at, count in enumerate((1025, 900, 737, 1100))]
+FILL_SECONDS = 90.0
+COLD_ROUNDS = 5
+
+
+class Live:
+    """A server and its node. What is asked is checked; what it cost is kept in `added`."""
+
+    def __init__(self, node: Node, server: Server, prompts: Sequence[list[int]] = PROMPTS) -> None:
+        self.node, self.server, self.prompts = node, server, prompts
+        rounds = [cold(server, prompts, TOKENS) for _ in range(COLD_ROUNDS)]
+        self.expected = rounds[0]
+        for answers in rounds[1:]:
+            self._check(answers, "no cache, again")
+        self._cold = [statistics.median(each.seconds for each in column) for column in zip(*rounds, strict=True)]
+        self.added: list[float] = []
+        self.loaded = 0
+        self.reasons: set[str] = set()
+
+    def ask(self, arm: str, *, from_store: bool = True, measured: bool = False) -> list[Answer]:
+        """Ask every prompt, of the store (vLLM's own cache is emptied before each) or as it comes. All right."""
+        answers = []
+        for each in self.prompts:
+            if from_store:
+                self.server.forget()
+            answers.append(self.server.ask(each, TOKENS))
+        self._check(answers, arm)
+        if measured:
+            self.added += [each.seconds - usual for each, usual in zip(answers, self._cold, strict=True)]
+            self.loaded += sum(each.loaded for each in answers)
+            self.reasons |= {part["reason"] for each in answers for part in each.receipt.get("missing", ())}
+        return answers
+
+    def fill(self) -> None:
+        """Ask until all of every prompt comes from the store."""
+        deadline = CLOCK.now() + FILL_SECONDS
+        while True:
+            answers = self.ask("healthy")
+            if [each.loaded for each in answers] == [loadable(each) for each in self.prompts]:
+                return
+            assert CLOCK.now() < deadline, f"not all of it loads: {[each.receipt for each in answers]}"
+
+    def after(self) -> None:
+        """Nothing wrong stayed: not in vLLM's own cache, not in the store, and the store is used again."""
+        self.ask("vLLM's own cache, afterwards", from_store=False)
+        self.fill()
+
+    def said(self) -> str:
+        """What the fault cost: the first request, and then the median and the largest, over computing all of it."""
+        rest = sorted(self.added)
+        return (
+            f"median {1e3 * rest[len(rest) // 2]:+.1f} ms, at most {1e3 * rest[-1]:+.1f} ms over a cold request of "
+            f"{1e3 * statistics.median(self._cold):.0f} ms ({len(rest)} requests, {self.loaded} tokens loaded)"
+        )
+
+    def begin(self) -> None:
+        """Forget what was measured."""
+        self.added, self.loaded, self.reasons = [], 0, set()
+
+    def _check(self, answers: Sequence[Answer], arm: str) -> None:
+        wrong = [at for at, each in enumerate(answers) if each.tokens != self.expected[at].tokens]
+        assert not wrong, f"{arm}: other tokens than without a cache for the prompts {wrong}"
+
+
+@contextmanager
+def constantly(act, pause_seconds=0.01) -> Iterator[None]:
+    """`act` again and again, in a thread."""
+    stop = Event()
+
+    def work():
+        while not stop.is_set():
+            act()
+            stop.wait(pause_seconds)
+
+    thread = Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
