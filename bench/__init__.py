@@ -43,6 +43,8 @@ BENCHES = {
         Entry("start", "`import thermocline` and `thermocline --help` over bare python", 10),
         Entry("ttft", "first token: no cache, memory, new process on the same disk, retained cache", 120, engine=True),
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),
+        Entry("node", "a match of 64 blocks by a node: idle, under load, asked again, over a bare round trip", 30),
+        Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
     )
 }
 

@@ -1,0 +1,267 @@
+"""Time to first token on real vLLM: no cache, vLLM's own prefix hit, and through a node from memory and from disk.
+
+Two servers, one plain and one with the connector, are asked strictly one request at a time and in turns. What the
+connector costs where nothing is ever reused is counted as processor time of all the processes of a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.harness import CLOCK, Progress, Report, check, ratios, spread
+from bench.vllm_server import (
+    BLOCK_TOKENS,
+    Answer,
+    Server,
+    connector,
+    process_cpu_seconds,
+    prompt,
+    vllm_python,
+)
+from tests.vllm.node import Node
+from thermocline.engines import tiny
+from thermocline.errors import BenchError
+
+MIB = 1 << 20
+LENGTHS = (4 * BLOCK_TOKENS + 1, 16 * BLOCK_TOKENS + 1, 48 * BLOCK_TOKENS + 1)
+"""Multiples of the block and one token: a cache can give whole blocks, and the last token must be computed."""
+PROMPTS = 2
+"""Of each length. What is asked of one prompt is asked of each."""
+MEMORY_ROUNDS, DISK_ROUNDS = 12, 8
+WARM_UPS = 4
+PAIRS = 120
+PAIR_TOKENS, PAIR_NEW_TOKENS = 8 * BLOCK_TOKENS + 1, 2
+SAME_TOKENS = 16
+REST_SECONDS = 0.03
+SAVED_SECONDS = 0.5
+ATTACHED_SECONDS = 30.0
+COLD, MISS, OWN, MEMORY = "no cache", "miss, saved", "vLLM's own prefix hit", "memory"
+DISK, DROPPED = "disk, new processes", "disk, page cache dropped"
+ADDED = "CPU time added by the connector, no reuse"
+CPU = "CPU time with / without the connector"
+SHARES = {MEMORY: 1.1, DISK: 1.3}
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Seconds of each arm for each length, in rounds, and the hits to which those of an arm are compared."""
+
+    arms: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    own: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+
+    def add(self, arm: str, length: int, answer: Answer, own: Answer | None = None) -> None:
+        """One answer, with vLLM's own hit of the same round."""
+        self.arms.setdefault((arm, length), []).append(answer.seconds)
+        if own is not None:
+            self.own.setdefault((arm, length), []).append(own.seconds)
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Processor time of one request without the connector, with it, and of its node meanwhile."""
+
+    plain: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+    node: list[float] = field(default_factory=list)
+
+
+def run(progress: Progress) -> Report:
+    """Ask both servers for everything; then end the engine and the node, and ask new ones for what lies on disk."""
+    python, model = vllm_python(), tiny.ensure()
+    seconds, pairs = Seconds(), Pairs()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tcl-bench-")))
+        disk = folder / "disk"
+        node = stack.enter_context(Node(folder, memory_bytes=768 * MIB, disk_path=disk, disk_bytes=2048 * MIB))
+        plain = stack.enter_context(Server(python, model, folder))
+        with Server(python, model, folder, transfer=connector(node.socket)) as ours:
+            progress("starting two servers")
+            plain.wait(), ours.wait()
+            _warm(plain, ours)
+            _cold(plain, ours, seconds, progress)
+            _from_memory(plain, ours, seconds, progress)
+            _nothing_reused(plain, ours, node, pairs, 0, progress)
+            same = _same_tokens(plain, ours)
+        node.restart()
+        with Server(python, model, folder, transfer=connector(node.socket)) as ours:
+            progress("starting a new engine")
+            ours.wait()
+            _warm(plain, ours)
+            _from_disk(plain, ours, node, seconds, progress)
+            _nothing_reused(plain, ours, node, pairs, PAIRS // 2, progress)
+            same &= _same_tokens(plain, ours)
+    return _report(seconds, pairs, same)
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+def _prompts() -> Iterator[tuple[int, list[int]]]:
+    for length in LENGTHS:
+        for number in range(PROMPTS):
+            yield length, prompt(length, number)
+
+
+def answered(answer: Answer, cached_tokens: int) -> Answer:
+    """The answer. Raises BenchError where there was none, or where it was not cached as far as it should be."""
+    if answer.trouble or answer.cached_tokens != cached_tokens:
+        what = answer.trouble or f"{answer.cached_tokens} tokens were cached instead of {cached_tokens}"
+        raise BenchError(f"an arm is not what it says: {what}", hint="the servers' logs may say why")
+    return answer
+
+
+def _ask(server: Server, tokens: list[int], *, cached: bool) -> Answer:
+    CLOCK.sleep(REST_SECONDS)
+    return answered(server.ask(tokens), len(tokens) - 1 if cached else 0)
+
+
+def _warm(*servers: Server) -> None:
+    """Short prompts that nothing else shares: the first requests of a process are slow."""
+    for at in range(WARM_UPS):
+        for server in servers:
+            server.ask(prompt(LENGTHS[0], 1000 + at, os.getpid()), 4)
+
+
+def _cold(plain: Server, ours: Server, seconds: Seconds, progress: Progress) -> None:
+    """Every prompt for the first time."""
+    for length, tokens in _prompts():
+        progress(f"a prompt of {length} tokens for the first time")
+        seconds.add(COLD, length, _ask(plain, tokens, cached=False))
+        seconds.add(MISS, length, _ask(ours, tokens, cached=False))
+    CLOCK.sleep(SAVED_SECONDS)
+
+
+def _from_memory(plain: Server, ours: Server, seconds: Seconds, progress: Progress) -> None:
+    """A hit in vLLM itself, and one from the node after vLLM's own cache was emptied."""
+    for at in range(MEMORY_ROUNDS):
+        progress(f"memory: round {at + 1} of {MEMORY_ROUNDS}")
+        for length, tokens in _prompts():
+            own = _ask(plain, tokens, cached=True)
+            ours.forget()
+            seconds.add(MEMORY, length, _ask(ours, tokens, cached=True), own)
+            seconds.add(OWN, length, own)
+
+
+def _from_disk(plain: Server, ours: Server, node: Node, seconds: Seconds, progress: Progress) -> None:
+    """As from memory, with a new node in each round: one warm-up, then every prompt once."""
+    for at in range(DISK_ROUNDS):
+        progress(f"disk: round {at + 1} of {DISK_ROUNDS}")
+        if at:
+            node.restart()
+        arm = DROPPED if at % 2 else DISK
+        if arm == DROPPED:
+            drop_page_cache(Path(str(node.settings["disk_path"])))
+        _attach(ours)
+        for length, tokens in _prompts():
+            own = _ask(plain, tokens, cached=True)
+            ours.forget()
+            seconds.add(arm, length, _ask(ours, tokens, cached=True), own)
+
+
+def _attach(server: Server) -> None:
+    """The warm-up: a prompt that was saved before everything else, asked until it comes from the node."""
+    deadline = CLOCK.now() + ATTACHED_SECONDS
+    tokens = prompt(LENGTHS[0], 1000, os.getpid())
+    while True:
+        server.forget()
+        if server.ask(tokens).cached_tokens:
+            return
+        if CLOCK.now() > deadline:
+            raise BenchError("the engine does not find its new node", hint="`thermocline ps` says what listens where")
+        CLOCK.sleep(0.1)
+
+
+def drop_page_cache(folder: Path) -> None:
+    """What lies in files below a folder is read from the device the next time."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def _nothing_reused(plain: Server, ours: Server, node: Node, pairs: Pairs, first: int, progress: Progress) -> None:
+    """Pairs of prompts that share nothing, one to each server, the first place changing."""
+    for at in range(first, first + PAIRS // 2):
+        progress(f"pair {at + 1} of {PAIRS}")
+        before = process_cpu_seconds(node.pid)
+        arms = [(plain, pairs.plain), (ours, pairs.ours)]
+        for server, spent in arms[:: 1 if at % 2 else -1]:
+            spent.append(_cpu_of(server, prompt(PAIR_TOKENS, at, id(server))))
+        pairs.node.append(process_cpu_seconds(node.pid) - before)
+
+
+def _cpu_of(server: Server, tokens: list[int]) -> float:
+    """Processor seconds of one request, saving included."""
+    CLOCK.sleep(REST_SECONDS)
+    before = server.cpu_seconds()
+    answered(server.ask(tokens, PAIR_NEW_TOKENS), 0)
+    CLOCK.sleep(REST_SECONDS)
+    return server.cpu_seconds() - before
+
+
+def _same_tokens(plain: Server, ours: Server) -> bool:
+    """Whether all prompts go on alike, out of vLLM's own cache and out of the node."""
+    same = True
+    for _, tokens in _prompts():
+        ours.forget()
+        same &= ours.ask(tokens, SAME_TOKENS).tokens == plain.ask(tokens, SAME_TOKENS).tokens
+    return same
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def _report(seconds: Seconds, pairs: Pairs, same: bool) -> Report:  # noqa: FBT001  # the only answer of that kind
+    quotients = {
+        f"{arm} / {OWN}, {length} tokens": spread(ratios(seconds.arms[arm, length], seconds.own[arm, length]))
+        for arm in (MEMORY, DISK, DROPPED)
+        for length in LENGTHS
+    }
+    cpu = spread(ratios(pairs.ours, pairs.plain))
+    added = {name: 100 * (cpu[name] - 1) for name in ("median", "low", "high")}
+    checks = [
+        check(name, quotients[name]["median"], "x", target, "lower")
+        for arm, target in SHARES.items()
+        for name in (f"{arm} / {OWN}, {length} tokens" for length in LENGTHS)
+    ]
+    checks += [
+        check(ADDED, added["median"], "%", 1.0, "lower"),
+        check("same tokens from the node", float(same), "of 1", 1.0, "higher"),
+    ]
+    node = 100 * statistics.median(ratios(pairs.node, pairs.plain))
+    details = {
+        "arms": {f"{arm}, {length} tokens": spread(taken) for (arm, length), taken in seconds.arms.items()},
+        "ratios": quotients | {CPU: cpu} | _speedups(seconds),
+        "percent": {ADDED: added},
+        "block_tokens": BLOCK_TOKENS,
+        "prompts_of_each_length": PROMPTS,
+        "pairs": PAIRS,
+        "notes": [
+            f"Added: {added['median']:+.2f} %, 95 % interval {added['low']:+.2f} % to {added['high']:+.2f} %, over",
+            f"{PAIRS} pairs of {PAIR_TOKENS} tokens; the node used {node:.2f} % beside that, to save them.",
+            "The new engine was asked once from its new node before its disk was timed; every second round drops the",
+            "page cache first.",
+        ],
+    }
+    return Report(checks, details)
+
+
+def _speedups(seconds: Seconds) -> dict[str, dict[str, float]]:
+    """What a hit is worth: the median of no cache over each answer of an arm."""
+    found = {}
+    for length in LENGTHS:
+        cold = statistics.median(seconds.arms[COLD, length])
+        for arm in (OWN, MEMORY, DISK):
+            taken = seconds.arms[arm, length]
+            found[f"{COLD} / {arm}, {length} tokens"] = spread(ratios([cold] * len(taken), taken))
+    return found
