@@ -129,3 +129,19 @@ def test_preemption(start_node, start_vllm, report):
     report(f"preemption: {preempted:.0f} preemptions, loaded {sum(each.loaded for each in answers)} tokens")
     assert preempted > 0, "nothing was preempted"
     same(answers, expected, "preempted")
+
+
+TWO_RANKS = ("--tensor-parallel-size", "2")
+
+
+def test_two_ranks(start_node, start_vllm, report):
+    """Two ranks, each with half of the heads in a process of its own, load what they saved, and only together."""
+    plain = start_vllm(*TWO_RANKS)
+    expected = cold(plain, PROMPTS)
+    warm = _own(plain)
+    plain.close()
+    node = start_node()
+    server = start_vllm(*TWO_RANKS, node=node.socket)
+    same(cold(server, PROMPTS), expected, "nothing kept")
+    saved(server, PROMPTS)
+    _check(hits(server, PROMPTS), expected, warm, "two ranks, memory", report)
