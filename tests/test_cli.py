@@ -48,7 +48,7 @@ def test_help_lists_every_verb(run):
     code, out, _ = run("--help")
     assert code == 0
     assert run("-h")[1] == out
-    assert set(re.findall(r"^  (\w+)  +[A-Z]", out, re.MULTILINE)) == set(cli.app.commands)
+    assert set(re.findall(r"^  ([\w-]+)  +[A-Z]", out, re.MULTILINE)) == set(cli.app.commands)
     assert all(re.search(rf"\b{code} {meaning.split()[0]}", out) for code, meaning in cli.EXIT_CODES.items())
 
 

@@ -143,7 +143,7 @@ def node(
     "--instances", type=click.IntRange(1, INSTANCES_MAX), default=1, show_default=True, help="How many engines."
 )
 @click.option("--socket", metavar="PATH", help="The node's; by default node.sock in this user's runtime folder.")
-@_json_flag
+@click.option("--json", "as_json", is_flag=True, help="Print each event as a line of JSON instead of text.")
 def up(
     more: tuple[str, ...],
     config_path: str | None,
@@ -156,7 +156,6 @@ def up(
     """Start a node and engines that share it, on consecutive free ports from --port on, and keep them running.
 
     What follows `--` goes to each engine as it is. What dies is started again; Ctrl-C stops the engines, then the node.
-    --json prints each event as a line: the one called "up" has the addresses.
     """
     settings = _load_settings(config_path, flags)
     from pathlib import Path
@@ -166,6 +165,26 @@ def up(
 
     path = Path(socket) if socket else settings.node_socket or paths.socket_path()
     up(settings, path, engine, instances, more, as_json=as_json)
+
+
+@app.command("vllm-config", cls=_VerbWithSettings)
+@click.option("--socket", metavar="PATH", help="The node's; by default node.sock, if a node answers there now.")
+@_json_flag
+def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **flags: str | None) -> None:  # noqa: ARG001  # it is JSON either way
+    """Print what vLLM's --kv-transfer-config takes: vllm serve MODEL --kv-transfer-config "$(thermocline vllm-config)".
+
+    With a node, all engines of the host share its tiers. Without one, each vLLM starts a private node with the settings
+    given here, and ends it. What is chosen is said on stderr.
+    """
+    settings = _load_settings(config_path, flags)
+    from pathlib import Path
+
+    from thermocline.engines.up import running_node
+    from thermocline.engines.vllm.config import vllm_config_json
+
+    path = Path(socket) if socket else settings.node_socket or running_node()
+    click.echo(f"the node is {path}" if path else "no node: the engine starts one of its own", err=True)
+    click.echo(vllm_config_json(settings, path.absolute() if path else None))
 
 
 @app.command()

@@ -203,7 +203,7 @@ class _Run:
 
     def on(self, event) -> None:
         if event.event == self._ask_at.get("event") and event.name == self._ask_at.get("name", event.name):
-            self.stop.ask()
+            self.stop.please()
 
     def waiting(self, _children) -> None:
         pass
@@ -253,7 +253,7 @@ def test_a_node_that_keeps_dying_stops_no_engine(made, capsys, monkeypatch):
             os.kill(event.node.pid, signal.SIGKILL)
         elif event.event == "gave_up":
             assert engine.state is State.READY
-            run.stop.ask()
+            run.stop.please()
 
     run.on = on
     names = run.run(node, [engine])
@@ -284,7 +284,7 @@ def test_the_deaf_are_ended_by_force(made, capsys):
 def test_a_second_signal_ends_at_once(made, capsys):
     """Asked twice to stop, it waits for nobody."""
     run = _Run(capsys)
-    run.on = lambda event: event.event == "up" and (run.stop.ask(), run.stop.ask())
+    run.on = lambda event: event.event == "up" and (run.stop.please(), run.stop.please())
     run.run(made(STAY, "node"), [made(DEAF, "deaf", stop_seconds_max=600.0)])
     assert run.stop.hurry
     assert ("stopped", "deaf") in run.names
@@ -299,7 +299,7 @@ def test_events_as_json(made, capsys):
     def event(told) -> None:
         telling_event(told)
         if told.event == "up":
-            stop.ask()
+            stop.please()
 
     telling.event = event
     Up(made(STAY, "node"), [made(STAY, "a")], telling, SystemClock(), stop).run(model="m", socket=Path("s"))
@@ -320,7 +320,7 @@ def test_events_as_text(made, capsys):
     def event(told) -> None:
         telling_event(told)
         if told.event == "up":
-            stop.ask()
+            stop.please()
 
     telling.event = event
     Up(made(STAY, "node"), [made(STAY, "a")], telling, SystemClock(), stop).run(model="m", socket=Path("s"))
@@ -368,7 +368,7 @@ def test_vllm_on_a_cpu_shares_cores_and_memory(monkeypatch):
     started = launch.vllm(Settings(model="m"), "{}", 8001, instances=1000, more=("--max-model-len", "4096"))
     assert started.environment["OMP_NUM_THREADS"] == "1"
     assert started.environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
-    assert started.words[-4:] == ("--kv-transfer-config", "{}", "--max-model-len", "4096")
+    assert started.words[-5:] == ("--kv-transfer-config", "{}", "--enforce-eager", "--max-model-len", "4096")
     assert started.url == "http://127.0.0.1:8001"
 
 

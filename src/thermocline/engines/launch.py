@@ -32,7 +32,7 @@ _MACHINE_SHARE = 4
 _NODE_ONLY = frozenset(
     {"disk_path", "redis_url", "redis_password_file", "redis_ca_file", "receipts_path", "costs_path"}
 )
-_ENGINE_ONLY = frozenset({"model", "host", "port", "api_key_file", "threads"})
+_ENGINE_ONLY = frozenset({"model", "host", "port", "api_key_file", "threads", "node_socket"})
 _INSTALL = "see docs/guides/vllm.md: pip install vllm for a GPU, or `make vllm` for the CPU build in .venv-vllm"
 
 
@@ -55,30 +55,34 @@ def node(settings: Settings, socket: Path, ready: Callable[[], bool]) -> Launch:
     return Launch("node", words, ready, environment=_environment(), start_seconds_max=NODE_START_SECONDS_MAX)
 
 
-def transformers(settings: Settings, socket: Path, port: int) -> Launch:
-    """Our own engine, whose tiers are the node's."""
+def transformers(settings: Settings, socket: Path, port: int, *, more: Sequence[str] = ()) -> Launch:
+    """Our own engine, whose tiers are the node's; `more` are flags of `thermocline serve`."""
     words = (*_thermocline("serve"), "--port", str(port), "--node-socket", str(socket))
-    words = (*words, *flags(settings, without=_NODE_ONLY | {"port"}))
+    words = (*words, *flags(settings, without=_NODE_ONLY | {"port", "node_socket"}), *more)
     url = address(settings.host, port)
     return Launch(f"transformers-{port}", words, lambda: is_healthy(url), url, _environment())
 
 
 def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Sequence[str] = ()) -> Launch:
     """VLLM's own server; `config` is its --kv-transfer-config, `more` are arguments of its own."""
-    words = (
+    words: tuple[str, ...] = (
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model_folder(settings.model), "--served-model-name", settings.model),
         *("--host", settings.host, "--port", str(port)),
         *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
-        *("--kv-transfer-config", config, *more),
+        *("--kv-transfer-config", config),
     )
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if vllm_computes_on_cpu():
+        words = (
+            *words,
+            "--enforce-eager",
+        )  # compiling doubles the time of a start; --no-enforce-eager behind `--` wins
         environment |= _cpu_defaults(settings, instances)
     if settings.api_key_file is not None:
         environment["VLLM_API_KEY"] = read_key(settings.api_key_file)
     url = address(settings.host, port)
-    return Launch(f"vllm-{port}", words, lambda: is_healthy(url), url, {**environment, **_environment()})
+    return Launch(f"vllm-{port}", (*words, *more), lambda: is_healthy(url), url, {**environment, **_environment()})
 
 
 def check_vllm() -> None:

@@ -13,13 +13,68 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from thermocline.clock import Clock
+from thermocline.clock import Clock, SystemClock
+from thermocline.engines import launch
 from thermocline.engines.child import Child, Happened, State
 from thermocline.engines.telling import Address, Event, Telling
-from thermocline.errors import LaunchError
+from thermocline.engines.vllm.config import vllm_config_json
+from thermocline.errors import LaunchError, ThermoclineError
+from thermocline.node import ask, paths
+from thermocline.settings import Settings
 
 LOOK_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def up(settings: Settings, socket: Path, kind: str, instances: int, more: Sequence[str], *, as_json: bool) -> None:
+    """Start a node at `socket` and `instances` engines of one kind, and keep them running until a signal.
+
+    `more` are arguments of the engine's own. Raises LaunchError where something does not come up or stay up, and
+    NodeError where the runtime folder, in which the logs lie, is not ours.
+    """
+    if _answers(socket):
+        text = f"a node is there already, at {socket}"
+        raise LaunchError(text, hint="stop it (`thermocline ps` shows its process), or name another --socket")
+    ports = launch.free_ports(settings.host, settings.port, instances)
+    launches = _engines(kind, settings, socket, ports, more)
+    clock, stop = SystemClock(), Stop()
+    node, *engines = (
+        Child(each, log_folder() / f"{socket.stem if at == 0 else each.name}.log", clock)
+        for at, each in enumerate([launch.node(settings, socket, lambda: _answers(socket)), *launches])
+    )
+    with signals_ask(stop):
+        Up(node, engines, Telling(as_json=as_json), clock, stop).run(model=settings.model, socket=socket)
+
+
+def _engines(
+    kind: str, settings: Settings, socket: Path, ports: Sequence[int], more: Sequence[str]
+) -> list[launch.Launch]:
+    if kind == "transformers":
+        return [launch.transformers(settings, socket, port, more=more) for port in ports]
+    launch.check_vllm()
+    config = vllm_config_json(settings, socket.absolute())
+    return [launch.vllm(settings, config, port, instances=len(ports), more=more) for port in ports]
+
+
+def running_node() -> Path | None:
+    """The socket of this user's node, if one answers now."""
+    socket = paths.socket_path()
+    return socket if socket.exists() and _answers(socket) else None
+
+
+def log_folder() -> Path:
+    """Where the logs lie, one for each name: they are begun anew by the next process of that name."""
+    folder = paths.runtime_folder() / "logs"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _answers(socket: Path) -> bool:
+    try:
+        ask.status(socket)
+    except ThermoclineError:
+        return False
+    return True
 
 
 class Stop:
@@ -29,7 +84,7 @@ class Stop:
         self._asked = threading.Event()
         self._hurry = False
 
-    def ask(self) -> None:
+    def please(self) -> None:
         """Stop; asked again, stop at once."""
         self._hurry = self._asked.is_set()
         self._asked.set()
@@ -145,10 +200,10 @@ class Up:
 def signals_ask(stop: Stop) -> Iterator[None]:
     """Within, Ctrl-C and SIGTERM ask to stop. In the main thread only."""
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.ask()
+    def heard(_number: int, _frame: FrameType | None) -> None:
+        stop.please()
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, heard) for number in SIGNALS}
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 def look(sockets: Sequence[Path], ask: Callable[[Path], NodeStatus], *, must_answer: bool = False) -> Seen:
-    """Ask the node at each socket. `ask` raises ThermoclineError where there is none; with `must_answer`, so does this."""
+    """Ask the node at each socket. Where `ask` raises ThermoclineError, so does this if all must answer."""
     nodes, silent = [], []
     for socket in sockets:
         try:
