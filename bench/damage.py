@@ -17,6 +17,9 @@ from thermocline.blocks.key import BlockKey, block_keys, root_key
 HIGH_BIT = 0x40
 """In the second byte of a bf16 number: the highest of its exponent, which makes a small number a huge one."""
 
+VALUES_BYTES = 8192
+"""So far from the end of a block lie values of attention on a CPU. One key more or less may not change an answer."""
+
 
 class Fault(StrEnum):
     """What is done to the first thing that was written for a prompt. Cutting is last: what lies behind it goes too."""
@@ -53,7 +56,7 @@ def hurt(fault: Fault, stored: Stored, other: Stored) -> None:
     data = stored.read()
     middle = len(data) // 2
     if fault is Fault.FLIPPED:
-        at = middle | 1
+        at = len(data) - VALUES_BYTES | 1
         stored.write(data[:at] + bytes([data[at] ^ HIGH_BIT]) + data[at + 1 :])
     elif fault is Fault.ZEROED:
         stored.write(bytes(len(data)))
