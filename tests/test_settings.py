@@ -25,6 +25,7 @@ OTHER = {
     "redis_url": "redis://127.0.0.1:6380/1",
     "redis_password_file": "secret.txt",
     "redis_ca_file": "ca.pem",
+    "node_socket": "node.sock",
     "redis_namespace": "team",
     "redis_bytes": "1GiB",
     "redis_ttl_seconds": "1h",

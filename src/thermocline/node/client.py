@@ -24,7 +24,7 @@ from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
 from thermocline.clock import Clock, SystemClock
 from thermocline.metrics import Metrics
-from thermocline.node.committer import Committer, Lent, Save
+from thermocline.node.committer import Committer, Lent, Part, Save
 from thermocline.node.keeper import Keeper
 from thermocline.node.link import Link
 from thermocline.node.places import NOWHERE, Places
@@ -205,7 +205,7 @@ class NodeClient:
         Only the first `Loaded.blocks` of `into` hold their block; later ones hold anything at all.
         """
         started, count = self._clock.now(), len(places.offsets)
-        memory = self._memory(places.incarnation)
+        memory = self.memory_of(places.incarnation)
         why = None
         done = 0
         if memory is None:
@@ -230,7 +230,8 @@ class NodeClient:
         if link is not None and keys:
             link.tell(say.Damaged(link.number(layout), b"".join(keys)))
 
-    def _memory(self, incarnation: int) -> Piece | None:
+    def memory_of(self, incarnation: int) -> Piece | None:
+        """All of the memory of one life of the node, as it is mapped here; None for a life that is not known."""
         with self._lock:
             return self._memories.get(incarnation)
 
@@ -252,7 +253,7 @@ class NodeClient:
                 break
             for slot, pieces in zip(lent, blocks[at:], strict=False):
                 copy_in(pieces, slot.view)
-            self._committer.put(save.part(at, lent))
+            self.commit_part(save.part(at, lent))
             at += len(lent)
         save.refuse(at, Outcome.LATE if self.up else Outcome.FAILED)
         save.sealed()
@@ -269,9 +270,13 @@ class NodeClient:
     def commit(self, layout: Layout, keys: Sequence[BlockKey], lent: Sequence[Lent], *, start: int = 0) -> Job:
         """The blocks of keys[start], keys[start + 1], ... were written into these slots. See `save`."""
         save = Save(layout, keys, start, Job([Outcome.PENDING] * len(lent)))
-        self._committer.put(save.part(0, lent))
+        self.commit_part(save.part(0, lent))
         save.sealed()
         return save.job
+
+    def commit_part(self, part: Part) -> None:
+        """As `commit`, for a part of a save whose copies ended one after the other."""
+        self._committer.put(part)
 
     def give_back(self, lent: Sequence[Lent]) -> None:
         """These slots are not needed, or hold nothing worth keeping."""
