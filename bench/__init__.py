@@ -45,6 +45,7 @@ BENCHES = {
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),
         Entry("node", "a match of 64 blocks by a node: idle, under load, asked again, over a bare round trip", 30),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
+        Entry("vs-lmcache", "the same vLLM with LMCache and with us: first tokens, misses, faults", 480, engine=True),
     )
 }
 
@@ -76,5 +77,5 @@ def _list(*, json_output: bool) -> int:
         print(json.dumps({"benches": rows}))
         return 0
     for row in rows:
-        print(f"{row['name']:10}{row['cost_seconds']:>5} s  {row['answers']}")
+        print(f"{row['name']:12}{row['cost_seconds']:>5} s  {row['answers']}")
     return 0

@@ -81,8 +81,9 @@ def frames_of(disk: Path, prompts: Sequence[Sequence[int]]) -> list[list[Stored]
             header = read_header(np.asarray(data[start : start + PAGE_BYTES]))
             if header is not None:
                 found[header.key] = Stored(file, start, frame_bytes(header.length_bytes))
-    return [[found[key] for key in _keys(tokens) if key in found] for tokens in prompts]
+    return [[found[key] for key in keys_of(tokens) if key in found] for tokens in prompts]
 
 
-def _keys(tokens: Sequence[int]) -> list[BlockKey]:
+def keys_of(tokens: Sequence[int]) -> list[BlockKey]:
+    """The keys of a prompt without a salt."""
     return block_keys(np.array(tokens, np.uint32), root=root_key(), tokens_per_block=BLOCK_TOKENS)

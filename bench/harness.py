@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CLOCK = SystemClock()
 PROGRESS_SECONDS = 2.0
+BINOMIAL_MAX = 1000
+"""Beyond so many values the binomial is a normal distribution, and 0.5**count no number any more."""
 NOT_CODE = ("bench/results", "docs", "README.md", "CHANGELOG.md")
 """A change there does not change what is measured."""
 
@@ -125,6 +127,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def _cut(count: int) -> int:
     """How many values to drop at each end so that the median lies between the rest with 95 % probability."""
+    if count > BINOMIAL_MAX:
+        return int(count / 2 - 0.98 * math.sqrt(count))
     below, term = 0.0, 0.5**count
     for at in range(count // 2):
         below += term

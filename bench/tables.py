@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import BENCHES, chart
+from bench import BENCHES, beside, chart
 from bench.claims import CLAIMS
 from bench.harness import RESULTS, ROOT, Check, Result, kept, quantity, saved
 
@@ -107,7 +107,13 @@ def tests() -> str:
     return "\n".join(["```text", "$ make test", "...", path.read_text().strip(), "```", ""])
 
 
-TABLES: dict[str, Callable[[], str]] = {"budgets": budgets, "claims": claims, "demo": demo, "tests": tests}
+TABLES: dict[str, Callable[[], str]] = {
+    "budgets": budgets,
+    "claims": claims,
+    "demo": demo,
+    "peers": beside.peers,
+    "tests": tests,
+}
 
 
 def main(check_only: bool) -> int:  # noqa: FBT001  # the one flag of a script

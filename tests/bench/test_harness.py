@@ -66,6 +66,13 @@ def test_spread_of_few_values_is_their_range():
     assert harness.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "rounds": 3}
 
 
+@pytest.mark.parametrize("count", [1000, 1001, 3000])
+def test_spread_of_many_values_is_narrow(count):
+    """However many the rounds, the interval holds about two roots of their number in the middle."""
+    row = harness.spread([float(at) for at in range(count)])
+    assert (row["high"] - row["low"]) / math.sqrt(count) == pytest.approx(1.96, rel=0.05)
+
+
 def test_result_survives_saving(tmp_path):
     """A kept result reads back as it was printed, to five digits."""
     result = _result()
