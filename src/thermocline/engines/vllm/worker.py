@@ -1,0 +1,177 @@
+"""The worker's half: carries out orders on one rank. It loads in a thread of its own, and saves in the model's.
+
+Nothing here can fail a step. A load that goes wrong is reported as failed and computed; a save that does is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from thermocline.blocks.key import KEY_BYTES, BlockKey
+from thermocline.blocks.layout import Layout
+from thermocline.engines.vllm.layout import layout_in
+from thermocline.engines.vllm.orders import LoadFailed, LoadOrder, Orders, Report, Saved, SaveOrder
+from thermocline.engines.vllm.pages import GroupPages
+from thermocline.store.receipt import Reason
+from thermocline.store.receipts import NOTHING, Loaded
+from thermocline.tiers.tier import Job, Outcome
+
+LOG = logging.getLogger("thermocline.vllm")
+LOAD_WAIT_SECONDS = 0.004
+"""How long a step in which nothing is computed waits for a load: vLLM would sleep and come back meanwhile."""
+CLOSE_SECONDS = 5.0
+_ON_THEIR_WAY = frozenset({Outcome.HIT, Outcome.PENDING})
+"""PENDING: another engine is saving the very block."""
+
+
+@dataclass(slots=True, eq=False)
+class _Saving:
+    """A save order whose groups end one by one."""
+
+    number: int
+    blocks: int
+    left: int
+    good: int
+    why: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ended(self, job: Job) -> bool:
+        """One group is done. True with the last one."""
+        at = next((at for at, outcome in enumerate(job.outcomes) if outcome not in _ON_THEIR_WAY), self.blocks)
+        with self.lock:
+            if at < self.good:
+                self.good, self.why = at, str(job.outcomes[at])
+            self.left -= 1
+            return self.left == 0
+
+
+class Worker:
+    """One rank. The model's thread calls every verb."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self._pages: list[GroupPages] = []
+        self._base: list[Layout] = []
+        self._epoch = b""
+        self._chains: dict[str, list[BlockKey]] = {}
+        self._orders: queue.SimpleQueue[LoadOrder | None] = queue.SimpleQueue()
+        self._under_way: set[str] = set()
+        self._done = threading.Condition()
+        self._finished: set[str] = set()
+        self._short: set[str] = set()
+        self._failed: list[LoadFailed] = []
+        self._saved: list[Saved] = []
+        self._thread = threading.Thread(target=self._load_all, name="thermocline load", daemon=True)
+        self._thread.start()
+
+    def register(self, rank: int, pages: Sequence[GroupPages]) -> None:
+        """The pages of every KV group, in their order. `rank` is this one's place in load orders."""
+        self.rank, self._pages = rank, list(pages)
+        self._base = [each.layout for each in pages]
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def begin(self, orders: Orders) -> None:
+        """A step begins: from here on what is saved is of its epoch."""
+        if orders.epoch != self._epoch:
+            self._epoch = orders.epoch
+            for pages, layout in zip(self._pages, self._base, strict=True):
+                pages.layout = layout_in(orders.epoch, layout)
+
+    def start_loads(self, orders: Orders) -> None:
+        """Start what is to be loaded; `ended_loads` tells when it is over."""
+        for order in orders.loads:
+            with self._done:
+                self._under_way.add(order.request)
+            self._orders.put(order)
+
+    def save(self, orders: Orders) -> None:
+        """Copy what this step computed to where the node keeps it. Returns after the copies."""
+        for order in orders.saves:
+            try:
+                self._save(order)
+            except Exception:  # whatever it is, the step has its result, and the blocks can be computed again
+                LOG.exception("a save failed")
+                self._saves_ended(Saved(order.number, 1, 0, str(Outcome.FAILED)))
+        for chain in orders.over:
+            self._chains.pop(chain, None)
+
+    def ended_loads(self, orders: Orders) -> tuple[set[str], set[str]]:
+        """Requests whose load is over, and those of them that did not get all of their blocks. Each is told once."""
+        with self._done:
+            if orders.idle and self._under_way and not self._finished:
+                self._done.wait(LOAD_WAIT_SECONDS)
+            finished, self._finished = self._finished, set()
+            short, self._short = self._short, set()
+            return finished, short
+
+    def report(self) -> Report | None:
+        """What is new since the last one."""
+        with self._done:
+            saved, self._saved = self._saved, []
+            failed, self._failed = self._failed, []
+        return Report(tuple(saved), tuple(failed)) if saved or failed else None
+
+    def close(self) -> None:
+        """End the thread; what was ordered before is still loaded, within a bound. A second call does nothing."""
+        self._orders.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        for pages in self._pages:
+            pages.close()
+
+    # -- loads, in their thread ----------------------------------------------------------------------------------------
+
+    def _load_all(self) -> None:
+        while (order := self._orders.get()) is not None:
+            failed = self._load(order)
+            with self._done:
+                self._under_way.discard(order.request)
+                self._finished.add(order.request)
+                if failed is not None:
+                    self._short.add(order.request)
+                    self._failed.append(failed)
+                self._done.notify_all()
+
+    def _load(self, order: LoadOrder) -> LoadFailed | None:
+        for group, ids in enumerate(order.pages):
+            loaded = self._load_group(order, group)
+            if loaded.blocks < len(ids):
+                why = loaded.missing[0] if loaded.missing else None
+                reason, detail = (str(why.reason), why.detail) if why else (str(Reason.LATE), "its lease had run out")
+                return LoadFailed(order.request, self.rank, group, loaded.blocks, reason, detail)
+        return None
+
+    def _load_group(self, order: LoadOrder, group: int) -> Loaded:
+        try:
+            places, ids = order.places[self.rank][group], order.pages[group]
+            return self._pages[group].load(places, ids) if len(places.offsets) == len(ids) else NOTHING
+        except Exception:  # as for saves
+            LOG.exception("a load failed")
+            return NOTHING
+
+    # -- saves ---------------------------------------------------------------------------------------------------------
+
+    def _save(self, order: SaveOrder) -> None:
+        chain = self._chains.setdefault(order.chain, [])
+        fresh = [BlockKey(order.keys[at : at + KEY_BYTES]) for at in range(0, len(order.keys), KEY_BYTES)]
+        chain[order.known : order.known + len(fresh)] = fresh
+        blocks = len(order.pages[0])
+        keys = chain[: order.start + blocks]
+        if len(keys) < order.start + blocks:
+            raise LookupError("an order names blocks of a chain that was not told")
+        saving = _Saving(order.number, blocks, len(self._pages), blocks)
+        jobs = [pages.save(keys, ids, order.start) for pages, ids in zip(self._pages, order.pages, strict=True)]
+        for job in jobs:
+            job.watch(visible=lambda job: self._group_saved(saving, job))
+
+    def _group_saved(self, saving: _Saving, job: Job) -> None:
+        if saving.ended(job):
+            self._saves_ended(Saved(saving.number, 1, saving.good, saving.why))
+
+    def _saves_ended(self, saved: Saved) -> None:
+        with self._done:
+            self._saved.append(saved)
