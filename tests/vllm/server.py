@@ -139,7 +139,7 @@ class Server:
         told = json.loads(text)
         choice = told["choices"][0]
         details = told["usage"].get("prompt_tokens_details") or {}
-        receipt = (told.get("kv_transfer_params") or {}).get("receipt") or told.get("kv_transfer_params") or {}
+        receipt = (told.get("kv_transfer_params") or {}).get("thermocline", {})
         return Answer(
             tuple(choice["token_ids"]),
             tuple(choice["logprobs"]["token_logprobs"]),
