@@ -6,6 +6,7 @@ block. The memory is a memfd: another process can map the same pages.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -18,6 +19,8 @@ from thermocline.blocks.slots import Slot, SlotMap
 
 UNIT_BYTES_MIN = 16 * 1024 * 1024
 UNITS_MAX = 64
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+"""Nobody can cut it: a process that reads what was cut off is ended by the kernel."""
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h, which the mmap module does not name
 
 
@@ -31,8 +34,9 @@ class Slab:
         self.capacity_bytes = units * unit_bytes
         self._lock = threading.Lock()
         self._slots = SlotMap(unit_bytes)
-        self._fd = os.memfd_create(name)
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._fd, self.capacity_bytes)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
         self._map = mmap.mmap(self._fd, self.capacity_bytes)
         self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         self._closing = threading.Event()
@@ -72,6 +76,11 @@ class Slab:
     def is_current(self, slot: Slot) -> bool:
         """True while the slot has not been given back: read after a copy, it says whether the copy was of this use."""
         return self._slots.is_current(slot)
+
+    @property
+    def unit_bytes(self) -> int:
+        """No block is longer than this."""
+        return self._slots.unit_bytes
 
     @property
     def used_bytes(self) -> int:

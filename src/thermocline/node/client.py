@@ -38,8 +38,9 @@ from thermocline.wire import messages as say
 LOG = logging.getLogger("thermocline.node")
 WAIT_SECONDS = 0.05
 NODE_LABEL = (("tier", "node"),)
-LIVES_KEPT = 2
-"""Of so many lives of the node the memory stays mapped: what was staged before it went can still be read."""
+LIFE_SECONDS = 1.0
+"""The memory of a node that went stays mapped for so long, for loads under way. Longer, and where the node is started
+again the machine would have to hold it twice."""
 LEND_AHEAD = 16
 
 
@@ -95,6 +96,7 @@ class NodeClient:
         self._held: dict[int, _Held] = {}
         self._lease_last = 0
         self._memories: dict[int, Piece] = {}
+        self._life = 0
         self._lock = threading.Lock()
         self._committer = Committer(self._save_ended)
         self._wanted: dict[LayoutId, tuple[Layout, int]] = {}
@@ -168,6 +170,7 @@ class NodeClient:
                 for offsets, sums in zip(answer.offsets, answer.sums, strict=True)
             )
             with self._lock:
+                self._strike_out(self._clock.now())
                 self._lease_last += 1
                 plan = replace(plan, lease=self._lease_last)
                 self._held[plan.lease] = _Held(link, answer.lease, plan.keys, places)
@@ -175,6 +178,11 @@ class NodeClient:
             link.tell(say.Release((answer.lease,)))
         if not staging.settle(plan):
             self.release(plan.lease)
+
+    def _strike_out(self, now: float) -> None:
+        """Forget plans that nobody released, and whose leases ran out."""
+        while self._held and next(iter(self._held.values())).places[0].deadline < now:
+            del self._held[next(iter(self._held))]
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
@@ -191,7 +199,10 @@ class NodeClient:
         """See `Store.load`. All blocks of the plan lie in memory."""
         if len(into) < plan.blocks:
             raise ValueError(f"a plan of {plan.blocks} blocks cannot be loaded into {len(into)}")
-        loaded = self.fetch(self.places(plan, rank), into[: plan.blocks])
+        places = self.places(plan, rank)
+        if plan.blocks and not places.offsets:
+            return Loaded(0, {}, (Missing(0, plan.blocks, Reason.LATE, "the plan's lease is over"),), 0.0)
+        loaded = self.fetch(places, into[: plan.blocks])
         if any(part.reason is Reason.CORRUPT for part in loaded.missing):
             self.damaged(plan.layouts[rank], plan.keys[loaded.blocks : loaded.blocks + 1])
         by_tier = {run.tier: 0 for run in plan.runs}
@@ -251,8 +262,12 @@ class NodeClient:
             lent = self.lend(layout, len(blocks) - at) or self._wait_lent(layout, len(blocks) - at, deadline)
             if not lent:
                 break
-            for slot, pieces in zip(lent, blocks[at:], strict=False):
-                copy_in(pieces, slot.view)
+            try:
+                for slot, pieces in zip(lent, blocks[at:], strict=False):
+                    copy_in(pieces, slot.view)
+            except BaseException:  # pieces that are no such block: the caller's mistake must not cost slots
+                self.give_back(lent)
+                raise
             self.commit_part(save.part(at, lent))
             at += len(lent)
         save.refuse(at, Outcome.LATE if self.up else Outcome.FAILED)
@@ -264,25 +279,36 @@ class NodeClient:
         with self._lock:
             room = self._room.get(layout.id)
             lent = [room.popleft() for _ in range(min(count, len(room)))] if room else []
+            for slot in lent:
+                slot.link.hold(1)
         self._top_up(layout, count)
         return lent
 
     def commit(self, layout: Layout, keys: Sequence[BlockKey], lent: Sequence[Lent], *, start: int = 0) -> Job:
         """The blocks of keys[start], keys[start + 1], ... were written into these slots. See `save`."""
         save = Save(layout, keys, start, Job([Outcome.PENDING] * len(lent)))
-        self.commit_part(save.part(0, lent))
+        if lent:
+            self.commit_part(save.part(0, lent))
         save.sealed()
         return save.job
 
     def commit_part(self, part: Part) -> None:
         """As `commit`, for a part of a save whose copies ended one after the other."""
         self._committer.put(part)
+        for slot in part.lent:
+            slot.link.let_go(1)
 
     def give_back(self, lent: Sequence[Lent]) -> None:
-        """These slots are not needed, or hold nothing worth keeping."""
+        """These slots are not needed, or hold nothing worth keeping. Nothing is written into them any more."""
+        self._keep(lent)
+        for slot in lent:
+            slot.link.let_go(1)
+
+    def _keep(self, lent: Sequence[Lent]) -> None:
+        """Have these slots for saves to come, as long as their link lasts."""
         with self._lock:
             for slot in lent:
-                if slot.link is self._keeper.link:
+                if not slot.link.ended:
                     self._room.setdefault(slot.layout, deque()).append(slot)
 
     def ready(self, layout: Layout, count: int) -> None:
@@ -295,9 +321,9 @@ class NodeClient:
         """See `Store.unsaved`: 0 when the node does not answer."""
         return self._count(lambda link, number: say.Unsaved(number, link.number(layout), b"".join(keys)))
 
-    def _top_up(self, layout: Layout, needed: int) -> None:
+    def _top_up(self, layout: Layout, needed: int, link: Link | None = None) -> None:
         """Ask for slots if there are fewer than half of those wanted, or than are needed now. Does not wait."""
-        link = self._keeper.link
+        link = link or self._keeper.link
         if link is None:
             return
         with self._lock:
@@ -316,8 +342,7 @@ class NodeClient:
         memory = link.memory if isinstance(answer, say.Lent) else None
         with self._room_came:
             self._asked_room[layout.id] = max(0, self._asked_room.get(layout.id, 0) - asked)
-            if isinstance(answer, say.Lent) and memory is not None and link is self._keeper.link:
-                self._memories[link.incarnation] = memory
+            if isinstance(answer, say.Lent) and memory is not None and not link.ended:
                 room = self._room.setdefault(layout.id, deque())
                 for slot, offset in zip(answer.slots, answer.offsets, strict=True):
                     room.append(Lent(link, layout.id, slot, memory[offset : offset + layout.block_bytes]))
@@ -337,7 +362,7 @@ class NodeClient:
         return []
 
     def _save_ended(self, layout: Layout, unused: Sequence[Lent], outcomes: Sequence[Outcome]) -> None:
-        self.give_back(unused)
+        self._keep(unused)
         for outcome in set(outcomes):
             self.metrics.count("save_blocks_total", outcomes.count(outcome), (*NODE_LABEL, ("outcome", outcome)))
         saved = sum(outcome is Outcome.HIT for outcome in outcomes) * layout.block_bytes
@@ -386,6 +411,9 @@ class NodeClient:
         self._committer.close()
         self._keeper.close()
         self.receipts.close()
+        with self._lock:
+            self._memories.clear()
+            self._held.clear()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -415,21 +443,30 @@ class NodeClient:
         """A link stands. Its memory is mapped here, in the background, not by the first request."""
         memory = link.memory
         with self._lock:
-            self._memories[link.incarnation] = memory
-            while len(self._memories) > LIVES_KEPT:
-                del self._memories[next(iter(self._memories))]
+            self._memories = {link.incarnation: memory}
+            self._life = link.incarnation
             self._room.clear()
             self._asked_room.clear()
             wanted = [layout for layout, _ in self._wanted.values()]
         for layout in wanted:
-            self._top_up(layout, 0)
+            self._top_up(layout, 0, link)
 
-    def _parted(self, _: Link) -> None:
+    def _parted(self, link: Link) -> None:
         """A link ended: what was lent over it is the node's again, and its leases are over."""
+        forget = threading.Timer(LIFE_SECONDS, self._forget, (link.incarnation,))
+        forget.daemon = True
+        forget.start()
         with self._room_came:
+            self._life = 0
             self._room.clear()
             self._asked_room.clear()
             self._room_came.notify_all()
+
+    def _forget(self, incarnation: int) -> None:
+        """Unmap the memory of a node that went, unless it is back."""
+        with self._lock:
+            if incarnation != self._life:
+                self._memories.pop(incarnation, None)
 
 
 def _copied(memory: Piece, places: Places, at: int, into: Sequence[Piece]) -> bool:

@@ -16,6 +16,8 @@ from thermocline.wire import messages as say
 LOG = logging.getLogger("thermocline.node")
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 1.0
 REFUSED_SECONDS = 10.0
+STEADY_SECONDS = 1.0
+"""A link that ended sooner was of no use: the next is not made at once."""
 AWAY_SECONDS_MIN, AWAY_SECONDS_MAX = 0.25, 10.0
 """How long a node that was late is left alone before it is tried again, in the background."""
 WELL_ANSWERS = 32
@@ -83,17 +85,18 @@ class Keeper:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        retry = RETRY_SECONDS_MIN
+        pause, attached = 0.0, -math.inf
         while not self._closing:
             if self._any_link is None or self._any_link.ended:
-                retry = RETRY_SECONDS_MIN if self._connect() else min(2 * retry, RETRY_SECONDS_MAX)
-                if self._any_link is None:
-                    self._pause(retry)
+                self._pause(pause)
+                pause = min(max(2 * pause, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+                attached = self._clock.now() if self._connect() else attached
             elif self.link is None:
                 self._probe(self._any_link)
             else:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing or self.link is None)
+                pause = 0.0 if self._clock.now() - attached > STEADY_SECONDS else pause
 
     def _connect(self) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import logging
 import mmap
@@ -51,6 +52,9 @@ class Link:
         self._numbers = itertools.count(1)
         self._layouts: dict[LayoutId, int] = {}
         self._lock = threading.Lock()
+        self._written = threading.Condition(self._lock)
+        self._writing = 0
+        self._dead = False
         self._sending = threading.Lock()
         self._declaring = threading.Lock()
         self._memory: Piece | None = None
@@ -86,7 +90,8 @@ class Link:
         """Send a message. A node that does not read for a while is as good as gone: then the link ends."""
         try:
             with self._sending:
-                self._sock.sendall(say.encode(message))
+                if not self._dead:
+                    self._sock.sendall(say.encode(message))
         except (OSError, say.MessageError) as error:
             LOG.info("the link to the node ends: %s", error)
             self.end()
@@ -115,10 +120,25 @@ class Link:
                 threading.Thread(target=_populate, args=(mapped, self), name="node memory", daemon=True).start()
             return self._memory
 
+    def hold(self, count: int) -> None:
+        """So many slots that the node lent over this link are being written: it stays open until `let_go`."""
+        with self._lock:
+            self._writing += count
+
+    def let_go(self, count: int) -> None:
+        """Nothing is written into so many slots any more."""
+        with self._written:
+            self._writing -= count
+            self._written.notify_all()
+
     def end(self) -> None:
-        """Have the thread find the connection closed. It calls every taker with None."""
+        """Have the thread find the connection closed. It calls every taker with None.
+
+        The node learns of it when the last copy into a slot is over: until then it gives no slot to another.
+        """
+        self._dead = True
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RD)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -129,15 +149,18 @@ class Link:
         self._sock.sendall(say.encode(say.Hello(say.PROTOCOL, thermocline.__version__, role)))
         received, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 1)
         self._fd = fds[0] if fds else -1
-        first = None
-        for body in self._inbox.feed(received):
-            first = say.node_says(body)
-            break
+        if not received:
+            raise ConnectionResetError("the node is leaving")
+        try:
+            first = next(map(say.node_says, self._inbox.feed(received)), None)
+        except say.MessageError:
+            first = None
         if isinstance(first, say.Refused):
             raise NodeError(f"the node at {path} refuses us: {first.reason}", hint=first.hint)
         if not isinstance(first, say.Welcome) or first.protocol != say.PROTOCOL or not fds:
             raise NodeError(f"what listens at {path} is no node of this version", hint="check the path of the socket")
-        if os.fstat(self._fd).st_size < first.memory_bytes:
+        sealed = fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        if not sealed or os.fstat(self._fd).st_size < first.memory_bytes:  # to touch what was cut off ends a process
             raise NodeError(f"the memory of the node at {path} is not what it says", hint="restart the node")
         self._sock.settimeout(None)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._wait_seconds))
@@ -157,6 +180,9 @@ class Link:
         self._on_end(self)
         for taker in takers:
             _call(taker, None)
+        with self._written:
+            self._dead = True
+            self._written.wait_for(lambda: not self._writing)
         self._close()
 
     def _take(self, answer: say.FromNode) -> None:

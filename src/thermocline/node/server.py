@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,7 +25,10 @@ from thermocline.wire.status import ClientStatus, NodeStatus, TierStatus
 
 LOG = logging.getLogger("thermocline.node")
 CLIENTS_MAX = 256
+GREETED_MAX = 64
+"""More clients do not say hello at a time: what comes then has to try again."""
 HELLO_SECONDS = 0.5
+HELLO_BYTES_MAX = 4096
 SEND_SECONDS = 1.0
 """A client that does not read its answers for so long is let go."""
 SEND_BUFFER_BYTES = 4 << 20
@@ -42,6 +48,7 @@ class NodeServer:
         self._incarnation = int.from_bytes(os.urandom(7), "little") | 1
         self._sessions: dict[Session, threading.Thread] = {}
         self._lock = threading.Lock()
+        self._greeting = threading.Semaphore(GREETED_MAX)
         self._closing = False
         self.last_seen = self._started
         self._listener = _listen(self.path)
@@ -56,7 +63,8 @@ class NodeServer:
 
     def idle_seconds(self) -> float:
         """How long nobody has been connected; 0 while somebody is."""
-        return 0.0 if self._sessions else self._clock.now() - self.last_seen
+        with self._lock:
+            return 0.0 if self._sessions else self._clock.now() - self.last_seen
 
     def close(self) -> None:
         """Answer what was asked, let all clients go, and take the socket away. A second call does nothing."""
@@ -130,7 +138,10 @@ class NodeServer:
                 LOG.warning("a client could not connect: %s", error)
                 self._clock.sleep(0.1)  # out of descriptors, most likely: not to be tried a million times a second
                 continue
-            threading.Thread(target=self._greet, args=(sock,), name="client", daemon=True).start()
+            if self._greeting.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=(sock,), name="client", daemon=True).start()
+            else:
+                sock.close()
 
     def _greet(self, sock: socket.socket) -> None:
         """Hear who it is, hand out the memory, serve."""
@@ -140,6 +151,8 @@ class NodeServer:
         except (OSError, say.MessageError) as error:
             LOG.info("a client left before it was served: %s", error)
             session = None
+        finally:
+            self._greeting.release()
         if session is None:
             sock.close()
             return
@@ -151,9 +164,8 @@ class NodeServer:
                 self.last_seen = self._clock.now()
 
     def _admit(self, sock: socket.socket, inbox: say.Inbox) -> Session | None:
-        sock.settimeout(HELLO_SECONDS)
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        hello = _first(sock, inbox)
+        hello = self._first(sock, inbox)
         refused = self._refusal(uid, hello)
         if refused is not None:
             sock.sendall(say.encode(refused))
@@ -179,6 +191,23 @@ class NodeServer:
             self._sessions[session] = threading.current_thread()
         return session
 
+    def _first(self, sock: socket.socket, inbox: say.Inbox) -> say.Hello:
+        """The first message. What follows it waits for the answer, so nothing of it can be here already."""
+        deadline = self._clock.now() + HELLO_SECONDS
+        received = 0
+        while (left := deadline - self._clock.now()) > 0 and received < HELLO_BYTES_MAX:
+            sock.settimeout(left)
+            said = sock.recv(HELLO_BYTES_MAX)
+            received += len(said)
+            for body in inbox.feed(said):
+                hello = say.client_says(body)
+                if isinstance(hello, say.Hello):
+                    return hello
+                raise say.MessageError("the first message must be Hello")
+            if not said:
+                break
+        raise say.MessageError("nobody said hello")
+
     def _refusal(self, uid: int, hello: say.Hello) -> say.Refused | None:
         if uid != os.getuid():
             return say.Refused(f"this node serves user {os.getuid()} only", "start a node of your own")
@@ -193,27 +222,17 @@ class NodeServer:
         return None
 
 
-def _first(sock: socket.socket, inbox: say.Inbox) -> say.Hello:
-    """The first message. What follows it waits for the answer, so nothing of it can be here already."""
-    while received := sock.recv(1 << 16):
-        for body in inbox.feed(received):
-            hello = say.client_says(body)
-            if isinstance(hello, say.Hello):
-                return hello
-            raise say.MessageError("the first message must be Hello")
-    raise say.MessageError("nothing was said")
-
-
 def _listen(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _clear(path)
-        before = os.umask(0o177)  # the socket is never there with other rights, not even for a moment
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-        sock.listen(CLIENTS_MAX)
+        with _alone(path.parent):
+            _clear(path)
+            before = os.umask(0o177)  # the socket is never there with other rights, not even for a moment
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(before)
+            sock.listen(CLIENTS_MAX)
     except OSError as error:
         sock.close()
         raise NodeError(
@@ -223,6 +242,17 @@ def _listen(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One node at a time takes a place in this folder: of two, the second would take away the first one's socket."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _clear(path: Path) -> None:

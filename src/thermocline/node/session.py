@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -28,8 +29,12 @@ LOG = logging.getLogger("thermocline.node")
 RECEIVE_BYTES = 1 << 18
 LEASES_MAX = 1 << 16
 MODEL_NAME_MAX = 64
+LAYOUT_BYTES_MAX = RECEIPT_BYTES_MAX = 1 << 16
+PREFETCH_SECONDS_MAX = 60.0
+COMPUTED_MAX = 1 << 40
+"""More tokens, or seconds, than that nobody has computed."""
 LENT_SHARE = 16
-"""No client is lent more than one in so many of the slots that memory could have of a size."""
+"""No client is lent more than one in so many of the bytes of memory, but one slot of each layout."""
 
 
 class Reports(Protocol):
@@ -45,9 +50,11 @@ class Reports(Protocol):
 class Session:
     """Serves one connection in a thread of its own. What the client held is given back when the connection ends.
 
-    A slot that was lent belongs to the client until it commits it, gives it back, or its socket is closed, which the
-    kernel does after the last of its threads: so nobody can write into a slot that has gone to another. A client that
-    is stopped keeps its few slots, and its leases run out by themselves.
+    A slot that was lent belongs to the client until it commits it, gives it back, or its end of the socket is closed.
+    The kernel closes it after the last of the client's threads, and a living client not before its last copy into a
+    slot: so nobody can write into a slot that has gone to another. A client that is stopped keeps its few slots, and
+    its leases run out by themselves. One that sends what is no message, or does not read, is heard no more, but keeps
+    its slots likewise until it closes.
     """
 
     def __init__(
@@ -65,12 +72,13 @@ class Session:
         self._sock, self._store, self._reports, self._clock = sock, store, reports, clock
         self._lease_seconds = lease_seconds
         self._layouts: dict[int, Layout] = {}
-        self._leases: set[int] = set()
+        self._leases: dict[int, float] = {}  # when each is over, oldest first
         self._slots: dict[int, tuple[Slot, Layout]] = {}
         self._slot_last = 0
+        self._lent_bytes = 0
         self._lock = threading.Lock()
         self._sending = threading.Lock()
-        self._ended = False
+        self._mute = False
         self._verbs: dict[type[object], Callable[..., object]] = {
             say.Declare: self._declare,
             say.Stage: self._stage,
@@ -108,12 +116,28 @@ class Session:
         """Until the client leaves, or says what is no message."""
         try:
             while received := self._sock.recv(RECEIVE_BYTES):
-                for body in inbox.feed(received):
-                    self._obey(say.client_says(body))
-        except (MessageError, OSError) as error:
+                self._hear(received, inbox)
+        except OSError as error:
             LOG.info("client %s (%d) is gone: %s", self.role, self.pid, error)
         finally:
             self._end()
+
+    def _hear(self, received: bytes, inbox: say.Inbox) -> None:
+        try:
+            for body in () if self._mute else inbox.feed(received):
+                if not self._mute:
+                    self._obey(say.client_says(body))
+        except MessageError as error:
+            self._part(error)
+
+    def _part(self, why: Exception) -> None:
+        """Say no more to this client, and hear it no more. Its slots are its own until it closes its end."""
+        LOG.warning("client %s (%d) is let go: %s", self.role, self.pid, why)
+        with self._lock:
+            self._mute = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        self._release(say.Release(tuple(self._leases)))
 
     def drain(self) -> None:
         """Read no more; what was received is still answered. The client sees the end of the connection."""
@@ -130,7 +154,7 @@ class Session:
             raise MessageError(f"{type(message).__name__} comes once, at the beginning")
         try:
             verb(message)
-        except (MessageError, OSError):
+        except MessageError:
             raise
         except Exception:  # one thing that fails must not take the others of this client, or of all, with it
             LOG.exception("the node failed at %s", type(message).__name__)
@@ -140,6 +164,8 @@ class Session:
     def _declare(self, said: say.Declare) -> None:
         if len(self._layouts) >= say.LAYOUTS_MAX:
             raise MessageError(f"more than {say.LAYOUTS_MAX} layouts")
+        if len(said.layout) > LAYOUT_BYTES_MAX:
+            raise MessageError("a layout that is far too long")
         try:
             layout = msgspec.msgpack.decode(said.layout, type=Layout)
         except msgspec.DecodeError as error:
@@ -149,24 +175,22 @@ class Session:
         self._layouts[said.number] = layout
 
     def _stage(self, asked: say.Stage) -> None:
-        layouts = self._known(asked.layouts)
+        layouts, now = self._known(asked.layouts), self._clock.now()
+        over = now + self._lease_seconds  # the lease is taken after this, and lasts longer
         stage(
             self._store,
             layouts,
             _keys(asked.keys),
             prompt_tokens=asked.prompt_tokens,
-            now=self._clock.now(),
+            now=now,
             promoting=lambda deadline: self._send(say.Promoting(asked.id, deadline)),
-            then=lambda plan: self._staged(asked.id, plan),
+            then=lambda plan: self._staged(asked.id, plan, over),
         )
 
-    def _staged(self, number: int, plan: Plan) -> None:
-        with self._lock:
-            over = self._ended or len(self._leases) >= LEASES_MAX
-            if plan.lease and not over:
-                self._leases.add(plan.lease)
-        if over:
+    def _staged(self, number: int, plan: Plan, over: float) -> None:
+        if not self._takes(plan.lease, over):
             self._store.release(plan.lease)
+            self._send(say.Failed(number, f"{LEASES_MAX} plans were not released"))
             return
         self._store.metrics.count("asked_blocks_total", len(plan.keys))
         for run in plan.runs:
@@ -177,7 +201,7 @@ class Session:
             say.Staged(
                 number,
                 plan.lease,
-                self._clock.now() + self._lease_seconds,
+                over,
                 tuple(say.RunStaged(run.start, run.stop, run.tier, run.seconds) for run in plan.runs),
                 tuple(say.Gap(gap.start, gap.stop, gap.reason, gap.detail) for gap in plan.missing),
                 plan.load_seconds,
@@ -190,11 +214,21 @@ class Session:
             )
         )
 
+    def _takes(self, lease: int, over: float) -> bool:
+        """Enter a lease, and strike out those that ran out unreleased. False where the client may have no more."""
+        with self._lock:
+            while self._leases and next(iter(self._leases.values())) < self._clock.now():
+                del self._leases[next(iter(self._leases))]
+            if self._mute or len(self._leases) >= LEASES_MAX:
+                return False
+            if lease:
+                self._leases[lease] = over
+        return True
+
     def _release(self, said: say.Release) -> None:
         for lease in said.leases:
             with self._lock:
-                ours = lease in self._leases
-                self._leases.discard(lease)
+                ours = self._leases.pop(lease, None) is not None
             if ours:
                 self._store.release(lease)
 
@@ -204,23 +238,32 @@ class Session:
 
     def _lend(self, asked: say.Lend) -> None:
         (layout,) = self._known((asked.layout,))
-        most = self._store.memory_bytes // padded(layout.block_bytes) // LENT_SHARE
-        with self._lock:
-            count = max(0, min(asked.count, max(1, most) - len(self._slots)))
-        slots = self._store.lend(layout, count)
+        slots = self._store.lend(layout, min(asked.count, self._may_have(layout)))
         numbers: list[int] = []
         with self._lock:
             for slot in slots:
                 self._slot_last += 1
                 self._slots[self._slot_last] = (slot, layout)
+                self._lent_bytes += padded(layout.block_bytes)
                 numbers.append(self._slot_last)
         offsets = tuple(self._store.lent(layout, slot)[0] for slot in slots)
         self._send(say.Lent(asked.id, tuple(numbers), offsets))
 
+    def _may_have(self, layout: Layout) -> int:
+        """How many slots more the client may be lent."""
+        room = self._store.memory_bytes // LENT_SHARE - self._lent_bytes
+        has = any(of == layout for _, of in self._slots.values()) if room < padded(layout.block_bytes) else True
+        return max(room // padded(layout.block_bytes), 0 if has else 1)
+
     def _give_back(self, said: say.GiveBack) -> None:
+        self._store.take_back(self._struck(number for number in said.slots if number in self._slots))
+
+    def _struck(self, numbers: Iterable[int]) -> list[Slot]:
+        """These slots are lent to this client no more."""
         with self._lock:
-            slots = [self._slots.pop(number)[0] for number in set(said.slots) if number in self._slots]
-        self._store.take_back(slots)
+            struck = [self._slots.pop(number) for number in set(numbers)]
+            self._lent_bytes -= sum(padded(layout.block_bytes) for _, layout in struck)
+        return [slot for slot, _ in struck]
 
     def _commit(self, asked: say.Commit) -> None:
         (layout,) = self._known((asked.layout,))
@@ -236,10 +279,7 @@ class Session:
             slots = [self._slots[number][0] for number in numbers]
         job, unused = self._store.adopt(layout, keys, list(zip(slots, sums, strict=True)), start=asked.start)
         left = set(unused)
-        with self._lock:
-            for number, slot in zip(numbers, slots, strict=True):
-                if slot not in left:
-                    del self._slots[number]
+        self._struck(number for number, slot in zip(numbers, slots, strict=True) if slot not in left)
         free = tuple(number for number, slot in zip(numbers, slots, strict=True) if slot in left)
         self._send(say.Committed(asked.id, tuple(map(str, job.outcomes)), free))
 
@@ -251,14 +291,17 @@ class Session:
         def arrived(job: Job) -> None:
             self._send(say.Count(asked.id, leading_hits(job.outcomes)))
 
-        deadline = self._clock.now() + max(0.0, asked.seconds)
+        deadline = self._clock.now() + min(max(0.0, asked.seconds), PREFETCH_SECONDS_MAX)
         self._store.prefetch(self._known(asked.layouts), _keys(asked.keys), deadline).watch(done=arrived)
 
     def _computed(self, said: say.Computed) -> None:
-        if said.tokens > 0 and said.cached >= 0 and said.seconds > 0 and len(said.model) <= MODEL_NAME_MAX:
+        known = 0 < said.tokens < COMPUTED_MAX and 0 <= said.cached < COMPUTED_MAX
+        if known and 0 < said.seconds < COMPUTED_MAX and len(said.model) <= MODEL_NAME_MAX:
             self._store.costs.recomputed(said.tokens, said.cached, said.seconds, said.model)
 
     def _record(self, said: say.Record) -> None:
+        if len(said.receipt) > RECEIPT_BYTES_MAX:
+            raise MessageError("a receipt that is far too long")
         try:
             receipt = msgspec.msgpack.decode(said.receipt, type=Receipt)
         except msgspec.DecodeError as error:
@@ -276,7 +319,9 @@ class Session:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _known(self, numbers: Iterable[int]) -> list[Layout]:
+    def _known(self, numbers: Sequence[int]) -> list[Layout]:
+        if len(numbers) > say.LAYOUTS_MAX:
+            raise MessageError(f"a question about more than {say.LAYOUTS_MAX} layouts")
         try:
             found = [self._layouts[number] for number in numbers]
         except KeyError:
@@ -286,24 +331,27 @@ class Session:
         return found
 
     def _send(self, message: say.Answer) -> None:
-        """Never raises: a client that is gone, or does not read, is found out by the thread that reads from it."""
+        """Never raises. A client that does not read is waited for once, and never again."""
+        try:
+            encoded = say.encode(message)
+        except MessageError as error:
+            encoded = say.encode(say.Failed(message.id, str(error)))
         try:
             with self._sending:
-                self._sock.sendall(say.encode(message))
-        except (OSError, MessageError) as error:
-            LOG.info("client %s (%d) took no answer: %s", self.role, self.pid, error)
-            self.drain()
+                if not self._mute:
+                    self._sock.sendall(encoded)
+        except OSError as error:
+            self._part(error)
 
     def _end(self) -> None:
         with self._lock:
-            self._ended = True
-            leases, self._leases = self._leases, set()
-            slots = [slot for slot, _ in self._slots.values()]
-            self._slots.clear()
-        self._sock.close()
-        for lease in leases:
-            self._store.release(lease)
-        self._store.take_back(slots)
+            self._mute = True
+        with contextlib.suppress(OSError):  # for an answer that another thread is sending
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._sending:
+            self._sock.close()
+        self._release(say.Release(tuple(self._leases)))
+        self._store.take_back(self._struck(tuple(self._slots)))
 
 
 def _keys(joined: bytes) -> Sequence[BlockKey]:

@@ -40,6 +40,7 @@ class Staging:
         "_cancelled",
         "_clock",
         "_deadline",
+        "_extended",
         "_keys",
         "_layouts",
         "_lock",
@@ -64,6 +65,7 @@ class Staging:
         self._came = threading.Event()
         self._plan: Plan | None = None
         self._cancelled = False
+        self._extended = False
 
     @property
     def done(self) -> bool:
@@ -76,14 +78,20 @@ class Staging:
             self._plan is None
             and self._clock.now() > self._deadline
             and self.settle(self.nothing(Reason.LATE, "the node did not answer in time"))
+            and not self._extended  # a node that has said what it is at is well, only its disk may be slow
         ):
             self._asker.late(self._started)
         return self._plan
 
     def wait(self, seconds: float) -> bool:
         """Wait for the plan; False if `seconds` passed first. Never longer than until the deadline."""
-        if self._plan is None:
-            self._came.wait(max(0.0, min(seconds, self._deadline - self._clock.now() + 1e-4)))
+        until = self._clock.now() + seconds
+        while self._plan is None:
+            deadline = self._deadline
+            if self._came.wait(max(0.0, min(until, deadline + 1e-4) - self._clock.now())):
+                break
+            if until <= self._clock.now() or deadline == self._deadline:
+                break
         return self.done
 
     def cancel(self) -> None:
@@ -98,7 +106,7 @@ class Staging:
     def extend(self, deadline: float) -> None:
         """The node is at it, and will answer by then."""
         with self._lock:
-            self._deadline = max(self._deadline, deadline)
+            self._deadline, self._extended = max(self._deadline, deadline), True
 
     def settle(self, plan: Plan) -> bool:
         """This is the plan. False where another was first, or nobody wants it any more: its lease is the caller's."""

@@ -154,12 +154,14 @@ class Index:
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def add(self, layout: LayoutId, key: BlockKey, parent: BlockKey, depth: int, tier: str, now: float) -> int:
-        """Enter a block for a tier, or mend it where it is broken. NO_NODE if its parent is not there."""
+        """Enter a block for a tier, or mend it where it is broken. NO_NODE if its parent is not there, or not that."""
         nodes = self._by_key.setdefault(layout, {})
         above = NO_NODE if parent == NO_PARENT else nodes.get(parent, NO_NODE)
         if (parent == NO_PARENT) != (depth == 1) or (depth > 1 and not self._has(above, tier)):
             return NO_NODE
         node = nodes.get(key, NO_NODE)
+        if (depth > 1 and self._depths[above] + 1 != depth) or (node != NO_NODE and self._parents[node] != above):
+            return NO_NODE  # no path that somebody hashed: of a chain each key has one parent, and one depth
         if node == NO_NODE:
             node = nodes[key] = self._new(layout, key, above, depth)
         columns, bit = self._tiers[tier], self._bits[tier]

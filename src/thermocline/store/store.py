@@ -372,9 +372,10 @@ class Store:
     def lend(self, layout: Layout, count: int) -> list[Slot]:
         """Up to `count` slots of memory to write blocks into, evicting for them; until `adopt` or `take_back`."""
         slots: list[Slot] = []
-        for _ in range(EVICT_ROUNDS_MAX if not self._closed else 0):
+        count = min(count, self._warm.lendable(layout.block_bytes))
+        for _ in range(EVICT_ROUNDS_MAX if count > 0 and not self._closed else 0):
             slots += self._warm.lend(layout.block_bytes, count - len(slots))
-            if len(slots) == count or not self._books.evict(self._warm.name, count - len(slots)):
+            if len(slots) >= count or not self._books.evict(self._warm.name, count - len(slots)):
                 break
             self._mover.hand_down(count - len(slots))
         return slots

@@ -15,6 +15,9 @@ from thermocline.blocks.slots import Slot
 from thermocline.clock import Clock, SystemClock
 from thermocline.tiers.tier import Bitmap, Block, Found, Job, Medium, Outcome, Piece, Usage, block_length
 
+LENT_SHARE = 2
+"""Never more than one in so many bytes is lent: the others hold blocks."""
+
 
 class _Entry(NamedTuple):
     slot: Slot
@@ -73,7 +76,9 @@ class MemoryTier:
                 self._publish(layout, key, _Entry(slot, self._slab.offset(slot, length), length, block.sum))
                 done += 1
         finally:
-            for slot in slots[done:]:  # pieces that are no plain memory: the caller's mistake must not cost room
+            for slot in (
+                () if in_place else slots[done:]
+            ):  # pieces that are no plain memory: the caller's mistake must not cost room
                 self._slab.give(slot)
         job = Job([Outcome.HIT] * len(slots) + [Outcome.FULL] * (len(blocks) - len(slots)))
         job.set_done()
@@ -102,6 +107,15 @@ class MemoryTier:
         found = map(entries.get, keys)
         return [(entry.offset, entry.sum) for entry in takewhile(lambda entry: entry is not None, found) if entry]
 
+    def lendable(self, block_bytes: int) -> int:
+        """See `LendingTier.lendable`."""
+        size = padded(block_bytes)
+        if size > self._slab.unit_bytes:
+            return 0
+        with self._lock:
+            room = self._slab.capacity_bytes // LENT_SHARE - sum(self._lent.values())
+            return max(room // size, 0 if self._lent else 1)
+
     def lend(self, block_bytes: int, count: int) -> list[Slot]:
         """See `LendingTier.lend`."""
         slots = self._slab.take(block_bytes, count)
@@ -117,8 +131,8 @@ class MemoryTier:
         """See `LendingTier.take_back`."""
         with self._lock:
             for slot in slots:
-                del self._lent[slot]
-                self._slab.give(slot)
+                if self._lent.pop(slot, None) is not None:
+                    self._slab.give(slot)
 
     @property
     def fd(self) -> int:

@@ -252,6 +252,9 @@ class LendingTier(Tier, Protocol):
     def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
         """Where each leading block that is here lies in the memory behind `fd`, and its sum."""
 
+    def lendable(self, block_bytes: int) -> int:
+        """How many slots for blocks of this size may be lent beyond those that are, if there is or will be room."""
+
     def lend(self, block_bytes: int, count: int) -> list[Slot]:
         """Up to `count` slots for blocks that others write in place, until they are saved or taken back."""
 
