@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thermocline.clock import SystemClock
-from thermocline.demo import crash, damage, story
+from thermocline.demo import crash, damage, story, vllm
 from thermocline.demo.screen import Screen
 from thermocline.errors import ModelError
 
@@ -61,6 +61,14 @@ def test_installed_engine_ends_the_wait(tmp_path):
     story._wait_for_engine(_screen(), SystemClock(), ready)
 
 
+def test_vllm_missing(tmp_path):
+    """Where vLLM is not installed, its chapter says so, how to install it, and is no failure."""
+    told = vllm.play(_screen(), tmp_path, None)
+    assert told.ok
+    assert "make vllm" in told.verdict
+    assert told.details == {"shown": False}
+
+
 @pytest.mark.slow
 def test_whole_demo_as_json():
     """`thermocline demo --json` prints one object on stdout: all chapters, their claims, and the same answers."""
@@ -78,4 +86,5 @@ def test_whole_demo_as_json():
     assert "diverged" in chapters["planted"]["details"]["reasons"]
     assert chapters["summary"]["details"]["reason"] == "diverged"
     assert chapters["summary"]["details"]["adds_up"]
+    assert chapters["vllm"]["details"].get("same_answers", 5) == 5
     assert "playbook claim" in done.stderr

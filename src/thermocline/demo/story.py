@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.demo import crash, damage
+from thermocline.demo import crash, damage, vllm, vllm_running
 from thermocline.demo.chapter import Chapter
 from thermocline.demo.machine import machine
 from thermocline.demo.screen import Screen
@@ -40,6 +40,7 @@ TITLES = {
     ),
     "planted": ("A timestamp at the top costs everything", "Every request has a receipt, and the receipt says why."),
     "summary": ("Why is my hit rate 30 %?", "Receipts add up: each token was loaded, or has one reason."),
+    "vllm": ("vLLM, and a node that dies under it", "One flag: what vLLM computed outlives its cache, and the node."),
 }
 
 
@@ -52,9 +53,11 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
     clock = SystemClock()
     screen = Screen(json_output=json_output)
     started = clock.now()
-    told = [_chapter(screen, clock, at, name, play) for at, (name, play) in enumerate(_CHEAP.items(), 1)]
-    _wait_for_engine(screen, clock, engine_ready)
-    told += _with_model(screen, clock, len(told))
+    with vllm_running.started() as vllm_up:
+        told = [_chapter(screen, clock, at, name, play) for at, (name, play) in enumerate(_CHEAP.items(), 1)]
+        _wait_for_engine(screen, clock, engine_ready)
+        told += _with_model(screen, clock, len(told))
+        told.append(_chapter(screen, clock, len(told) + 1, "vllm", partial(vllm.play, vllm=vllm_up)))
     seconds = clock.now() - started
     _end(screen, told, seconds)
     ok = all(chapter.ok for chapter in told)

@@ -22,6 +22,9 @@ ENGINES = ("vllm", "transformers")
 START_SECONDS_MAX, STOP_SECONDS_MAX = 1800.0, 30.0
 """A large model takes minutes to load, and longer to download; a drain takes seconds."""
 
+DRAIN_SECONDS = 20
+"""How long vLLM may go on with requests in flight when it is told to end; by itself it drops them."""
+
 NODE_START_SECONDS_MAX = 120.0
 HEALTH_SECONDS = 2.0
 PORTS_TRIED, PORT_MAX = 1000, 65535
@@ -70,7 +73,7 @@ def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Se
         *("--model", model_folder(settings.model), "--served-model-name", settings.model),
         *("--host", settings.host, "--port", str(port)),
         *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
-        *("--kv-transfer-config", config),
+        *("--shutdown-timeout", str(DRAIN_SECONDS), "--kv-transfer-config", config),
     )
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if vllm_computes_on_cpu():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 WAIT_LINE_SECONDS = 10.0
-LINE_WIDTH = 60
+LINE_WIDTH = 110
 
 
 class Address(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -73,7 +73,8 @@ class Telling:
         for child in children:
             if child.state is State.STARTING and child.seconds - self._told_seconds >= WAIT_LINE_SECONDS:
                 self._told_seconds = child.seconds
-                self._say(f"waiting for {child.launch.name} ({child.seconds:.0f} s): {child.last_line()[:LINE_WIDTH]}")
+                said = child.last_line()[:LINE_WIDTH]
+                self._say(f"waiting for {child.launch.name} ({child.seconds:.0f} s){': ' if said else ''}{said}")
 
     def waited(self) -> None:
         """The wait is over: clear what was drawn."""
@@ -98,7 +99,8 @@ class Telling:
         for child in children:
             mark = Text("ready", "green") if child.state is State.READY else Text("...", "yellow")
             seconds = "" if child.state is State.READY else f"{child.seconds:.0f} s"
-            table.add_row(mark, child.launch.name, seconds, Text(child.last_line()[:LINE_WIDTH], "dim"))
+            said = Text(child.last_line()[:LINE_WIDTH], "dim", no_wrap=True, overflow="ellipsis")
+            table.add_row(mark, Text(child.launch.name, no_wrap=True), Text(seconds, no_wrap=True), said)
         if self._live is None:
             self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self._live.start()
