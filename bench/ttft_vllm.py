@@ -34,12 +34,14 @@ LENGTHS = (4 * BLOCK_TOKENS + 1, 16 * BLOCK_TOKENS + 1, 48 * BLOCK_TOKENS + 1)
 PROMPTS = 2
 """Of each length. What is asked of one prompt is asked of each."""
 MEMORY_ROUNDS, DISK_ROUNDS = 12, 8
+TRIES = 3
 WARM_UPS = 4
 PAIRS = 120
 PAIR_TOKENS, PAIR_NEW_TOKENS = 8 * BLOCK_TOKENS + 1, 2
 SAME_TOKENS = 16
 REST_SECONDS = 0.03
-SAVED_SECONDS = 0.5
+SAVED_SECONDS = 0.3
+SAVES_MAX = 8
 ATTACHED_SECONDS = 30.0
 COLD, MISS, OWN, MEMORY = "no cache", "miss, saved", "vLLM's own prefix hit", "memory"
 DISK, DROPPED = "disk, new processes", "disk, page cache dropped"
@@ -54,6 +56,8 @@ class Seconds:
 
     arms: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     own: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    missed: int = 0
+    partly_saved: int = 0
 
     def add(self, arm: str, length: int, answer: Answer, own: Answer | None = None) -> None:
         """One answer, with vLLM's own hit of the same round."""
@@ -121,6 +125,31 @@ def _ask(server: Server, tokens: list[int], *, cached: bool) -> Answer:
     return answered(server.ask(tokens), len(tokens) - 1 if cached else 0)
 
 
+def asks_until_held(server: Server, tokens: list[int]) -> int:
+    """How often a prompt that was answered once must be asked again until all of it comes from the cache.
+
+    More than once where saving was dropped: no engine waits for room. Raises BenchError where it never comes.
+    """
+    for at in range(1, SAVES_MAX + 1):
+        CLOCK.sleep(SAVED_SECONDS)
+        server.forget()
+        if server.ask(tokens).cached_tokens == len(tokens) - 1:
+            return at
+    raise BenchError("a prompt is never saved whole", hint="the node's memory may be too small")
+
+
+def _hit(server: Server, tokens: list[int], seconds: Seconds) -> Answer:
+    """A hit after the server's own cache was emptied. A few may be missed: a node that is late is not waited for."""
+    for _ in range(TRIES):
+        server.forget()
+        CLOCK.sleep(REST_SECONDS)
+        answer = server.ask(tokens)
+        if answer.trouble or answer.cached_tokens == len(tokens) - 1:
+            break
+        seconds.missed += 1
+    return answered(answer, len(tokens) - 1)
+
+
 def _warm(*servers: Server) -> None:
     """Short prompts that nothing else shares: the first requests of a process are slow."""
     for at in range(WARM_UPS):
@@ -134,7 +163,8 @@ def _cold(plain: Server, ours: Server, seconds: Seconds, progress: Progress) -> 
         progress(f"a prompt of {length} tokens for the first time")
         seconds.add(COLD, length, _ask(plain, tokens, cached=False))
         seconds.add(MISS, length, _ask(ours, tokens, cached=False))
-    CLOCK.sleep(SAVED_SECONDS)
+    for _, tokens in _prompts():
+        seconds.partly_saved += asks_until_held(ours, tokens) > 1
 
 
 def _from_memory(plain: Server, ours: Server, seconds: Seconds, progress: Progress) -> None:
@@ -143,8 +173,7 @@ def _from_memory(plain: Server, ours: Server, seconds: Seconds, progress: Progre
         progress(f"memory: round {at + 1} of {MEMORY_ROUNDS}")
         for length, tokens in _prompts():
             own = _ask(plain, tokens, cached=True)
-            ours.forget()
-            seconds.add(MEMORY, length, _ask(ours, tokens, cached=True), own)
+            seconds.add(MEMORY, length, _hit(ours, tokens, seconds), own)
             seconds.add(OWN, length, own)
 
 
@@ -160,8 +189,7 @@ def _from_disk(plain: Server, ours: Server, node: Node, seconds: Seconds, progre
         _attach(ours)
         for length, tokens in _prompts():
             own = _ask(plain, tokens, cached=True)
-            ours.forget()
-            seconds.add(arm, length, _ask(ours, tokens, cached=True), own)
+            seconds.add(arm, length, _hit(ours, tokens, seconds), own)
 
 
 def _attach(server: Server) -> None:
@@ -246,11 +274,15 @@ def _report(seconds: Seconds, pairs: Pairs, same: bool) -> Report:  # noqa: FBT0
         "block_tokens": BLOCK_TOKENS,
         "prompts_of_each_length": PROMPTS,
         "pairs": PAIRS,
+        "asked_again": seconds.missed,
+        "partly_saved": seconds.partly_saved,
         "notes": [
             f"Added: {added['median']:+.2f} %, 95 % interval {added['low']:+.2f} % to {added['high']:+.2f} %, over",
             f"{PAIRS} pairs of {PAIR_TOKENS} tokens; the node used {node:.2f} % beside that, to save them.",
             "The new engine was asked once from its new node before its disk was timed; every second round drops the",
             "page cache first.",
+            f"{seconds.missed} times the node was late, and a prompt was asked again; {seconds.partly_saved} of",
+            f"{PROMPTS * len(LENGTHS)} prompts were not saved whole the first time.",
         ],
     }
     return Report(checks, details)

@@ -18,7 +18,7 @@ from bench import lmcache
 from bench.damage import Fault, Stored, files_of, frames_of, hurt
 from bench.harness import CLOCK, Progress, Report, check, ratios, spread
 from bench.lmcache import Lmcache
-from bench.ttft_vllm import COLD, OWN, PAIR_NEW_TOKENS, PAIR_TOKENS, REST_SECONDS
+from bench.ttft_vllm import COLD, OWN, PAIR_NEW_TOKENS, PAIR_TOKENS, REST_SECONDS, asks_until_held
 from bench.vllm_server import BLOCK_TOKENS, Answer, Server, connector, process_cpu_seconds, prompt, vllm_python
 from tests.vllm.node import Node
 from thermocline.engines import tiny
@@ -49,6 +49,7 @@ class Seen:
     cpu: dict[str, list[float]] = field(default_factory=dict)
     cache_cpu: dict[str, list[float]] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
+    partly_saved: dict[str, int] = field(default_factory=dict)
 
     def add(self, phase: str, who: str, length: int, answer: Answer) -> None:
         """One answer's first token. An answer that was not cached as it should be is kept under another name."""
@@ -144,6 +145,9 @@ def _first_time(rig: Rig, seen: Seen, progress: Progress) -> int:
             seen.add(COLD, who, length, answer)
         same += len({answer.tokens for answer in answers.values()}) == 1
     CLOCK.sleep(SAVED_SECONDS)
+    for _, tokens in _prompts():
+        for who in CACHES:
+            seen.partly_saved[who] = seen.partly_saved.get(who, 0) + (asks_until_held(rig.servers[who], tokens) > 1)
     return same
 
 
@@ -316,6 +320,7 @@ def _report(seen: Seen, same: int) -> Report:
         },
         "ratios": quotients | {f"CPU time of a miss: {who} / {ALONE}": row for who, row in cpu.items()},
         "cache_cpu_seconds": {who: statistics.median(taken) for who, taken in seen.cache_cpu.items()},
+        "partly_saved": seen.partly_saved,
         "faults": seen.faults,
         "new_tokens": NEW_TOKENS,
         "notes": [*_fault_lines(seen), "", *_cpu_lines(seen, cpu)],
