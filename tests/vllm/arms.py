@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
 from tests.vllm.prompts import loadable
 from tests.vllm.server import CLOCK, Answer, Server
 
-SETTLE_SECONDS = 40.0
+SETTLE_SECONDS = 120.0
 _SALTS = count()
 
 
@@ -19,38 +21,57 @@ def cold(server: Server, prompts: Sequence[Sequence[int]], tokens: int = 24, *, 
     return answers
 
 
-def saved(server: Server, prompts: Sequence[list[int]], tokens: int = 2) -> None:
-    """Ask the prompts until the node holds all of them: what is asked once is kept, unless there was no room lent."""
+def saved(server: Server, prompts: Sequence[list[int]], expected: Sequence[Answer], tokens: int = 24) -> None:
+    """Ask the prompts until the node holds all of them: a save is dropped where no room was lent, and made again."""
+    for prompt in prompts:
+        server.ask(prompt, 1)
+    loaded(server, prompts, expected, "just saved", tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Answers of which all that could be loaded was, the tokens of each tier, and what kept earlier tries from it."""
+
+    answers: list[Answer]
+    by_tier: Counter[str]
+    reasons: Counter[str]
+
+    def __str__(self) -> str:
+        tiers = ", ".join(f"{count} from {tier}" for tier, count in sorted(self.by_tier.items())) or "0"
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(self.reasons.items()))
+        return f"loaded {tiers} tokens" + (f" (blocks not loaded: {why})" if why else "")
+
+
+def loaded(
+    server: Server, prompts: Sequence[list[int]], expected: Sequence[Answer], arm: str, tokens: int = 24
+) -> Loaded:
+    """Ask each prompt, with vLLM's own cache emptied, until all of it comes from the store; every answer must be right.
+
+    A node may be late on a busy machine, and then a part is computed: that costs time, and no answer.
+    """
     deadline = CLOCK.now() + SETTLE_SECONDS
-    for prompt in prompts:
-        server.ask(prompt, tokens)
-    while True:
-        short = [
-            prompt
-            for prompt, answer in zip(prompts, hits(server, prompts, tokens), strict=True)
-            if _lacks(prompt, answer)
-        ]
-        if not short:
-            return
-        assert CLOCK.now() < deadline, (
-            f"never loaded: prompts of {[len(each) for each in short]} tokens\n{server.log_tail()}"
-        )
+    told = Loaded([], Counter(), Counter())
+    for prompt, right in zip(prompts, expected, strict=True):
+        while True:
+            server.forget()  # each time: prompts share prefixes, and what is in the engine is not loaded
+            answer = server.ask(prompt, tokens)
+            assert answer.tokens == right.tokens, (
+                f"{arm}: other tokens than without a cache, {len(prompt)} in the prompt"
+            )
+            told.by_tier.update(answer.receipt.get("by_tier", {}))
+            if answer.loaded >= loadable(prompt):
+                break
+            for part in answer.receipt.get("missing", ()):
+                told.reasons[part["reason"]] += part["stop"] - part["start"]
+            assert CLOCK.now() < deadline, f"{arm}: never loaded: {answer.receipt}\n{server.log_tail()}"
+        told.answers.append(answer)
+    return told
 
 
-def hits(server: Server, prompts: Sequence[list[int]], tokens: int = 24, *, at_once: int = 1) -> list[Answer]:
-    """What it answers when its own prefix cache holds nothing."""
-    if at_once > 1:
-        server.forget()
-        return server.ask_all(prompts, tokens, at_once=at_once)
-    answers = []
-    for prompt in prompts:
-        server.forget()  # each time: prompts share prefixes, and what is in the engine is not loaded
-        answers.append(server.ask(prompt, tokens))
-    return answers
-
-
-def _lacks(prompt: list[int], answer: Answer) -> bool:
-    return answer.loaded < loadable(prompt)
+def at_once(server: Server, prompts: Sequence[list[int]], tokens: int = 24, *, count: int = 8) -> list[Answer]:
+    """What it answers to so many requests at a time, its own prefix cache empty before."""
+    server.forget()
+    return server.ask_all(prompts, tokens, at_once=count)
 
 
 def same(answers: Sequence[Answer], expected: Sequence[Answer], arm: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.vllm.architectures import make
-from tests.vllm.arms import cold, hits, same
+from tests.vllm.arms import cold, loaded, same, saved
 from tests.vllm.prompts import all_prompts, loadable
 from tests.vllm.server import StartError
 
@@ -28,13 +28,14 @@ def test_identical(kind, start_node, start_vllm, tiny_model, tmp_path):
         server.ask(each, 1)
         own.append(server.ask(each))
     same(own, expected, f"{kind}, vLLM's own hit")
-    for _ in range(3):
-        answers = hits(server, PROMPTS)
-        same(answers, expected, f"{kind}, from the store")
-    loaded = [each.loaded for each in answers]
     if kind == "latent":
         assert not any(each.cached_tokens for each in own), "vLLM reuses no latent KV on a CPU, and neither do we"
-    assert loaded == [loadable(each) if kind != "latent" else 0 for each in PROMPTS]
+        again = server.ask_all(PROMPTS)
+        same(again, expected, "latent, with the connector")
+        assert not any(each.loaded for each in again)
+    else:
+        saved(server, PROMPTS, expected)
+        assert loaded(server, PROMPTS, expected, kind).by_tier["memory"] >= sum(map(loadable, PROMPTS))
 
 
 def test_recurrent_states_are_refused(start_node, start_vllm, tiny_model, tmp_path):

@@ -22,10 +22,10 @@ from tests.faults import matrix
 from tests.faults.test_full import _fill_up, _small_file_system
 from tests.faults.test_live import _flip_file
 from tests.vllm.architectures import scaled
-from tests.vllm.arms import cold, hits, saved
+from tests.vllm.arms import cold, loaded, saved
 from tests.vllm.live import PROMPTS, TOKENS, Live, constantly
 from tests.vllm.node import MIB, Node
-from tests.vllm.prompts import loadable, prompt
+from tests.vllm.prompts import prompt
 from tests.vllm.server import CLOCK, Server
 from thermocline.blocks.layout import Layout
 from thermocline.node.client import NodeClient
@@ -292,21 +292,20 @@ def test_engine_killed(start_node, start_vllm, note, rng, verb):
     for run in range(RUNS):
         fresh = prompt(800 + run, 3000)
         victim = start_vllm("--max-num-batched-tokens", "256", "--enable-chunked-prefill", node=node.socket)
+        expected = cold(live.server, [fresh], TOKENS)
         if verb == "loading":
-            saved(victim, [fresh])
-            victim.forget()
+            saved(live.server, [fresh], expected, TOKENS)
         with ThreadPoolExecutor(1) as thread:
             asked = thread.submit(_unanswered, victim, fresh)
             CLOCK.sleep(rng.uniform(0.2, 1.5) if verb == "saving" else rng.uniform(0.005, 0.08))
             victim.kill()
             asked.result()
-        (expected,) = cold(live.server, [fresh], TOKENS)
-        (answer,) = hits(live.server, [fresh], TOKENS)
-        assert answer.tokens == expected.tokens
+        live.server.forget()
+        (answer,) = live.server.ask_all([fresh], TOKENS)
+        assert answer.tokens == expected[0].tokens
+        loaded(live.server, [fresh], expected, "another engine was killed", TOKENS)
         live.ask("another engine was killed", measured=True)
         live.after()
-        if verb == "loading":
-            assert answer.loaded == loadable(fresh)
     note(live)
 
 
@@ -321,7 +320,7 @@ def test_wrong_layout_offered(start_node, start_vllm, tiny_model, tmp_path, note
     prompts = [prompt(900 + run, 700) for run in range(RUNS)]
     node = start_node()
     first = start_vllm(node=node.socket)
-    saved(first, prompts)
+    saved(first, prompts, cold(first, prompts, TOKENS), TOKENS)
     first.close()
     live = Live(node, start_vllm(model=scaled(tiny_model, tmp_path / "tiny"), node=node.socket), prompts)
     live.begin()
