@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from thermocline.blocks.layout import Layout
 from thermocline.engines.vllm import facts
 from thermocline.engines.vllm.config import PrivateNode, node_choice
-from thermocline.engines.vllm.layout import make_layout, spans_of
+from thermocline.engines.vllm.device import DevicePages, Registered, cuda_register
+from thermocline.engines.vllm.layout import Span, make_layout, spans_of
 from thermocline.engines.vllm.orders import Orders, Report
 from thermocline.engines.vllm.pages import GroupPages, HostPages
 from thermocline.engines.vllm.scheduler import Scheduler
@@ -136,7 +137,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parallel = config.parallel_config
         tp_rank, pp_rank = get_tp_group().rank_in_group, get_pp_group().rank_in_group
         engine = facts.engine_of(config, tensors, version=vllm.__version__, tp_rank=tp_rank, pp_rank=pp_rank)
-        modules, regions = facts.layers_of(config), facts.Regions()
+        modules, regions, registered = facts.layers_of(config), facts.Regions(), Registered(cuda_register)
         pages: list[GroupPages] = []
         for number, group in enumerate(tensors.kv_cache_groups):
             specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
@@ -160,9 +161,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_size,
             )
-            if any(tensor.device.type != "cpu" for tensor in regions.tensors):
-                raise LayoutError("pages on a device cannot be copied yet", hint="run vLLM's build for CPUs")
-            pages.append(HostPages(self._client, layout, spans_of(layers), regions.in_host_memory()))
+            pages.append(_pages(self._client, layout, spans_of(layers), regions, registered))
             self._client.ready(layout, self._save_blocks_max)
         self._layouts = [each.layout for each in pages]
         self._worker.register(pp_rank * parallel.tensor_parallel_size + tp_rank, pages)
@@ -295,3 +294,17 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         for part in (self._worker, self._client, self._node):
             if part is not None:
                 part.close()
+
+
+def _pages(
+    client: NodeClient, layout: Layout, spans: Sequence[Span], regions: facts.Regions, registered: Registered
+) -> GroupPages:
+    """How the pages of a group are copied: that depends on whose memory they are in. Raises LayoutError."""
+    kinds = {tensor.device.type for tensor in regions.tensors}
+    if kinds == {"cpu"}:
+        return HostPages(client, layout, spans, regions.in_host_memory())
+    if kinds == {"cuda"}:
+        return DevicePages(client, layout, spans, regions.tensors, registered)
+    raise LayoutError(
+        f"pages in memory of the kind {', '.join(sorted(kinds))} cannot be copied", hint="use vLLM on CPUs or on CUDA"
+    )
