@@ -104,7 +104,7 @@ class Likeness:
             return
         if request in self._prompts:
             self._forget(self._prompts.pop(request))
-        kept = self._prompts[request] = _Kept(prompt.tokens.copy(), np.unique(prompt.hashes))
+        kept = self._prompts[request] = _Kept(prompt.tokens.copy(), _distinct(prompt.hashes))
         self._tokens += len(kept.tokens)
         np.add.at(self._buckets, _bucket(kept.sample), 1)
         while len(self._prompts) > PROMPTS_KEPT or self._tokens > TOKENS_KEPT_MAX:
@@ -118,6 +118,12 @@ class Likeness:
     def _forget(self, kept: _Kept) -> None:
         self._tokens -= len(kept.tokens)
         np.subtract.at(self._buckets, _bucket(kept.sample), 1)
+
+
+def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Sorted, each once. `np.unique` would import `numpy.ma` first, while a client waits."""
+    found = np.sort(hashes)
+    return found[np.insert(found[1:] != found[:-1], 0, True)] if len(found) else found
 
 
 def _bucket(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
