@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.making import Host
+from thermocline.clock import ManualClock
 
 
 @pytest.fixture
@@ -22,3 +23,9 @@ def make_host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
 def host(make_host) -> Host:
     """A node with memory alone."""
     return make_host()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still unless a test moves it."""
+    return ManualClock(1_000_000.0)

@@ -42,6 +42,7 @@ LIFE_SECONDS = 1.0
 """The memory of a node that went stays mapped for so long, for loads under way. Longer, and where the node is started
 again the machine would have to hold it twice."""
 LEND_AHEAD = 16
+LOOK_SECONDS = 0.005
 
 
 @dataclass(slots=True)
@@ -102,6 +103,7 @@ class NodeClient:
         self._wanted: dict[LayoutId, tuple[Layout, int]] = {}
         self._room: dict[LayoutId, deque[Lent]] = {}
         self._asked_room: dict[LayoutId, int] = {}
+        self._parts_ended = 0
         self._room_came = threading.Condition(self._lock)
         self._keeper = Keeper(socket, f"{role} {os.getpid()}", self._clock, wait_seconds, self._attached, self._parted)
 
@@ -349,20 +351,26 @@ class NodeClient:
             self._room_came.notify_all()
 
     def _wait_lent(self, layout: Layout, count: int, deadline: float) -> list[Lent]:
-        """Wait for slots that were asked for, until `deadline`."""
+        """Wait for slots that were asked for, until `deadline`. Where all are lent that may be, commits make room."""
+        room, asked = self._room, self._asked_room
         while self.up and (left := deadline - self._clock.now()) > 0:
             with self._room_came:
-                if not self._room.get(layout.id) and not self._room_came.wait(left):
-                    break
+                ended = self._parts_ended
+                self._room_came.wait_for(lambda: room.get(layout.id) or not asked.get(layout.id), left)
+                if not room.get(layout.id) and ended == self._parts_ended:
+                    if self._committer.idle:
+                        break
+                    self._room_came.wait(min(left, LOOK_SECONDS))
             lent = self.lend(layout, count)
             if lent:
                 return lent
-            if self._asked_room.get(layout.id, 0) == 0:
-                break  # the node had none to lend
         return []
 
     def _save_ended(self, layout: Layout, unused: Sequence[Lent], outcomes: Sequence[Outcome]) -> None:
         self._keep(unused)
+        with self._room_came:
+            self._parts_ended += 1
+            self._room_came.notify_all()
         for outcome in set(outcomes):
             self.metrics.count("save_blocks_total", outcomes.count(outcome), (*NODE_LABEL, ("outcome", outcome)))
         saved = sum(outcome is Outcome.HIT for outcome in outcomes) * layout.block_bytes

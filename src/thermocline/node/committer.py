@@ -91,6 +91,11 @@ class Committer:
             self._under_way += 1
         self._queue.put(part)
 
+    @property
+    def idle(self) -> bool:
+        """True while nothing waits for an answer."""
+        return not self._under_way
+
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything is answered; False if `seconds` passed first."""
         with self._idle:
