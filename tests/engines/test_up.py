@@ -326,7 +326,8 @@ def test_events_as_text(made, capsys):
     Up(made(STAY, "node"), [made(STAY, "a")], telling, SystemClock(), stop).run(model="m", socket=Path("s"))
     out, err = capsys.readouterr()
     assert "curl -s http://a/v1/completions" in out
-    assert '{"model": "m"' in out
+    assert r"""-d "{\"model\":\"m\",\"prompt\":\"$(seq -s ' ' 400)\",""" in out
+    assert "thermocline why --socket s\n" in out
     assert "node  s         log " in out
     assert "a is ready after " in err
 

@@ -126,6 +126,11 @@ def _addresses(event: Event) -> str:
     rows += [(engine.name, engine.url, engine.log) for engine in event.engines]
     name_width, place_width = (max(len(row[at]) for row in rows) for at in (0, 1))
     lines = [f"{name:{name_width}}  {place:{place_width}}  log {log}" for name, place, log in rows]
-    body = f'{{"model": "{event.model}", "prompt": "The sea", "max_tokens": 16, "temperature": 0}}'
-    ask = f"curl -s {event.engines[0].url}/v1/completions -H 'content-type: application/json' -d '{body}'"
-    return "\n".join([*lines, "", "ask:   " + ask, "look:  thermocline ps", "stop:  Ctrl-C"])
+    first = event.engines[0]
+    told = {"model": event.model, "prompt": "$(seq -s ' ' 400)", "max_tokens": 8, "temperature": 0}
+    body = msgspec.json.encode(told).decode().replace('"', '\\"')
+    ask = f"curl -s {first.url}/v1/completions -H 'content-type: application/json' -d \"{body}\""
+    # vLLM leaves its receipts with the node, our own engine keeps them
+    receipts = f"--url {first.url}" if first.name.startswith("transformers") else f"--socket {event.socket}"
+    rest = [f"ask:   {ask}", f"why:   thermocline why {receipts}", "look:  thermocline ps", "stop:  Ctrl-C"]
+    return "\n".join([*lines, "", *rest])
