@@ -80,7 +80,7 @@ class Scheduler:
         self._base = self._layouts = [list(each) for each in layouts]
         self._saves = Saves(len(layouts))
         if layouts:
-            self._client.costs.computes(layouts[0][0].model)
+            self._client.costs.computes(layouts[0][0].computed_by)
 
     @property
     def attached(self) -> bool:

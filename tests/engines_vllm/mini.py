@@ -1,0 +1,347 @@
+"""An engine as small as can be that keeps vLLM's promises: it schedules, pages, preempts and computes, for both halves.
+
+"Computing" a block writes bytes that follow from its key, group and rank, so any wrong byte shows: in what is computed
+on, and in what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.node.making import until
+from thermocline.blocks.key import BlockKey
+from thermocline.blocks.layout import Layout
+from thermocline.engines.vllm.layout import Engine, LayerMemory, make_layout, spans_of
+from thermocline.engines.vllm.orders import NULL_PAGE, Orders, Report
+from thermocline.engines.vllm.pages import HostPages
+from thermocline.engines.vllm.prompts import prompt_of
+from thermocline.engines.vllm.scheduler import Scheduler
+from thermocline.engines.vllm.worker import Worker
+from thermocline.node.client import NodeClient
+
+BLOCK = 16
+PAGES = 96
+LAYER_BYTES = 256
+LAYERS = 2
+
+
+@dataclass(eq=False)
+class Request:
+    """What both halves read of vLLM's Request."""
+
+    request_id: str
+    prompt: Sequence[int]
+    cache_salt: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    lora_request: Any = None
+    mm_features: Sequence[Any] = ()
+    skip_reading_prefix_cache: bool = False
+    resumable: bool = False
+    prompt_embeds: Any = None
+    prompt_is_token_ids: Any = None
+    num_computed_tokens: int = 0
+    all_token_ids: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
+    state: str = "waiting"
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = list(self.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+
+def layer(name: str, *, region: int = 0, offset: int = 0, pages: int = PAGES, kind: str = "full") -> LayerMemory:
+    """A layer of one head whose pages lie side by side."""
+    shape, strides = (pages, 1, 1, BLOCK, LAYER_BYTES // BLOCK), (LAYER_BYTES, 0, 0, LAYER_BYTES // BLOCK, 1)
+    return LayerMemory(name, region, offset, shape, strides, 1, kind)
+
+
+def engine(rank: int = 0, ranks: int = 1, *, weights: bytes = b"weights") -> Engine:
+    """One rank of an engine."""
+    return Engine("model", weights, "float32", "auto", "0", "any", "LBHNC", tp_rank=rank, tp_size=ranks)
+
+
+def content(layout: Layout, key: BlockKey) -> np.ndarray:
+    """The bytes of a block of one rank and group."""
+    name = f"{layout.tp_rank} {layout.kv_group}".encode() + layout.weights_digest + key
+    return np.frombuffer(hashlib.shake_128(name).digest(layout.block_bytes), np.uint8)
+
+
+class Rank:
+    """One worker, with memory for every group."""
+
+    def __init__(self, client: NodeClient, rank: int, ranks: int, groups: int) -> None:
+        self.memories = [np.zeros(LAYERS * PAGES * LAYER_BYTES, np.uint8) for _ in range(groups)]
+        self.pages: list[HostPages] = []
+        for group, memory in enumerate(self.memories):
+            layers = [layer(f"{group}.{at}", offset=at * PAGES * LAYER_BYTES) for at in range(LAYERS)]
+            layout = make_layout(
+                engine(rank, ranks), layers, group=group, tokens_per_block=BLOCK, kv_heads=1, head_dim=8
+            )
+            self.pages.append(HostPages(client, layout, spans_of(layers), [memory]))
+            client.ready(layout, 16)
+        self.worker = Worker()
+        self.worker.register(rank, self.pages)
+
+    def write(self, group: int, page: int, whole: np.ndarray) -> None:
+        """Put a block into a page."""
+        at = 0
+        for piece in self.pages[group].view(page):
+            piece[:] = whole[at : at + piece.nbytes]
+            at += piece.nbytes
+
+    def read(self, group: int, page: int) -> np.ndarray:
+        """The block in a page."""
+        return np.concatenate(self.pages[group].view(page))
+
+
+class MiniEngine:
+    """One engine on a real node: a scheduler's half, and a worker's half for each rank.
+
+    Group 1, if there is one, has a sliding window of `window` blocks: what has left it is on no page any more.
+    """
+
+    def __init__(self, clients: Sequence[NodeClient], *, groups: int = 1, window: int = 2) -> None:
+        self.client, *workers = clients
+        self.groups, self.window = groups, window
+        self.ranks = [Rank(client, rank, len(workers), groups) for rank, client in enumerate(workers)]
+        self.scheduler = Scheduler(self.client, tokens_per_block=BLOCK, save_blocks_max=16)
+        self.scheduler.attach([[pages.layout for pages in rank.pages] for rank in self.ranks])
+        self.requests: dict[str, Request] = {}
+        self.receipts: dict[str, Any] = {}
+        self.free = [list(range(1, PAGES)) for _ in range(groups)]
+        self.flying: dict[int, set[BlockKey]] = {}
+        self.counted: dict[int, int] = {}
+        self.remaining: dict[str, int] = {}
+        self.failed: set[str] = set()
+        self.ended: list[str] = []
+        self.loaded_blocks = self.failed_loads = 0
+        self.damage_next_load = False
+
+    # -- what a test does ----------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> None:
+        """A new request."""
+        self.requests[request.request_id] = request
+        self.scheduler.arrived(request)
+
+    def step(self, chunk: int) -> None:
+        """One step of the engine: every request that can run computes at most `chunk` tokens."""
+        for request in list(self.requests.values()):
+            if request.state == "waiting" and request.num_computed_tokens == 0:
+                self._admit(request)
+        scheduled = {
+            request.request_id: min(chunk, request.num_tokens - request.num_computed_tokens)
+            for request in self.requests.values()
+            if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens)
+        }
+        for request_id, count in scheduled.items():
+            request = self.requests[request_id]
+            request.state = "running"
+            self._grow(request, request.num_computed_tokens + count)
+        orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
+        self._check_orders(orders)
+        for request_id, count in scheduled.items():
+            self._compute(self.requests[request_id], count)
+        self._work(orders)
+        self.scheduler.step_over()
+        for request_id in scheduled:
+            request = self.requests[request_id]
+            if request.num_computed_tokens == request.num_tokens:
+                request.all_token_ids.append(len(request.all_token_ids) % 7)
+
+    def preempt(self, request: Request) -> None:
+        """Its pages go to others; it will run again from the start."""
+        if request.state == "running":
+            self._free(request)
+            request.state, request.num_computed_tokens = "waiting", 0
+
+    def finish(self, request: Request) -> None:
+        """It is over, or its client has gone."""
+        if self.requests.pop(request.request_id, None) is None:
+            return
+        self.receipts[request.request_id] = self.scheduler.finished(request.request_id)
+        if request.state == "loading":
+            self.ended.append(request.request_id)
+            self.requests[f"gone {request.request_id}"] = request
+            request.state = "gone"
+        else:
+            self._free(request)
+
+    def drain(self) -> None:
+        """End all requests, and step until nothing is under way."""
+        for request in list(self.requests.values()):
+            if request.state != "gone":
+                self.finish(request)
+
+        def idle() -> bool:
+            self.step(1)
+            return not self.remaining and not self.flying and not self.requests
+
+        until(idle, "everything under way to be over")
+        self.scheduler.check_idle()
+        assert not self.client._held, "leases are left"
+        assert all(len(free) == PAGES - 1 for free in self.free)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.worker.close()
+
+    # -- the engine ----------------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        tokens = self.scheduler.matched(request.request_id, 0)
+        again = self.scheduler.matched(request.request_id, 0)
+        assert tokens is None or again == tokens, "asked again, it says something else"
+        if tokens is None:
+            return
+        assert tokens % BLOCK == 0
+        assert tokens < request.num_tokens, "no token is left to compute"
+        if not tokens:
+            self.scheduler.allocated(request.request_id, (), 0)
+            request.state = "running"
+            request.pages = [[] for _ in range(self.groups)]
+            return
+        request.pages = [[] for _ in range(self.groups)]
+        self._grow(request, tokens, computed=tokens)
+        self.scheduler.allocated(request.request_id, tuple(request.pages), tokens)
+        assert sum(self.scheduler.sources(request.request_id).values()) == tokens
+        request.state, request.num_computed_tokens = "loading", tokens
+
+    def _grow(self, request: Request, tokens: int, *, computed: int | None = None) -> None:
+        """Pages for so many tokens. First those go that have left the window, as vLLM does."""
+        computed = request.num_computed_tokens if computed is None else computed
+        for group, pages in enumerate(request.pages):
+            gone = max(0, computed // BLOCK - self.window) if group else 0
+            for at in range(min(gone, len(pages))):
+                if pages[at] != NULL_PAGE:
+                    self.free[group].append(pages[at])
+                    pages[at] = NULL_PAGE
+            while len(pages) < -(-tokens // BLOCK):
+                pages.append(NULL_PAGE if len(pages) < gone else self.free[group].pop(0))
+
+    def _free(self, request: Request) -> None:
+        for group, pages in enumerate(request.pages):
+            self.free[group] += [page for page in pages if page != NULL_PAGE]
+        request.pages = []
+
+    def _keys(self, request: Request, blocks: int) -> Sequence[BlockKey]:
+        prompt = prompt_of(request, BLOCK)
+        assert prompt is not None
+        return prompt.grow(request.all_token_ids, blocks)[:blocks]
+
+    def _compute(self, request: Request, count: int) -> None:
+        """Check all that is computed on, then write every block that becomes full."""
+        before = request.num_computed_tokens // BLOCK
+        after = (request.num_computed_tokens + count) // BLOCK
+        keys = self._keys(request, after)
+        for rank in self.ranks:
+            for group, pages in enumerate(request.pages):
+                layout = rank.worker._base[group]
+                for at in range(before):
+                    if pages[at] != NULL_PAGE:
+                        there = rank.read(group, pages[at])
+                        assert np.array_equal(there, content(layout, keys[at])), "computed on wrong bytes"
+                for at in range(before, after):
+                    rank.write(group, pages[at], content(layout, keys[at]))
+        request.num_computed_tokens += count
+
+    def _check_orders(self, orders: Orders) -> None:
+        """No key is on its way twice."""
+        for order in orders.saves:
+            request = self.requests[order.chain]
+            count = len(order.pages[0])
+            keys = set(self._keys(request, order.start + count)[order.start :])
+            assert len(keys) == count
+            for others in self.flying.values():
+                assert not keys & others, "a key is on its way twice"
+            self.flying[order.number] = keys
+            self.counted[order.number] = 0
+
+    def _work(self, orders: Orders) -> None:
+        """What vLLM's workers do with orders, and how it joins what they report."""
+        if orders.loads and self.damage_next_load:
+            self.damage_next_load = False
+            place = orders.loads[0].places[-1][0]
+            if place.offsets:
+                memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
+                memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
+        for load in orders.loads:
+            self.remaining[load.request] = len(self.ranks)
+            for rank in self.ranks:
+                for group, pages in enumerate(load.pages):
+                    for page in pages:
+                        rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
+        report = Report()
+        finished: list[str] = []
+        for rank in self.ranks:
+            rank.worker.begin(orders)
+            rank.worker.start_loads(orders)
+            self._check_saves(rank, orders)
+            rank.worker.save(orders)
+            over, failed = rank.worker.ended_loads(orders)
+            assert failed <= over
+            self.failed |= failed
+            for request_id in over:
+                self.remaining[request_id] -= 1
+                if not self.remaining[request_id]:
+                    del self.remaining[request_id]
+                    finished.append(request_id)
+            report = report.joined(rank.worker.report() or Report())
+        for saved in report.saved:
+            self.counted[saved.number] += saved.ranks
+            if self.counted[saved.number] == len(self.ranks):
+                del self.flying[saved.number], self.counted[saved.number]
+        self.scheduler.reported(report)
+        failed_now = self.failed & set(finished)
+        self.failed -= failed_now
+        self.scheduler.loads_over(finished, failed_now)
+        for request_id in finished:
+            self._loaded(request_id, failed=request_id in failed_now)
+
+    def _check_saves(self, rank: Rank, orders: Orders) -> None:
+        """What is saved is what belongs under its key."""
+        for order in orders.saves:
+            keys = self._keys(self.requests[order.chain], order.start + len(order.pages[0]))[order.start :]
+            for group, pages in enumerate(order.pages):
+                layout = rank.worker._base[group]
+                for key, page in zip(keys, pages, strict=True):
+                    assert np.array_equal(rank.read(group, page), content(layout, key)), "wrong bytes are saved"
+
+    def _loaded(self, request_id: str, *, failed: bool) -> None:
+        gone = self.requests.pop(f"gone {request_id}", None)
+        if gone is not None:
+            self._free(gone)
+            return
+        request = self.requests[request_id]
+        request.state = "waiting"
+        if failed:
+            self.failed_loads += 1
+            self._free(request)
+            request.num_computed_tokens = 0
+            assert self.scheduler.matched(request_id, 0) == 0, "announced again after a failed load"
+        else:
+            self.loaded_blocks += request.num_computed_tokens // BLOCK
+
+
+def lora(name: str, path: str) -> SimpleNamespace:
+    """VLLM's LoRARequest."""
+    return SimpleNamespace(lora_name=name, lora_path=path)
+
+
+def image(identifier: str | None, offset: int, length: int) -> SimpleNamespace:
+    """VLLM's MultiModalFeatureSpec."""
+    place = SimpleNamespace(offset=offset, length=length)
+    return SimpleNamespace(identifier=identifier, modality="image", mm_position=place)

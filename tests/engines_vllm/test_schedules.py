@@ -1,0 +1,169 @@
+"""Any schedule that vLLM may come up with: what is computed on and what is saved is right, and nothing is left over."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.engines_vllm.mini import BLOCK, MiniEngine, Request
+from tests.node.making import until
+
+SALTS = count()
+TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
+
+ARRIVE = st.tuples(st.just("arrive"), st.sampled_from([5, 3 * BLOCK + 5, 8 * BLOCK]), st.integers(0, 1))
+STEP = st.tuples(st.just("step"), st.sampled_from([1, BLOCK - 1, 2 * BLOCK, 12 * BLOCK]))
+OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "finish", "damage")]
+OPS = st.one_of(ARRIVE, ARRIVE, STEP, STEP, STEP, STEP, *OTHERS)
+
+
+def text(length, branch):
+    """Prompts that share beginnings with others of the same branch, and a shorter one with all."""
+    return [token + (1000 * branch if at >= 3 * BLOCK else 0) for at, token in enumerate(TRUNK[:length])]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_any_schedule(clients, groups):
+    """However requests come, run, are preempted, fail to load and end: no wrong byte, no key twice, no lease left."""
+
+    @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(ops=st.lists(OPS, min_size=40, max_size=100))
+    def run(ops):
+        engine = MiniEngine(clients, groups=groups)
+        salt = f"example {next(SALTS)}"
+        try:
+            _play(engine, salt, ops)
+            engine.drain()
+            answers = [run_alone(engine, Request(f"after {at}", text(100, 3), salt)) for at in range(2)]
+        finally:
+            engine.close()
+        assert answers[1]["loaded_tokens"] == 96, "it saves and loads as before"
+
+    run()
+
+
+def _play(engine, salt, ops):
+    names = count()
+    for op, *arguments in ops:
+        alive = [request for request in engine.requests.values() if request.state != "gone"]
+        if op == "arrive" and len(alive) < 4:
+            engine.arrive(Request(f"r{next(names)}", text(*arguments), salt))
+        elif op == "step":
+            engine.step(*arguments)
+        elif op == "damage" and arguments == [0]:
+            engine.damage_next_load = True
+        elif alive and op == "preempt":
+            engine.preempt(alive[arguments[0] % len(alive)])
+        elif alive and op == "finish":
+            engine.finish(alive[arguments[0] % len(alive)])
+
+
+def run_alone(engine, request, *, new_tokens=1):
+    """Run one request to its end; what its answer says."""
+    engine.arrive(request)
+    done = request.num_prompt_tokens + new_tokens
+
+    def over():
+        engine.step(4 * BLOCK)
+        return request.num_tokens >= done
+
+    until(over, "the request to be computed")
+    engine.finish(request)
+    engine.drain()
+    return engine.receipts[request.request_id]
+
+
+def test_a_second_request_loads_what_the_first_one_left(clients):
+    """A prompt asked again is loaded on all ranks and in all groups, but for its last token."""
+    engine = MiniEngine(clients, groups=2)
+    first = run_alone(engine, Request("a", text(100, 1)))
+    second = run_alone(engine, Request("b", text(100, 1)))
+    engine.close()
+    assert first["loaded_tokens"] == 0
+    assert second["loaded_tokens"] == 96
+    assert second["by_tier"] == {"memory": 96}
+    assert second["missing"] == [
+        {"start": 6, "stop": 7, "reason": "tail", "detail": "a partial block, or the token that must be computed"}
+    ]
+
+
+def test_generated_tokens_are_found_by_the_next_turn(clients):
+    """Blocks that become full while an answer is generated are saved as those of prompts are."""
+    engine = MiniEngine(clients)
+    first = Request("a", text(40, 1))
+    run_alone(engine, first, new_tokens=60)
+    turn = Request("b", [*first.all_token_ids[:98], 1, 2, 3])
+    assert run_alone(engine, turn)["loaded_tokens"] == 96
+    engine.close()
+
+
+def test_a_damaged_block_fails_the_load_and_is_replaced(clients):
+    """A load that does not verify is computed, saved anew, and the next request loads all of it."""
+    engine = MiniEngine(clients)
+    run_alone(engine, Request("a", text(100, 1)))
+    engine.damage_next_load = True
+    second = run_alone(engine, Request("b", text(100, 1)))
+    third = run_alone(engine, Request("c", text(100, 1)))
+    counts = engine.scheduler.take_counts()
+    engine.close()
+    assert (second["loaded_tokens"], second["missing"][0]["reason"]) == (0, "corrupt")
+    assert third["loaded_tokens"] == 96
+    assert counts["failed_loads", "corrupt"] == 1
+    assert counts["loaded_tokens", "memory"] == 96, "a failed load is no hit"
+
+
+def test_after_a_reset_nothing_older_is_loaded(clients):
+    """A reset ends what was saved before for this engine, and what is saved from then on is found again."""
+    engine = MiniEngine(clients)
+    run_alone(engine, Request("a", text(100, 1)))
+    engine.scheduler.reset()
+    assert run_alone(engine, Request("b", text(100, 1)))["loaded_tokens"] == 0
+    assert run_alone(engine, Request("c", text(100, 1)))["loaded_tokens"] == 96
+    fresh = MiniEngine(clients)
+    assert run_alone(fresh, Request("d", text(100, 1)))["loaded_tokens"] == 96, "other engines have what was before"
+    engine.close()
+    fresh.close()
+
+
+def test_a_request_that_runs_over_a_reset_is_not_saved(clients):
+    """What was begun with the weights of before is never saved under those of after."""
+    engine = MiniEngine(clients)
+    request = Request("a", text(100, 1))
+    engine.arrive(request)
+    engine.step(BLOCK)
+    engine.scheduler.reset()
+    until(lambda: engine.step(BLOCK) or request.num_tokens > 100, "the request to be computed")
+    engine.finish(request)
+    engine.drain()
+    assert run_alone(engine, Request("b", text(100, 1)))["loaded_tokens"] == 0
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("hints", "asks", "keeps"),
+    [({"load": False}, False, True), ({"save": False}, True, False), ({"load": 1}, True, True), ("x", True, True)],
+)
+def test_hints(clients, hints, asks, keeps):
+    """A request may refuse to load or to be saved; malformed hints are counted, and it runs as usual."""
+    engine = MiniEngine(clients)
+    receipt = run_alone(engine, Request("a", text(100, 1), kv_transfer_params={"thermocline": hints}))
+    assert (receipt is not None) == asks
+    again = run_alone(engine, Request("b", text(100, 1), kv_transfer_params={"thermocline": {"session": "s"}}))
+    assert again["loaded_tokens"] == (96 if keeps else 0)
+    assert again["session"] == "s"
+    assert engine.scheduler.take_counts().get(("hints_refused", ""), 0) == (hints in ({"load": 1}, "x"))
+    engine.close()
+
+
+def test_without_a_node_requests_run(host, clients):
+    """With the node gone nothing is found, ordered or waited for, and the receipt says why."""
+    host.server.close()
+    until(lambda: not any(client.up for client in clients), "the clients to see it")
+    engine = MiniEngine(clients)
+    receipt = run_alone(engine, Request("a", text(100, 1)))
+    engine.close()
+    assert receipt["missing"][0]["reason"] == "tier_down"
+    assert engine.scheduler.take_counts().keys() == {("asked_blocks", "")}
