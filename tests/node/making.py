@@ -43,8 +43,16 @@ def until(true: Callable[[], object], what: str, seconds: float = GUARD_SECONDS)
 class Host:
     """A store of real tiers and a node that serves it, in this process, and clients of it."""
 
-    def __init__(self, folder: Path, *, blocks: int = 256, disk: bool = False, clock: Clock | None = None) -> None:
-        self.folder, self.blocks, self.disk = folder, blocks, disk
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        blocks: int = 256,
+        disk: bool = False,
+        clock: Clock | None = None,
+        lease_seconds: float = 60.0,
+    ) -> None:
+        self.folder, self.blocks, self.disk, self.lease_seconds = folder, blocks, disk, lease_seconds
         self.clock = clock or CLOCK
         self.socket = folder / "node.sock"
         self.clients: list[NodeClient] = []
@@ -61,8 +69,8 @@ class Host:
         warm = MemoryTier(self.blocks * BLOCK_BYTES, clock=self.clock)
         warm.wait_ready()
         cold = [DiskTier(self.folder / "disk", 16 * MIB, clock=self.clock)] if self.disk else []
-        self.store = Store(warm, cold, clock=self.clock, lease_seconds=60.0, costs=EagerCosts())
-        self.server = NodeServer(self.store, self.socket, lease_seconds=60.0, clock=self.clock)
+        self.store = Store(warm, cold, clock=self.clock, lease_seconds=self.lease_seconds, costs=EagerCosts())
+        self.server = NodeServer(self.store, self.socket, lease_seconds=self.lease_seconds, clock=self.clock)
 
     def client(self, **options: object) -> NodeClient:
         """An attached client, closed with this."""
