@@ -37,6 +37,7 @@ def test_any_schedule(clients, groups):
         try:
             _play(engine, salt, ops)
             engine.drain()
+            engine.damage_next_load = False
             answers = [run_alone(engine, Request(f"after {at}", text(100, 3), salt)) for at in range(2)]
         finally:
             engine.close()
