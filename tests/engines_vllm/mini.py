@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from thermocline.engines.vllm.prompts import prompt_of
 from thermocline.engines.vllm.scheduler import Scheduler
 from thermocline.engines.vllm.worker import Worker
 from thermocline.node.client import NodeClient
+from thermocline.node.places import NOWHERE
 
 BLOCK = 16
 PAGES = 96
@@ -272,18 +274,7 @@ class MiniEngine:
 
     def _work(self, orders: Orders) -> None:
         """What vLLM's workers do with orders, and how it joins what they report."""
-        if orders.loads and self.damage_next_load:
-            self.damage_next_load = False
-            place = orders.loads[0].places[-1][0]
-            if place.offsets:
-                memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
-                memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
-        for load in orders.loads:
-            self.remaining[load.request] = len(self.ranks)
-            for rank in self.ranks:
-                for group, pages in enumerate(load.pages):
-                    for page in pages:
-                        rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
+        self._before_loads(orders)
         report = Report()
         finished: list[str] = []
         for rank in self.ranks:
@@ -294,11 +285,7 @@ class MiniEngine:
             over, failed = rank.worker.ended_loads(orders)
             assert failed <= over
             self.failed |= failed
-            for request_id in over:
-                self.remaining[request_id] -= 1
-                if not self.remaining[request_id]:
-                    del self.remaining[request_id]
-                    finished.append(request_id)
+            finished += [request_id for request_id in over if self._over_on_all(request_id)]
             report = report.joined(rank.worker.report() or Report())
         for saved in report.saved:
             self.counted[saved.number] += saved.ranks
@@ -310,6 +297,26 @@ class MiniEngine:
         self.scheduler.loads_over(finished, failed_now)
         for request_id in finished:
             self._loaded(request_id, failed=request_id in failed_now)
+
+    def _over_on_all(self, request_id: str) -> bool:
+        self.remaining[request_id] -= 1
+        if self.remaining[request_id]:
+            return False
+        del self.remaining[request_id]
+        return True
+
+    def _before_loads(self, orders: Orders) -> None:
+        """Garbage lies where blocks are to come, and one of those to be loaded may be damaged."""
+        for load in orders.loads:
+            self.remaining[load.request] = len(self.ranks)
+            for rank, group in product(self.ranks, range(self.groups)):
+                for page in load.pages[group]:
+                    rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
+        place = orders.loads[0].places[-1][0] if orders.loads and self.damage_next_load else NOWHERE
+        if place.offsets:
+            self.damage_next_load = False
+            memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
+            memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
 
     def _check_saves(self, rank: Rank, orders: Orders) -> None:
         """What is saved is what belongs under its key."""

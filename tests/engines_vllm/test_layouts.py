@@ -1,4 +1,4 @@
-"""Layouts of vLLM's memory: bytes that mean something else have another layout, and its pieces are the block's bytes."""
+"""Layouts of vLLM's memory: bytes that mean something else have another one, and pieces are the block's bytes."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_growing_changes_no_key(cuts, offset):
 
 
 def test_what_differs_has_other_keys():
-    """Salt, adapter, its path, and images by content, place and length: each makes other keys, from where it matters."""
+    """Salt, adapter, its path, and images by content, place and length: each makes other keys."""
     forms = {
         "plain": {},
         "salt": {"cache_salt": "a"},
@@ -68,7 +68,12 @@ def test_an_image_matters_from_where_it_stands():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"prompt_embeds": object()}, {"prompt_is_token_ids": [True]}, {"resumable": True}, {"mm_features": [image("", 0, 4)]}],
+    [
+        {"prompt_embeds": object()},
+        {"prompt_is_token_ids": [True]},
+        {"resumable": True},
+        {"mm_features": [image("", 0, 4)]},
+    ],
 )
 def test_what_tokens_do_not_tell_is_not_cached(fields):
     """Embeddings, items without a digest and sessions whose text changes have no keys."""

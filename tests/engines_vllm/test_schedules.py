@@ -168,3 +168,14 @@ def test_without_a_node_requests_run(host, clients):
     engine.close()
     assert receipt["missing"][0]["reason"] == "tier_down"
     assert engine.scheduler.take_counts().keys() == {("asked_blocks", "")}
+
+
+def test_a_node_that_comes_back_empty_is_filled_again(host, clients):
+    """What a node forgot is saved anew by the next request that computes it, however sure we were that it is kept."""
+    engine = MiniEngine(clients)
+    run_alone(engine, Request("a", text(100, 1)))
+    host.restart()
+    until(lambda: all(client.up for client in clients), "the clients to attach again")
+    assert run_alone(engine, Request("b", text(100, 1)))["loaded_tokens"] == 0
+    assert run_alone(engine, Request("c", text(100, 1)))["loaded_tokens"] == 96
+    engine.close()

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thermocline.blocks.key import BlockKey
+from thermocline.clock import Clock
 from thermocline.engines.vllm.orders import NULL_PAGE, Saved, SaveOrder
 from thermocline.engines.vllm.tracked import Saving, Tracked
 from thermocline.tiers.tier import Outcome
 
 REFUSALS_MAX = 8
 HELD_KEPT = 1 << 16
-"""So many keys are remembered as kept by the node. It may have evicted them since: then a child is a MISS, and all of
-its chain is offered again."""
+"""So many keys are remembered as kept by the node. It may have lost them since: its next answer tells, or a child that
+is a MISS, and then all of the chain is offered again."""
 
 
 @dataclass(slots=True)
@@ -32,13 +33,13 @@ class _Order:
 class Saves:
     """The books of everything that is being saved. One thread."""
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: int, clock: Clock) -> None:
+        self._ranks, self._clock = ranks, clock
         self._epoch = b""
         self._orders: dict[int, _Order] = {}
         self._last = 0
         self._flying: set[BlockKey] = set()
-        self._held: OrderedDict[BlockKey, None] = OrderedDict()
+        self._held: OrderedDict[BlockKey, float] = OrderedDict()
         self.dropped: Counter[str] = Counter()
         self.saved = 0
 
@@ -89,12 +90,20 @@ class Saves:
         good = min(order.good, len(order.keys))
         self.saved += good
         if order.epoch == self._epoch:
+            now = self._clock.now()
             for key in order.keys[:good]:
-                self._held[key] = None
+                self._held[key] = now
+                self._held.move_to_end(key)
             while len(self._held) > HELD_KEPT:
                 self._held.popitem(last=False)
         if good < len(order.keys):
             self._refused(order, good)
+
+    def absent(self, keys: Sequence[BlockKey], asked: float) -> None:
+        """The node, asked at that time, did not have these, whatever is remembered from before."""
+        for key in keys:
+            if self._held.get(key, asked) < asked:
+                del self._held[key]
 
     def again(self, tracked: Tracked) -> None:
         """What a request's chain begins with is not sure to be kept: offer it all again, once it is computed."""

@@ -39,6 +39,7 @@ STAGINGS_MAX = 4
 STAGED_AHEAD_MAX = 64
 """Of requests that wait in vLLM's queue only so many have their blocks held in memory ahead of time."""
 DEVICE = "device"
+_UNANSWERED = frozenset({Reason.TIER_DOWN, Reason.LATE})
 
 PagesOf = Callable[[str], Sequence[Sequence[int]] | None]
 
@@ -67,7 +68,7 @@ class Scheduler:
         self._loading: dict[str, Tracked] = {}
         self._sources: dict[str, dict[str, int]] = {}
         self._running: set[str] = set()
-        self._saves = Saves(1)
+        self._saves = Saves(1, self._clock)
         self._loads: list[LoadOrder] = []
         self._over: list[str] = []
         self._steps: deque[_Step] = deque(maxlen=64)
@@ -78,7 +79,7 @@ class Scheduler:
     def attach(self, layouts: Sequence[Sequence[Layout]]) -> None:
         """The layouts of all ranks, one per KV group each. Until then nothing is found, and nothing kept."""
         self._base = self._layouts = [list(each) for each in layouts]
-        self._saves = Saves(len(layouts))
+        self._saves = Saves(len(layouts), self._clock)
         if layouts:
             self._client.costs.computes(layouts[0][0].computed_by)
 
@@ -148,9 +149,14 @@ class Scheduler:
         return replace(plan, runs=(), lease=0)
 
     def _noted(self, tracked: Tracked, plan: Plan | None) -> Plan | None:
-        if plan is not None and tracked.first is None:
-            tracked.first = plan
-            tracked.saving.ordered = max(tracked.saving.ordered, plan.blocks)  # they are in memory
+        if plan is not None and tracked.asked is not None:
+            for part in plan.missing:
+                if part.reason not in _UNANSWERED:
+                    self._saves.absent(plan.keys[part.start : part.stop], tracked.asked)
+            tracked.asked = None
+            if tracked.first is None:
+                tracked.first = plan
+                tracked.saving.ordered = max(tracked.saving.ordered, plan.blocks)  # they are in memory
         return plan
 
     def _stage(self, tracked: Tracked) -> None:
@@ -158,7 +164,7 @@ class Scheduler:
         keys = tracked.prompt.grow(tracked.request.all_token_ids, blocks)[:blocks]
         layouts = [layout for rank in self._layouts for layout in rank]
         tracked.stagings += 1
-        tracked.deadline = 0.0
+        tracked.deadline, tracked.asked = 0.0, self._clock.now()
         tracked.staging = self._client.stage(layouts, keys, prompt_tokens=tracked.request.num_tokens)
         self.counts["asked_blocks", ""] += blocks
 

@@ -55,9 +55,9 @@ class Saving:
 class Tracked:
     """One request. `may_load` and `may_save` only ever go from True to False.
 
-    `first` is the plan that its receipt tells of, `staging` the question whose plan is loaded from. `local` counts the
-    blocks that vLLM itself had when it last asked. `under_way` is what a load brings if it goes well, of the blocks
-    `wanted[group]`; `loaded` is what the first one brought.
+    `first` is the plan that its receipt tells of, `staging` the question whose plan is loaded from, `asked` when it was
+    put, until its answer was read. `local` counts the blocks that vLLM itself had when it last asked. `under_way` is
+    what a load brings if it goes well, of the blocks `wanted[group]`; `loaded` is what the first one brought.
     """
 
     request: Any
@@ -68,6 +68,7 @@ class Tracked:
     saving: Saving = field(default_factory=Saving)
     staging: Staging | None = None
     stagings: int = 0
+    asked: float | None = None
     deadline: float = 0.0
     first: Plan | None = None
     local: int = 0
