@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from tests.vllm.arms import cold
+from tests.vllm.arms import cold, loaded
 from tests.vllm.node import Node
-from tests.vllm.prompts import loadable, prompt
-from tests.vllm.server import CLOCK, Answer, Server
+from tests.vllm.prompts import prompt
+from tests.vllm.server import Answer, Server
 
 TOKENS = 8
-PROMPTS = [prompt(600 + at, count) for at, count in enumerate((1025, 900, 737, 1100))]
-FILL_SECONDS = 90.0
-COLD_ROUNDS = 5
+PROMPTS = [prompt(600 + at, count) for at, count in enumerate((1025, 900, 737))]
+COLD_ROUNDS = 3
 
 
 class Live:
@@ -47,18 +46,12 @@ class Live:
         return answers
 
     def fill(self) -> None:
-        """Ask until all of every prompt comes from the store."""
-        deadline = CLOCK.now() + FILL_SECONDS
-        while True:
-            answers = self.ask("healthy")
-            if [each.loaded for each in answers] == [loadable(each) for each in self.prompts]:
-                return
-            assert CLOCK.now() < deadline, f"not all of it loads: {[each.receipt for each in answers]}"
+        """Ask until all of every prompt comes from the store; all answers must be right, so nothing wrong lies there."""
+        loaded(self.server, self.prompts, self.expected, "healthy", TOKENS)
 
     def after(self) -> None:
-        """Nothing wrong stayed: not in vLLM's own cache, not in the store, and the store is used again."""
+        """Nothing wrong stayed in vLLM's own cache: what it answers from there is right."""
         self.ask("vLLM's own cache, afterwards", from_store=False)
-        self.fill()
 
     def said(self) -> str:
         """What the fault cost: the first request, and then the median and the largest, over computing all of it."""
