@@ -46,7 +46,7 @@ class Live:
         return answers
 
     def fill(self) -> None:
-        """Ask until all of every prompt comes from the store; all answers must be right, so nothing wrong lies there."""
+        """Ask until all of every prompt comes from the store; every answer must be right: nothing wrong lies there."""
         loaded(self.server, self.prompts, self.expected, "healthy", TOKENS)
 
     def after(self) -> None:
