@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -27,6 +30,8 @@ from thermocline.tiers.tier import Job
 from thermocline.wire import messages as say
 
 CLOCK = SystemClock()
+Said = Callable[[], dict[str, Any]]
+ROOT = Path(__file__).parents[2]
 PATIENT = {"wait_seconds": GUARD_SECONDS, "save_wait_seconds": GUARD_SECONDS}
 """A client for which no machine is too slow."""
 MIB = 1 << 20
@@ -68,7 +73,7 @@ class Host:
         """Start the node."""
         warm = MemoryTier(self.blocks * BLOCK_BYTES, clock=self.clock)
         warm.wait_ready()
-        cold = [DiskTier(self.folder / "disk", 16 * MIB, clock=self.clock)] if self.disk else []
+        cold = [DiskTier(self.folder / "disk", 64 * MIB, clock=self.clock)] if self.disk else []
         self.store = Store(warm, cold, clock=self.clock, lease_seconds=self.lease_seconds, costs=EagerCosts())
         self.server = NodeServer(self.store, self.socket, lease_seconds=self.lease_seconds, clock=self.clock)
 
@@ -198,3 +203,15 @@ def fetch(client: NodeClient, keys: Sequence[BlockKey], *layouts: Layout) -> tup
         least, by_tier = min(least, loaded.blocks), loaded.by_tier
     client.release(plan.lease)
     return least, by_tier
+
+
+@contextmanager
+def process(verb: str, path: Path, *more: str) -> Iterator[tuple[subprocess.Popen[bytes], Said]]:
+    """A client in a process of its own (see other_process.py), and what it says next."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    argv = [sys.executable, str(Path(__file__).with_name("other_process.py")), verb, str(path), *more]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        try:
+            yield child, lambda: json.loads(child.stdout.readline())
+        finally:
+            child.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.node.making import GUARD_SECONDS, LAYOUT, PATIENT, keep, tokens
-from tests.store.making import BLOCK_BYTES, chain, content
+from tests.store.making import BLOCK_BYTES, chain, content, make_layout
 from thermocline.node.client import NodeClient
 
 
@@ -64,11 +64,30 @@ def stopped(client: NodeClient) -> None:
     client.give_back(lent)
 
 
+def rank(client: NodeClient) -> None:
+    """One of four ranks: save this rank's part, wait for the others, load what all ranks have."""
+    mine, layouts = int(sys.argv[3]), [make_layout(rank=each) for each in range(4)]
+    path = chain("ranks", 10)
+    outcomes = keep(client, path[: 9 - mine], layouts[mine]).outcomes
+    tell(saved=[str(outcome) for outcome in outcomes])
+    sys.stdin.readline()
+    plan = client.match(layouts, path, prompt_tokens=tokens(path))
+    found = []
+    for at, layout in enumerate(layouts):  # a rank that had others' places would read others' bytes, and only theirs
+        into = [[np.zeros(BLOCK_BYTES, np.uint8)] for _ in range(plan.blocks)]
+        loaded = client.load(plan, at, into)
+        found.append(loaded.blocks)
+        assert all(np.array_equal(into[i][0], content(layout, path[i])) for i in range(loaded.blocks))
+    wrong = client.fetch(replace(client.places(plan, mine), sums=client.places(plan, (mine + 1) % 4).sums), into)
+    client.release(plan.lease)
+    tell(planned=plan.blocks, found=found, wrong=wrong.blocks)
+
+
 def main() -> None:
     """Attach, and do as told."""
     client = NodeClient(Path(sys.argv[2]), **PATIENT)
     assert client.wait_up(GUARD_SECONDS)
-    {"hold": hold, "stopped": stopped}[sys.argv[1]](client)
+    {"hold": hold, "stopped": stopped, "rank": rank}[sys.argv[1]](client)
     client.close()
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
-from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -20,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.node.making import CLOCK, GUARD_SECONDS, LAYOUT, PATIENT, Host, Raw, fetch, keep, tokens, until
+from tests.node.making import CLOCK, GUARD_SECONDS, LAYOUT, PATIENT, Host, Raw, fetch, keep, process, tokens, until
 from tests.store.making import BLOCK_BYTES, chain, contents, make_layout
 from tests.wire.test_messages import CLIENT_MESSAGES
 from thermocline.errors import NodeError
@@ -32,19 +27,6 @@ from thermocline.store.receipt import Reason
 from thermocline.wire import messages as say
 
 PATH = chain("a", 6)
-ROOT = Path(__file__).parents[2]
-
-
-@contextmanager
-def process(verb, path):
-    """Another process with a client, and what it said last."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    argv = [sys.executable, str(Path(__file__).with_name("other_process.py")), verb, str(path)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment) as child:
-        try:
-            yield child, lambda: json.loads(child.stdout.readline())
-        finally:
-            child.kill()
 
 
 def joined(keys):
