@@ -162,7 +162,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 head_dim=spec.head_size,
             )
             pages.append(_pages(self._client, layout, spans_of(layers), regions, registered))
-            self._client.ready(layout, self._save_blocks_max)
+            self._client.ready(layout, -(-self._save_blocks_max // len(tensors.kv_cache_groups)))
         self._layouts = [each.layout for each in pages]
         self._worker.register(pp_rank * parallel.tensor_parallel_size + tp_rank, pages)
 

@@ -134,7 +134,7 @@ class Saves:
         """What was not kept is offered again; where a block before it is missing, all of the chain."""
         saving = order.saving
         self.dropped[order.why] += len(order.keys) - good
-        saving.refusals += 1
+        saving.refusals = 0 if good else saving.refusals + 1  # as long as some are taken, others may be in a moment
         first = order.start + good
         if order.why == Outcome.MISS:
             self._held.clear()  # whatever else was taken for granted may be gone as well

@@ -43,7 +43,7 @@ class Saving:
     """How far a request's chain was ordered to be saved.
 
     Blocks before `ordered` are saved, held already, or on their way. Workers know the first `told` keys. After so many
-    `refusals` nothing of this request is ordered any more.
+    `refusals` in a row nothing of this request is ordered any more.
     """
 
     ordered: int = 0
