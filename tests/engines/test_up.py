@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from thermocline.engines import child as children
 from thermocline.engines import launch
 from thermocline.engines.child import Child, Happened, State, backoff
 from thermocline.engines.launch import Launch
-from thermocline.engines.telling import Telling
+from thermocline.engines.telling import Event, Telling
 from thermocline.engines.up import Stop, Up
 from thermocline.errors import LaunchError
 from thermocline.settings import Settings
@@ -330,6 +331,29 @@ def test_events_as_text(made, capsys):
     assert "thermocline why --socket s\n" in out
     assert "node  s         log " in out
     assert "a is ready after " in err
+
+
+def test_progress_on_a_terminal(made, monkeypatch):
+    """On a terminal each process has a line with what it last said, and nothing of that is left when all are ready."""
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal:  # noqa: PTH123  # a descriptor
+        monkeypatch.setattr(sys, "stderr", terminal)
+        telling, child = Telling(as_json=False), made("print('reading weights', flush=True); " + STAY, "engine")
+        child.start()
+        _until(child, Happened.READY)
+        for _ in range(2):
+            telling.waiting([child, made(STAY, "next")])
+        telling.event(Event("ready", "engine", 1.0))
+        telling.waited()
+    shown = b""
+    with suppress(OSError):  # the other end is closed, as Linux says it
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    first, _, last = shown.decode().partition("engine is ready after 1 s")
+    assert "ready" in first
+    assert "up" in first.partition("engine")[2]
+    assert last.endswith("\x1b[2K")
 
 
 def test_free_ports_skip_those_in_use():
