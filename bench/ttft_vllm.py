@@ -34,7 +34,6 @@ LENGTHS = (4 * BLOCK_TOKENS + 1, 16 * BLOCK_TOKENS + 1, 48 * BLOCK_TOKENS + 1)
 PROMPTS = 2
 """Of each length. What is asked of one prompt is asked of each."""
 MEMORY_ROUNDS, DISK_ROUNDS = 12, 8
-TRIES = 3
 WARM_UPS = 4
 PAIRS = 120
 PAIR_TOKENS, PAIR_NEW_TOKENS = 8 * BLOCK_TOKENS + 1, 2
@@ -56,7 +55,7 @@ class Seconds:
 
     arms: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     own: dict[tuple[str, int], list[float]] = field(default_factory=dict)
-    missed: int = 0
+    missed: list[str] = field(default_factory=list)
     partly_saved: int = 0
 
     def add(self, arm: str, length: int, answer: Answer, own: Answer | None = None) -> None:
@@ -115,7 +114,8 @@ def _prompts() -> Iterator[tuple[int, list[int]]]:
 def answered(answer: Answer, cached_tokens: int) -> Answer:
     """The answer. Raises BenchError where there was none, or where it was not cached as far as it should be."""
     if answer.trouble or answer.cached_tokens != cached_tokens:
-        what = answer.trouble or f"{answer.cached_tokens} tokens were cached instead of {cached_tokens}"
+        held = f"{answer.cached_tokens} tokens were cached instead of {cached_tokens}"
+        what = answer.trouble or f"{held} ({answer.why})"
         raise BenchError(f"an arm is not what it says: {what}", hint="the servers' logs may say why")
     return answer
 
@@ -140,14 +140,15 @@ def asks_until_held(server: Server, tokens: list[int]) -> int:
 
 def _hit(server: Server, tokens: list[int], seconds: Seconds) -> Answer:
     """A hit after the server's own cache was emptied. A few may be missed: a node that is late is not waited for."""
-    for _ in range(TRIES):
+    deadline = CLOCK.now() + ATTACHED_SECONDS
+    while True:
         server.forget()
         CLOCK.sleep(REST_SECONDS)
         answer = server.ask(tokens)
-        if answer.trouble or answer.cached_tokens == len(tokens) - 1:
-            break
-        seconds.missed += 1
-    return answered(answer, len(tokens) - 1)
+        if answer.trouble or answer.cached_tokens == len(tokens) - 1 or CLOCK.now() > deadline:
+            return answered(answer, len(tokens) - 1)
+        seconds.missed.append(answer.why)
+        CLOCK.sleep(SAVED_SECONDS)
 
 
 def _warm(*servers: Server) -> None:
@@ -281,7 +282,7 @@ def _report(seconds: Seconds, pairs: Pairs, same: bool) -> Report:  # noqa: FBT0
             f"{PAIRS} pairs of {PAIR_TOKENS} tokens; the node used {node:.2f} % beside that, to save them.",
             "The new engine was asked once from its new node before its disk was timed; every second round drops the",
             "page cache first.",
-            f"{seconds.missed} times the node was late, and a prompt was asked again; {seconds.partly_saved} of",
+            f"{len(seconds.missed)} times the node was late, and a prompt was asked again; {seconds.partly_saved} of",
             f"{PROMPTS * len(LENGTHS)} prompts were not saved whole the first time.",
         ],
     }

@@ -76,12 +76,14 @@ def prompt(length: int, *number: int) -> list[int]:
 class Answer:
     """What a request brought: seconds to its first token, the tokens, and how many of the prompt vLLM counts as cached.
 
-    `trouble` says what came instead of an answer: an HTTP status, or silence. It is empty where all was well.
+    `why` names the reasons in thermocline's receipt, where there is one. `trouble` says what came instead of an answer:
+    an HTTP status, or silence. It is empty where all was well.
     """
 
     seconds: float
     tokens: tuple[int, ...] = ()
     cached_tokens: int = 0
+    why: str = ""
     trouble: str = ""
 
 
@@ -126,16 +128,18 @@ class Server:
             CLOCK.sleep(0.25)
 
     def ask(self, tokens: Sequence[int], count: int = 1, *, wait_seconds: float = ANSWER_SECONDS) -> Answer:
-        """The greedy continuation, streamed. Waits no longer than that for each part of the answer."""
+        """The greedy continuation, streamed where it has several tokens. Waits so long for each part of the answer."""
         body = {"model": MODEL_NAME, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "ignore_eos": True}
-        body |= {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        body |= {"return_token_ids": True}
+        body |= {"stream": True, "stream_options": {"include_usage": True}} if count > 1 else {}
         text = json.dumps(body)
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=wait_seconds)) as link:
             link.connect()
             started = CLOCK.now()
             try:
                 link.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
-                return _answer(link.getresponse(), started)
+                reply = link.getresponse()
+                return _streamed(reply, started) if count > 1 else _whole(reply, started)
             except TimeoutError:
                 return Answer(CLOCK.now() - started, trouble=f"no answer within {wait_seconds:.0f} s")
             except (OSError, http.client.HTTPException) as error:
@@ -173,7 +177,24 @@ class Server:
         return 503 if refused else reply.status
 
 
-def _answer(reply: http.client.HTTPResponse, started: float) -> Answer:
+def _whole(reply: http.client.HTTPResponse, started: float) -> Answer:
+    """An answer of one token, which comes with its receipt."""
+    text = reply.read()
+    seconds = CLOCK.now() - started
+    if reply.status != 200:
+        return Answer(seconds, trouble=f"HTTP {reply.status}")
+    told = json.loads(text)
+    tokens = tuple(told["choices"][0]["token_ids"])
+    receipt = (told.get("kv_transfer_params") or {}).get("thermocline") or {}
+    why = ", ".join(f"{gap['reason']} {gap['detail']}".strip() for gap in receipt.get("missing", ()))
+    return Answer(seconds, tokens, _cached(told), why)
+
+
+def _cached(told: Mapping[str, Any]) -> int:
+    return int(((told.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+
+def _streamed(reply: http.client.HTTPResponse, started: float) -> Answer:
     """Read a stream of events to its end."""
     if reply.status != 200:
         reply.read()
@@ -187,7 +208,7 @@ def _answer(reply: http.client.HTTPResponse, started: float) -> Answer:
         if "error" in event:
             return Answer(first, trouble=f"error {event['error'].get('code', '')}".strip())
         tokens += [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
-        cached = ((event.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or cached
+        cached = _cached(event) or cached
     return Answer(first, tuple(tokens), cached)
 
 
