@@ -15,7 +15,7 @@ Kept = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`figure` reads our figure from the kept result named `result`."""
+    """`figure` reads our figure from the kept result named `result`; "" where it has none, and the row is left out."""
 
     result: str
     claim: str
@@ -85,8 +85,8 @@ def _beside_a_peer(found: Kept) -> str:
 
 def _of_demo(chapter: str) -> Callable[[Kept], str]:
     def figure(found: Kept) -> str:
-        shown = {each["name"]: each for each in found["chapters"]}
-        text: str = shown[chapter]["claim"]["figure"]
+        shown = {each["name"]: each for each in found["chapters"] if each["details"].get("shown", True)}
+        text: str = shown[chapter]["claim"]["figure"] if chapter in shown else ""
         return text
 
     return figure
@@ -178,6 +178,13 @@ CLAIMS = (
         "thermocline demo",
         _of_demo("frozen"),
         "The first request that finds it silent waits for its bound; the others do not ask until it is back.",
+    ),
+    Row(
+        "demo",
+        "taken for granted: when the cache daemon dies, so does the engine",
+        "make vllm demo",
+        _of_demo("vllm"),
+        "Without the node, prompts are computed. What it held in memory only is gone; what was on its disk is not.",
     ),
     Row(
         "demo",
