@@ -77,6 +77,7 @@ def _ten_times(live, trouble, note):
     live.begin()
     for _ in range(RUNS):
         live.fill()
+        live.usual()
         with trouble():
             live.ask("during the fault", measured=True)
         live.after()
@@ -247,6 +248,7 @@ def test_engine_frozen_past_its_lease(start_node, start_vllm, note, rng):
     live.begin()
     for _ in range(RUNS):
         live.fill()
+        live.usual()
         live.server.forget()
         with ThreadPoolExecutor(1) as thread:
             asked = thread.submit(live.server.ask, PROMPTS[0], TOKENS)
@@ -305,6 +307,7 @@ def test_engine_killed(start_node, start_vllm, note, rng, verb):
         (answer,) = live.server.ask_all([fresh], TOKENS)
         assert answer.tokens == expected[0].tokens
         loaded(live.server, [fresh], expected, "another engine was killed", TOKENS)
+        live.usual()
         live.ask("another engine was killed", measured=True)
         live.after()
     note(live)
