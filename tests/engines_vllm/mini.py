@@ -18,6 +18,7 @@ import numpy as np
 from tests.node.making import until
 from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout
+from thermocline.engines.vllm.guard import guarded
 from thermocline.engines.vllm.layout import Engine, LayerMemory, make_layout, spans_of
 from thermocline.engines.vllm.orders import NULL_PAGE, Orders, Report
 from thermocline.engines.vllm.pages import HostPages
@@ -174,7 +175,7 @@ class MiniEngine:
         """It is over, or its client has gone."""
         if self.requests.pop(request.request_id, None) is None:
             return
-        self.receipts[request.request_id] = self.scheduler.finished(request.request_id)
+        self.receipts[request.request_id] = guarded(lambda: None)(self.scheduler.finished)(request.request_id)
         if request.state == "loading":
             self.ended.append(request.request_id)
             self.requests[f"gone {request.request_id}"] = request
@@ -204,8 +205,9 @@ class MiniEngine:
     # -- the engine ----------------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
-        tokens = self.scheduler.matched(request.request_id, 0)
-        again = self.scheduler.matched(request.request_id, 0)
+        matched = guarded(lambda: 0)(self.scheduler.matched)
+        tokens = matched(request.request_id, 0)
+        again = matched(request.request_id, 0)
         assert tokens is None or again == tokens, "asked again, it says something else"
         if tokens is None:
             return

@@ -39,7 +39,9 @@ FULL = named("FullAttentionSpec")
 )
 def test_attention_is_served(specs):
     """Full, sliding and latent attention, and groups that mix them."""
-    facts.check(*configs(*specs))
+    vllm, pages = configs(*specs)
+    facts.check(vllm, pages)
+    assert facts.has_windows(pages) == ("Sliding" in repr(specs))
 
 
 @pytest.mark.parametrize(

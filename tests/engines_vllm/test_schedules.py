@@ -179,3 +179,18 @@ def test_a_node_that_comes_back_empty_is_filled_again(host, clients):
     assert run_alone(engine, Request("b", text(100, 1)))["loaded_tokens"] == 0
     assert run_alone(engine, Request("c", text(100, 1)))["loaded_tokens"] == 96
     engine.close()
+
+
+@pytest.mark.parametrize("verb", ["places", "record", "save"])
+def test_a_client_that_breaks_its_promise_fails_no_request(clients, monkeypatch, verb):
+    """Whatever our own parts raise, a request is computed to its end, and nothing is left over."""
+
+    def broken(*_, **__):
+        raise RuntimeError(verb)
+
+    engine = MiniEngine(clients)
+    run_alone(engine, Request("a", text(100, 1)))
+    monkeypatch.setattr(clients[1 if verb == "save" else 0], verb, broken)
+    run_alone(engine, Request("b", text(200, 1)))
+    engine.drain()
+    engine.close()

@@ -25,6 +25,7 @@ from thermocline.blocks.layout import Layout
 from thermocline.engines.vllm import facts
 from thermocline.engines.vllm.config import PrivateNode, node_choice
 from thermocline.engines.vllm.device import DevicePages, Registered, cuda_register
+from thermocline.engines.vllm.guard import guarded
 from thermocline.engines.vllm.layout import Span, make_layout, spans_of
 from thermocline.engines.vllm.orders import Orders, Report
 from thermocline.engines.vllm.pages import GroupPages, HostPages
@@ -35,6 +36,8 @@ from thermocline.errors import LayoutError, ThermoclineError
 from thermocline.node.client import NodeClient
 
 LOG = logging.getLogger("thermocline.vllm")
+ROOM_WAIT_SECONDS = 0.05
+"""What leaves a sliding window cannot be saved later: a save of it may wait so long for room. Others never wait."""
 _SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 Anything = Any
@@ -96,7 +99,8 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         tokens = facts.tokens_per_block(self._kv_cache_config)
         self._save_blocks_max = -(-config.scheduler_config.max_num_batched_tokens // tokens) + 1
         if self.role is KVConnectorRole.WORKER:
-            self._client = NodeClient(choice.socket, role="vllm worker", save_wait_seconds=0.0)
+            wait = ROOM_WAIT_SECONDS if facts.has_windows(self._kv_cache_config) else 0.0
+            self._client = NodeClient(choice.socket, role="vllm worker", save_wait_seconds=wait)
             self._worker = Worker()
             return
         if choice.settings is not None:
@@ -170,6 +174,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The layouts of this rank, once its tensors are registered."""
         return RankLayouts(msgspec.msgpack.encode(self._layouts)) if self._layouts else None
 
+    @guarded(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: StepOrders) -> None:
         """A step begins, before anything of it is computed or overwritten."""
         if self._worker is not None:
@@ -199,6 +204,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         finished, failed = self._worker.ended_loads(self._orders)
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
+    @guarded(lambda: None)
     def build_connector_worker_meta(self) -> StepReport | None:
         """What the scheduler's half should know."""
         report = self._worker.report() if self._worker is not None else None
@@ -217,11 +223,13 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             ranks = [metadata[rank].layouts for rank in sorted(metadata)]
             self._scheduler.attach([msgspec.msgpack.decode(each, type=list[Layout]) for each in ranks])
 
+    @guarded(lambda: None)
     def on_new_request(self, request: Anything) -> None:
         """See `Scheduler.arrived`."""
         if self._scheduler is not None:
             self._scheduler.arrived(request)
 
+    @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Anything, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See `Scheduler.matched`. What is loaded is loaded asynchronously."""
         if self._scheduler is None:
@@ -235,6 +243,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             pages = blocks.get_block_ids() if num_external_tokens else ()
             self._scheduler.allocated(request.request_id, pages, num_external_tokens)
 
+    @guarded(dict)
     def get_external_cache_hit_sources(
         self,
         request: Anything,
@@ -255,6 +264,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         state = scheduler_output.kv_connector_block_state
         return StepOrders(self._scheduler.orders(scheduler_output.num_scheduled_tokens, state.get_block_ids))
 
+    @guarded(lambda: None)
     def update_connector_output(self, connector_output: Anything) -> None:
         """What the workers did in a step."""
         if self._scheduler is not None:
@@ -263,6 +273,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 self._scheduler.reported(report.report)
             self._scheduler.loads_over(connector_output.finished_recving or (), connector_output.failed_recving)
 
+    @guarded(lambda: None)
     def get_kv_connector_stats(self) -> TransferStats | None:
         """What was counted since the last step. VLLM asks the scheduler's half once for every step that is over."""
         if self._scheduler is None:
@@ -274,6 +285,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """See `request_finished_all_groups`."""
         return self.request_finished_all_groups(request, (block_ids,))
 
+    @guarded(lambda: (False, None))
     def request_finished_all_groups(
         self,
         request: Anything,

@@ -22,7 +22,8 @@ LOG = logging.getLogger("thermocline.vllm")
 Anything = Any
 """Objects of vLLM's, read by attribute: their types change between its versions."""
 
-_KINDS = frozenset({"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec"})
+_WINDOWS = frozenset({"SlidingWindowSpec", "ChunkedLocalAttentionSpec"})
+_KINDS = frozenset({"FullAttentionSpec", "MLAAttentionSpec", *_WINDOWS})
 _TOKENS = 16
 _DIMENSIONS = 4
 _FIELDS = (
@@ -71,6 +72,11 @@ def _check_kind(kind: str, spec: Anything) -> None:
             f"this model keeps its state as {kind}, which thermocline does not know to load exactly",
             hint="serve it without --kv-transfer-config",
         )
+
+
+def has_windows(kv_cache_config: Anything) -> bool:
+    """True where some layers keep only the last tokens: vLLM gives their older pages to others."""
+    return any(type(spec).__name__ in _WINDOWS for group in kv_cache_config.kv_cache_groups for spec in specs_of(group))
 
 
 def specs_of(group: Anything) -> Sequence[Anything]:

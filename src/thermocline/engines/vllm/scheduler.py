@@ -178,23 +178,32 @@ class Scheduler:
     def allocated(self, request_id: str, pages: Sequence[Sequence[int]], tokens: int) -> None:
         """VLLM has pages for a request: `tokens` are to be loaded into those behind what it had itself."""
         tracked = self._tracked.get(request_id)
-        if tracked is None or tracked.loading:
-            return
-        plan = tracked.staging.plan() if tracked.staging else None
-        if not tokens or plan is None:
+        if tokens:  # from now on vLLM waits for the end of a load, so there must be one
+            self._loads.append(self._load_order(request_id, tracked, tokens, pages))
+        elif tracked is not None and not tracked.loading:
             self._unstage(tracked)
-            return
+
+    def _load_order(
+        self, request_id: str, tracked: Tracked | None, tokens: int, pages: Sequence[Sequence[int]]
+    ) -> LoadOrder:
+        """The order for a load; where none can be made, one that every worker fails at."""
+        try:
+            plan = tracked.staging.plan() if tracked is not None and tracked.staging is not None else None
+            if tracked is not None and plan is not None:
+                return self._load_planned(tracked, plan, tokens, pages)
+        except Exception:  # vLLM would wait for ever
+            LOG.exception("a load could not be ordered")
+        return LoadOrder(request_id, (), ((NULL_PAGE,),))
+
+    def _load_planned(self, tracked: Tracked, plan: Plan, tokens: int, pages: Sequence[Sequence[int]]) -> LoadOrder:
+        """What vLLM has no page for is not needed: it has left a sliding window."""
         start = tracked.local
         stop = start + tokens // self._tokens_per_block
-        tracked.wanted = [[at for at in range(start, stop) if each[at] != NULL_PAGE] for each in pages]
-        self._loads.append(self._load_order(tracked, plan, pages))
         tracked.loading, tracked.under_way = True, _by_tier(plan, start, stop)
-        self._loading[request_id] = tracked
-        self._sources[request_id] = self._tokens(tracked.under_way)
-
-    def _load_order(self, tracked: Tracked, plan: Plan, pages: Sequence[Sequence[int]]) -> LoadOrder:
-        """What vLLM has no page for is not needed: it has left a sliding window."""
-        groups, wanted = len(pages), tracked.wanted
+        self._loading[tracked.id] = tracked
+        self._sources[tracked.id] = self._tokens(tracked.under_way)
+        tracked.wanted = wanted = [[at for at in range(start, stop) if each[at] != NULL_PAGE] for each in pages]
+        groups = len(pages)
         places = tuple(
             tuple(_picked(self._client.places(plan, rank * groups + group), wanted[group]) for group in range(groups))
             for rank in range(len(self._layouts))
@@ -270,8 +279,7 @@ class Scheduler:
             computed = min(request.num_computed_tokens + count, request.num_tokens)
             if not tracked.prefill_seconds and computed >= request.num_prompt_tokens:
                 prefilled.append(tracked)
-            order = self._save_order(tracked, computed, room, pages_of)
-            if order is not None:
+            for order in self._save_orders(tracked, computed, room, pages_of):
                 saves.append(order)
                 room -= len(order.pages[0])
         self._steps.append(_Step(now, self._chunk(scheduled), prefilled))
@@ -280,10 +288,18 @@ class Scheduler:
         self._loads, self._over = [], []
         return made
 
-    def _save_order(self, tracked: Tracked, computed: int, room: int, pages_of: PagesOf) -> SaveOrder | None:
+    def _save_orders(self, tracked: Tracked, computed: int, room: int, pages_of: PagesOf) -> Sequence[SaveOrder]:
+        """What is to be saved of a request in this step: one order, or none."""
         if not tracked.may_save or not self._client.up:
-            return None
-        return self._saves.order(tracked, computed // self._tokens_per_block, room, lambda: pages_of(tracked.id))
+            return ()
+        blocks = computed // self._tokens_per_block
+        try:
+            order = self._saves.order(tracked, blocks, room, lambda: pages_of(tracked.id))
+        except Exception:  # the loads of this step must go out all the same
+            LOG.exception("a save could not be ordered; the request is not saved")
+            tracked.may_save = False
+            return ()
+        return () if order is None else (order,)
 
     def _runs(self, tracked: Tracked, now: float) -> None:
         tracked.running = True
