@@ -203,7 +203,9 @@ def signals_ask(stop: Stop) -> Iterator[None]:
     def heard(_number: int, _frame: FrameType | None) -> None:
         stop.please()
 
-    before = {number: signal.signal(number, heard) for number in SIGNALS}
+    # what is ignored already, as SIGHUP is under nohup, stays so
+    wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, heard) for number in wanted}
     try:
         yield
     finally:
