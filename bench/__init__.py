@@ -61,7 +61,8 @@ def main(name: str, json_output: bool, save: bool) -> int:  # noqa: FBT001  # th
         raise BenchError(f"no bench {name}", hint=hint)
     if entry.engine and importlib.util.find_spec("torch") is None:
         raise BenchError(f"bench {name} runs a model, and torch is not installed", hint="run `make engine` first")
-    result = harness.measure(name, importlib.import_module(f"bench.{entry.module}").run)
+    with harness.ended_in_order():
+        result = harness.measure(name, importlib.import_module(f"bench.{entry.module}").run)
     if save:
         harness.save(result)
     print(harness.to_json(result) if json_output else harness.to_text(result))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +152,16 @@ def measure(name: str, run: Callable[[Progress], Report]) -> Result:
     details = {**report.details, "bench_seconds": CLOCK.now() - started}
     today = datetime.now(UTC).date().isoformat()
     return Result(bench=name, machine=conditions, date=today, checks=report.checks, details=details)
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM ends a bench as Ctrl-C does: with the servers that it has started."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def holds(result: Result) -> bool:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -123,3 +125,17 @@ def test_failed_check_is_exit_code_1(monkeypatch, capsys):
         monkeypatch.setattr("bench.keys.run", lambda progress, checks=checks: harness.Report(checks, {}))
         assert bench.main("keys", json_output=True, save=False) == status
         assert json.loads(capsys.readouterr().out)["checks"][0]["ok"] is (status == 0)
+
+
+def test_sigterm_ends_what_was_started():
+    """A bench that is told to end unwinds, so that its servers end too; afterwards SIGTERM means what it did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+    with contextlib.ExitStack() as stack:
+        raised = stack.enter_context(pytest.raises(SystemExit))
+        stack.enter_context(harness.ended_in_order())
+        stack.callback(ended.append, "a server")
+        signal.raise_signal(signal.SIGTERM)
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert ended == ["a server"]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -6,19 +6,7 @@ import math
 
 import pytest
 
-from bench import (
-    harness,
-    keys,
-    match,
-    node,
-    recovery,
-    redis_tier,
-    start,
-    tiers_disk,
-    tiers_memory,
-    ttft_vllm,
-    vs_lmcache,
-)
+from bench import harness, keys, match, node, recovery, redis_tier, start, tiers_disk, tiers_memory
 from bench.harness import Progress
 from thermocline.demo import local_redis
 
@@ -100,26 +88,3 @@ def test_node(monkeypatch, progress):
     for name, value in (("IDLE_ROUNDS", 20), ("LOADED_ROUNDS", 20), ("PATHS", 2), ("LOAD_PATHS", 2)):
         monkeypatch.setattr(node, name, value)
     _is_sound(node.run(progress))
-
-
-@pytest.mark.vllm_long
-def test_ttft_vllm(monkeypatch, progress):
-    """`bench ttft-vllm` has every arm be what it says on real vLLM, and the node give the same tokens."""
-    ttft_vllm.vllm_python()
-    for name, value in (("LENGTHS", (513, 1025)), ("PROMPTS", 1), ("MEMORY_ROUNDS", 2), ("DISK_ROUNDS", 2)):
-        monkeypatch.setattr(ttft_vllm, name, value)
-    monkeypatch.setattr(ttft_vllm, "PAIRS", 4)
-    report = ttft_vllm.run(progress)
-    _is_sound(report)
-    assert {each.name: each.ok for each in report.checks}["same tokens from the node"]
-
-
-@pytest.mark.vllm_long
-def test_vs_lmcache(monkeypatch, progress):
-    """`bench vs-lmcache` meets every fault, and none of them is felt by a request of thermocline's."""
-    vs_lmcache.lmcache.python()
-    for name, value in (("LENGTHS", {513: 2}), ("ROUNDS", 1), ("TRIPLES", 2)):
-        monkeypatch.setattr(vs_lmcache, name, value)
-    report = vs_lmcache.run(progress)
-    _is_sound(report)
-    assert all(each.ok for each in report.checks)
