@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engines_vllm.mini import BLOCK, MiniEngine, Request
-from tests.node.making import until
+from tests.node.making import Host, until
 
 SALTS = count()
 TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
@@ -194,3 +194,15 @@ def test_a_client_that_breaks_its_promise_fails_no_request(clients, monkeypatch,
     run_alone(engine, Request("b", text(200, 1)))
     engine.drain()
     engine.close()
+
+
+def test_what_is_lent_is_shared_by_all_groups(folder):
+    """Where a step computes more than room is lent for, every ask still brings a longer beginning, in all groups."""
+    with Host(folder, blocks=128) as host:
+        clients = [host.client(save_wait_seconds=0.0) for _ in range(2)]
+        engine = MiniEngine(clients, groups=2)
+        asks = 0
+        while (run_alone(engine, Request(f"r{asks}", text(100, 1))) or {})["loaded_tokens"] < 96:
+            asks += 1
+            assert asks < 20
+        engine.close()

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from thermocline.blocks.key import KEY_BYTES, BlockKey
 from thermocline.blocks.layout import Layout
@@ -24,27 +25,27 @@ LOG = logging.getLogger("thermocline.vllm")
 LOAD_WAIT_SECONDS = 0.004
 """How long a step in which nothing is computed waits for a load: vLLM would sleep and come back meanwhile."""
 CLOSE_SECONDS = 5.0
+PART_BLOCKS = 8
 _ON_THEIR_WAY = frozenset({Outcome.HIT, Outcome.PENDING})
 """PENDING: another engine is saving the very block."""
 
 
 @dataclass(slots=True, eq=False)
 class _Saving:
-    """A save order whose groups end one by one."""
+    """A save order whose parts end one by one."""
 
     number: int
-    blocks: int
     left: int
     good: int
     why: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def ended(self, job: Job) -> bool:
-        """One group is done. True with the last one."""
-        at = next((at for at, outcome in enumerate(job.outcomes) if outcome not in _ON_THEIR_WAY), self.blocks)
+    def ended(self, job: Job, first: int) -> bool:
+        """A part that begins with block `first` of the order is done in one group. True with the last one."""
+        at = _refused(job)
         with self.lock:
-            if at < self.good:
-                self.good, self.why = at, str(job.outcomes[at])
+            if at is not None and first + at < self.good:
+                self.good, self.why = first + at, str(job.outcomes[at])
             self.left -= 1
             return self.left == 0
 
@@ -163,15 +164,32 @@ class Worker:
         keys = chain[: order.start + blocks]
         if len(keys) < order.start + blocks:
             raise LookupError("an order names blocks of a chain that was not told")
-        saving = _Saving(order.number, blocks, len(self._pages), blocks)
-        jobs = [pages.save(keys, ids, order.start) for pages, ids in zip(self._pages, order.pages, strict=True)]
-        for job in jobs:
-            job.watch(visible=lambda job: self._group_saved(saving, job))
+        parts = self._save_parts(order, keys, blocks)
+        saving = _Saving(order.number, len(parts), blocks)
+        for first, job in parts:
+            job.watch(visible=partial(self._part_saved, saving, first))
 
-    def _group_saved(self, saving: _Saving, job: Job) -> None:
-        if saving.ended(job):
+    def _save_parts(self, order: SaveOrder, keys: Sequence[BlockKey], blocks: int) -> list[tuple[int, Job]]:
+        """Every group in turn, a few blocks at a time: what lacks in one group is of no use in the others."""
+        size = blocks if len(self._pages) == 1 else PART_BLOCKS
+        parts: list[tuple[int, Job]] = []
+        for first in range(0, blocks, size):
+            start, ends = order.start + first, order.start + min(blocks, first + size)
+            for pages, ids in zip(self._pages, order.pages, strict=True):
+                parts.append((first, pages.save(keys[:ends], ids[first : first + size], start)))
+            if any(_refused(job) is not None for _, job in parts[-len(self._pages) :]):
+                break
+        return parts
+
+    def _part_saved(self, saving: _Saving, first: int, job: Job) -> None:
+        if saving.ended(job, first):
             self._saves_ended(Saved(saving.number, 1, saving.good, saving.why))
 
     def _saves_ended(self, saved: Saved) -> None:
         with self._done:
             self._saved.append(saved)
+
+
+def _refused(job: Job) -> int | None:
+    """The first block that is not kept, nor on its way."""
+    return next((at for at, outcome in enumerate(job.outcomes) if outcome not in _ON_THEIR_WAY), None)
