@@ -88,13 +88,14 @@ class Link:
 
     def tell(self, message: say.FromClient) -> None:
         """Send a message. A node that does not read for a while is as good as gone: then the link ends."""
-        try:
-            with self._sending:
-                if not self._dead:
-                    self._sock.sendall(say.encode(message))
-        except (OSError, say.MessageError) as error:
-            LOG.info("the link to the node ends: %s", error)
-            self.end()
+        with self._sending:
+            if self._dead:
+                return
+            try:
+                self._sock.sendall(say.encode(message))
+            except (OSError, say.MessageError) as error:  # half of it may be sent: nothing may be sent behind that
+                LOG.info("the link to the node ends: %s", error)
+                self.end()
 
     def number(self, layout: Layout) -> int:
         """The number of a layout on this link; the node is told of it at first."""

@@ -336,12 +336,16 @@ class Session:
             encoded = say.encode(message)
         except MessageError as error:
             encoded = say.encode(say.Failed(message.id, str(error)))
-        try:
-            with self._sending:
-                if not self._mute:
-                    self._sock.sendall(encoded)
-        except OSError as error:
-            self._part(error)
+        with self._sending:
+            if self._mute:
+                return
+            try:
+                self._sock.sendall(encoded)
+            except OSError as error:  # half of it may be sent: nothing may be sent behind that
+                self._mute, why = True, error
+            else:
+                return
+        self._part(why)
 
     def _end(self) -> None:
         with self._lock:
