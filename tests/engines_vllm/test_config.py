@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.node.making import until
-from thermocline.engines.vllm import config
 from thermocline.engines.vllm.config import PrivateNode, node_choice, vllm_config_json
 from thermocline.errors import SettingsError
 from thermocline.node.client import NodeClient
@@ -71,19 +74,37 @@ def test_mistakes_are_told_at_the_start(runtime, extra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["closed", "left alone"])
-def test_a_node_of_its_own_ends_with_its_engine(runtime, monkeypatch, how):
-    """An engine's own node serves it, and ends when it is closed, or by itself when its engine is gone."""
-    monkeypatch.setattr(config, "ORPHAN_SECONDS", 3.0)
+def test_an_engines_own_node(runtime):
+    """It serves its engine, is started again when it is killed, and ends when it is closed."""
     choice = node_choice({"settings": {"memory_bytes": "8MiB"}}, "engine")
     node = PrivateNode(choice)
     client = NodeClient(choice.socket)
     try:
         assert client.wait_up(60)
-        assert not node.ended
+        first = node.pid
+        os.kill(first, signal.SIGKILL)
+        until(lambda: node.pid != first and client.up, "another one to be there")
     finally:
         client.close()
-        if how == "closed":
-            node.close()
-    until(lambda: node.ended, "the node to end")
-    assert not choice.socket.exists()
+        node.close()
+    until(lambda: not choice.socket.exists(), "it to end")
+
+
+PROGRAM = """
+import os
+from thermocline.engines.vllm import config
+config.ORPHAN_SECONDS = 1.0
+choice = config.node_choice({"settings": {"memory_bytes": "8MiB"}}, "engine")
+node = config.PrivateNode(choice)
+while not choice.socket.exists():
+    pass
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_an_engines_own_node_does_not_outlive_it_for_long(runtime):
+    """When its engine is gone without a word, the node ends by itself."""
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
+    socket = node_choice({}, "engine").socket
+    until(lambda: not socket.exists(), "the node to end")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ LOG = logging.getLogger("thermocline.vllm")
 ORPHAN_SECONDS = 15.0
 """A node that an engine started for itself ends when nobody was connected for so long."""
 STOP_SECONDS = 20.0
+RESTART_SECONDS, RESTART_SECONDS_MAX = 1.0, 30.0
 
 _KNOWN = ("socket", "settings")
 _NOT_THE_NODES = frozenset(
@@ -89,31 +92,52 @@ def node_choice(extra: Mapping[str, object], engine_id: str) -> NodeChoice:
 
 
 class PrivateNode:
-    """A node that this process started, and ends. It also ends by itself soon after its engine is gone."""
+    """A node that this process starts, keeps running, and ends. It also ends by itself soon after its engine."""
 
     def __init__(self, choice: NodeChoice) -> None:
         """Raises LaunchError where it cannot be started. Clients attach once it listens."""
         assert choice.settings is not None
-        words = [sys.executable, "-m", "thermocline", "node", "--socket", str(choice.socket)]
-        words += ["--idle-exit", f"{ORPHAN_SECONDS:g}", *flags(choice.settings, without=_NOT_THE_NODES)]
-        try:
-            # a group of its own: Ctrl-C is for the engine, which has things to save first
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603  # ourselves
-        except OSError as error:
-            raise LaunchError(
-                f"cannot start a node: {error.strerror}", hint="start `thermocline node`, and name its socket"
-            ) from None
-        LOG.info("started a node of this engine's own at %s (process %d)", choice.socket, self._process.pid)
+        self._words = [sys.executable, "-m", "thermocline", "node", "--socket", str(choice.socket)]
+        self._words += ["--idle-exit", f"{ORPHAN_SECONDS:g}", *flags(choice.settings, without=_NOT_THE_NODES)]
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._process = self._started()
+        LOG.info("started a node of this engine's own at %s (process %d)", choice.socket, self.pid)
+        threading.Thread(target=self._keep, name="thermocline node", daemon=True).start()
 
     @property
-    def ended(self) -> bool:
-        """True once it is gone; its log says why."""
-        return self._process.poll() is not None
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def close(self) -> None:
         """End it in good order, within a bound: what only memory holds goes to its disk first."""
-        self._process.terminate()
+        self._closing.set()
+        with self._lock:
+            self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             LOG.warning("the node does not end within %g s; it goes on by itself", STOP_SECONDS)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        try:
+            # a group of its own: Ctrl-C is for the engine, which has things to save first
+            return subprocess.Popen(self._words, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603  # ourselves
+        except OSError as error:
+            raise LaunchError(
+                f"cannot start a node: {error.strerror}", hint="start `thermocline node`, and name its socket"
+            ) from None
+
+    def _keep(self) -> None:
+        """Start it again when it dies, each time after a longer pause: its disk may still be another's for a while."""
+        pause = RESTART_SECONDS
+        while True:
+            code = self._process.wait()
+            if self._closing.wait(pause):
+                return
+            LOG.warning("the node of this engine's own ended with %d; it is started again", code)
+            pause = min(2 * pause, RESTART_SECONDS_MAX)
+            with self._lock, contextlib.suppress(LaunchError):
+                if not self._closing.is_set():
+                    self._process = self._started()

@@ -69,6 +69,11 @@ def make_layout(
     head_dim: int,
 ) -> Layout:
     """The layout of one KV group's blocks. The number of pages is no part of it: it may change at a restart."""
+    if not layers:
+        raise LayoutError(
+            f"KV group {group} has no layers on this rank, so its ranks cannot be matched with each other",
+            hint="use another --pipeline-parallel-size",
+        )
     spans = spans_of(layers)
     return Layout(
         model=engine.model,
@@ -104,8 +109,7 @@ def order_text(physical: str, layers: Sequence[LayerMemory]) -> str:
     """The order of a block's bytes, and what they are: short for people, with a digest of every layer's description."""
     described = [f"{layer.name}: {layer.kind} {_inner(layer)}" for layer in layers]
     digest = hashlib.sha256("\n".join([physical, *described]).encode()).hexdigest()[:32]
-    first = f"{layers[0].kind} {_inner(layers[0])}" if layers else ""
-    return f"{physical} {first} {digest}"
+    return f"{physical} {layers[0].kind} {_inner(layers[0])} {digest}"
 
 
 def spans_of(layers: Sequence[LayerMemory]) -> list[Span]:
