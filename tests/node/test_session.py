@@ -66,6 +66,7 @@ def test_another_node_is_refused(tmp_path, caplog):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "other.sock"))
         listener.listen()
+        listener.settimeout(GUARD_SECONDS)
         client = NodeClient(tmp_path / "other.sock", **PATIENT)
         accepted, _ = listener.accept()
         accepted.sendall(say.encode(say.Refused("too old", "update")))
@@ -83,6 +84,7 @@ def test_whatever_listens_there(tmp_path, monkeypatch, answer):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
+        listener.settimeout(GUARD_SECONDS)
         client = NodeClient(path, **PATIENT)
         for _ in range(2):
             accepted, _ = listener.accept()
@@ -362,6 +364,7 @@ def test_a_node_whose_memory_could_be_cut(tmp_path, caplog):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "node.sock"))
         listener.listen()
+        listener.settimeout(GUARD_SECONDS)
         client = NodeClient(tmp_path / "node.sock", **PATIENT)
         accepted, _ = listener.accept()
         socket.send_fds(accepted, [say.encode(say.Welcome(say.PROTOCOL, "test", 1, 1 << 20))], [fd])
@@ -427,6 +430,7 @@ def test_nothing_follows_half_a_message(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "node.sock"))
         listener.listen()
+        listener.settimeout(GUARD_SECONDS)
         links = []
         asking = threading.Thread(
             target=lambda: links.append(

@@ -452,7 +452,7 @@ class NodeClient:
         memory = link.memory
         with self._lock:
             self._memories = {link.incarnation: memory}
-            self._life = link.incarnation
+            self._life = 0 if link.ended else link.incarnation
             self._room.clear()
             self._asked_room.clear()
             wanted = [layout for layout, _ in self._wanted.values()]

@@ -133,7 +133,8 @@ class Keeper:
 
     def _probe(self, link: Link) -> None:
         """Leave the node alone for a while, then ask if it is there. Trust it once it answers as fast as it should."""
-        self._pause(self._away_seconds)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._any_link is not link, self._away_seconds)
         self._away_seconds = min(2 * self._away_seconds, AWAY_SECONDS_MAX)
         came = threading.Event()
         asked = self._clock.now()
