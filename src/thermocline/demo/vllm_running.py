@@ -114,12 +114,12 @@ class Running:
         return Answer(when, usage["prompt_tokens"], cached, seconds, told["choices"][0]["text"])
 
     def end(self) -> None:
-        """Stop vLLM, then the node."""
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        """Stop vLLM, then the node; asked twice, `up` ends them by force. Killing it would leave them running."""
+        for _ in range(2):
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS_MAX)
+                return
 
     def _post(self, path: str, body: dict[str, object]) -> tuple[int, dict[str, Any]]:
         connection = http.client.HTTPConnection(*self._address, timeout=ANSWER_SECONDS_MAX)
