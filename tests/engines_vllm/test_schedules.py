@@ -160,14 +160,14 @@ def test_hints(clients, hints, asks, keeps):
 
 
 def test_without_a_node_requests_run(host, clients):
-    """With the node gone nothing is found, ordered or waited for, and the receipt says why."""
+    """With the node gone nothing is found, kept or waited for, and the receipt says why."""
     host.server.close()
     until(lambda: not any(client.up for client in clients), "the clients to see it")
     engine = MiniEngine(clients)
     receipt = run_alone(engine, Request("a", text(100, 1)))
     engine.close()
     assert receipt["missing"][0]["reason"] == "tier_down"
-    assert engine.scheduler.take_counts().keys() == {("asked_blocks", "")}
+    assert engine.scheduler.take_counts().keys() == {("asked_blocks", ""), ("dropped_blocks", "failed")}
 
 
 def test_a_node_that_comes_back_empty_is_filled_again(host, clients):

@@ -290,7 +290,7 @@ class Scheduler:
 
     def _save_orders(self, tracked: Tracked, computed: int, room: int, pages_of: PagesOf) -> Sequence[SaveOrder]:
         """What is to be saved of a request in this step: one order, or none."""
-        if not tracked.may_save or not self._client.up:
+        if not tracked.may_save:
             return ()
         blocks = computed // self._tokens_per_block
         try:
