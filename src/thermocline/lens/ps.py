@@ -54,7 +54,7 @@ def look(sockets: Sequence[Path], ask: Callable[[Path], NodeStatus], *, must_ans
 def render(seen: Seen, *, bars: bool = False) -> str:
     """In words and tables. With `bars`, what is used of each tier has a bar beside it."""
     parts = [_node(node, bars=bars) for node in seen.nodes]
-    parts += [f"no node\n  {silent.reason}" for silent in seen.silent]
+    parts += [silent.reason for silent in seen.silent]
     if not parts:
         parts = ["no node of this user runs here\nhint: start one with `thermocline node`, or name its --socket"]
     return "\n".join(parts)
