@@ -11,9 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.engines_vllm.mini import BLOCK
+from tests.engines_vllm.mini import BLOCK, engine, layer
 from tests.store.making import GUARD_SECONDS, chain
 from thermocline.blocks.layout import Layout
+from thermocline.engines.vllm.layout import make_layout
+from thermocline.engines.vllm.scheduler import Scheduler
+from thermocline.errors import LayoutError
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
@@ -64,3 +67,19 @@ def test_ranks_do_not_mix(host):
             rank.told(msgspec.msgpack.encode((places, 20)))
         assert [rank.hears() for rank in ranks] == ["4 0 1"] * RANKS
         client.release(plan.lease)
+
+
+@pytest.mark.parametrize("told", [[1, 0], [0], [0, 0], [0, 1, 1]])
+def test_a_rank_that_is_missing_is_noticed(host, told):
+    """A scheduler that does not know every rank in its turn refuses to begin: no rank is given another's blocks."""
+    ranks = [layout_of(at) for at in told]
+    scheduler = Scheduler(host.client(), tokens_per_block=BLOCK, save_blocks_max=1)
+    with pytest.raises(LayoutError) as refused:
+        scheduler.attach([[layout] for layout in ranks])
+    assert refused.value.hint
+    scheduler.attach([[layout_of(0)], [layout_of(1)]])
+
+
+def layout_of(rank):
+    """The layout of one of two ranks."""
+    return make_layout(engine(rank, 2), [layer("a")], group=0, tokens_per_block=BLOCK, kv_heads=1, head_dim=8)

@@ -24,6 +24,7 @@ from thermocline.engines.vllm.orders import NULL_PAGE, LoadFailed, LoadOrder, Or
 from thermocline.engines.vllm.prompts import prompt_of
 from thermocline.engines.vllm.saves import Saves
 from thermocline.engines.vllm.tracked import Hints, Tracked, read_hints
+from thermocline.errors import LayoutError
 from thermocline.node.client import NodeClient
 from thermocline.node.places import NOWHERE, Places
 from thermocline.store.plan import Plan
@@ -77,7 +78,18 @@ class Scheduler:
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def attach(self, layouts: Sequence[Sequence[Layout]]) -> None:
-        """The layouts of all ranks, one per KV group each. Until then nothing is found, and nothing kept."""
+        """The layouts of all ranks, one per KV group each. Until then nothing is found, and nothing kept.
+
+        Raises LayoutError where a rank is missing or out of turn: it would be given the blocks of another.
+        """
+        for at, rank in enumerate(layouts):
+            for layout in rank:
+                place = layout.pp_rank * layout.tp_size + layout.tp_rank
+                if place != at or len(layouts) != layout.tp_size * layout.pp_size:
+                    raise LayoutError(
+                        f"rank {place} told its layout as number {at} of {len(layouts)}",
+                        hint="run vLLM 0.32 with tensor or pipeline parallelism alone",
+                    )
         self._base = self._layouts = [list(each) for each in layouts]
         self._saves = Saves(len(layouts), self._clock)
         if layouts:
