@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_nothing_is_left(tmp_path):
     (tmp_path / "first").mkdir()
     with Host(tmp_path / "first") as host:  # what is made once for all is made here
         keep(host.client(), PATH)
+    gc.collect()
     before, threads = fds(), threading.active_count()
     with Host(tmp_path, disk=True) as host:
         for _ in range(3):
@@ -152,7 +154,12 @@ def test_nothing_is_left(tmp_path):
             client.close()
         host.settle()
     del host, client, staging
-    until(lambda: fds() <= before and threading.active_count() <= threads, "descriptors and threads to be gone")
+
+    def gone():
+        gc.collect()  # what was closed is unmapped with the last object that has seen it
+        return fds() <= before and threading.active_count() <= threads
+
+    until(gone, "descriptors and threads to be gone")
 
 
 def test_staged_and_cancelled(host):

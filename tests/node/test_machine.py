@@ -147,7 +147,7 @@ class NodeMachine(RuleBasedStateMachine):
 
 
 TestNode = NodeMachine.TestCase
-TestNode.settings = settings(max_examples=12, stateful_step_count=20)
+TestNode.settings = settings(max_examples=8, stateful_step_count=20)
 TestNode.__doc__ = "Clients save, load, lend, leave; leases run out; the node is restarted; memory is damaged."
 TestNode.runTest.__doc__ = "Whatever happens, loaded bytes are what was saved, books add up, and slots are bounded."
 

@@ -201,6 +201,7 @@ class Link:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+            self._memory = None  # mapped for as long as somebody has a view of it
 
 
 def _call(taker: Taker, answer: say.Answer | None) -> None:
