@@ -36,6 +36,9 @@ MODEL = "m"
 BLOCK_TOKENS = 32
 """Shorter than vLLM's 128 on a CPU, so that short prompts have blocks."""
 
+EXACT = ("--dtype", "float32")
+"""Tokens then do not depend on how a prefill is split or batched. In bf16, vLLM's partial hits flip near ties."""
+
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -26,14 +26,14 @@ from tests.vllm.arms import cold, loaded, saved
 from tests.vllm.live import PROMPTS, TOKENS, Live, constantly
 from tests.vllm.node import MIB, Node
 from tests.vllm.prompts import prompt
-from tests.vllm.server import CLOCK, Server
+from tests.vllm.server import CLOCK, EXACT, Server
 from thermocline.blocks.layout import Layout
 from thermocline.node.client import NodeClient
 
 pytestmark = pytest.mark.vllm_long
 RUNS = 10
-DISK_ONLY = {"memory_bytes": 8 * MIB, "disk_bytes": 256 * MIB}
-"""The prompts are 10 MiB, so most of what is asked comes from the disk."""
+DISK_ONLY = {"memory_bytes": 20 * MIB, "disk_bytes": 512 * MIB}
+"""The prompts are 21 MiB, and slots are lent for saves, so most of what is asked comes from the disk."""
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def live(tiny_model):
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         program = (str(Path(__file__).with_name("troubled_node.py")), str(folder / "eio"))
-        node = stack.enter_context(Node(folder, program=program, memory_bytes=256 * MIB))
-        live = Live(node, stack.enter_context(Server(folder, tiny_model, node=node.socket)))
+        node = stack.enter_context(Node(folder, program=program, memory_bytes=512 * MIB))
+        live = Live(node, stack.enter_context(Server(folder, tiny_model, *EXACT, node=node.socket)))
         live.folder = folder
         yield live
 
@@ -151,7 +151,7 @@ def _kept_on_disk(live, folder):
         yield folder / "disk"
     finally:
         live.node.close()
-        live.node.settings = {"memory_bytes": 256 * MIB}
+        live.node.settings = {"memory_bytes": 512 * MIB}
         live.node.start()
 
 
@@ -165,7 +165,7 @@ def disk(live, tmp_path):
 @_fault("disk full")
 def test_disk_full(live, tmp_path, note):
     """A file system without a byte left costs saves, and answers nobody wrongly."""
-    with _small_file_system(tmp_path / "small", 96 * MIB) as small, _kept_on_disk(live, small):
+    with _small_file_system(tmp_path / "small", 640 * MIB) as small, _kept_on_disk(live, small):
         filler = small / "filler"
 
         @contextmanager
@@ -243,8 +243,8 @@ def test_index_damaged(live, disk, note, rng):
 @_fault("engine frozen past its lease")
 def test_engine_frozen_past_its_lease(start_node, start_vllm, note, rng):
     """An engine that sleeps over its lease computes on no byte that was written over in between."""
-    node = start_node(memory_bytes=24 * MIB, lease_seconds=1)
-    live = Live(node, start_vllm(node=node.socket))
+    node = start_node(memory_bytes=48 * MIB, lease_seconds=1)
+    live = Live(node, start_vllm(*EXACT, node=node.socket))
     live.begin()
     for _ in range(RUNS):
         live.fill()
@@ -268,7 +268,7 @@ def _write_over(node):
     layout = _layout()
     with contextlib.closing(NodeClient(node.socket, role="filler", wait_seconds=1.0, save_wait_seconds=1.0)) as client:
         assert client.wait_up(10.0)
-        for seed in range(1, 25 * MIB // (LENGTH * 100)):
+        for seed in range(1, 50 * MIB // (LENGTH * 100)):
             keys = chain(seed, 100)
             client.save(layout, keys, [[content(layout.id, key)] for key in keys]).wait()
 
@@ -290,11 +290,11 @@ def _layout():
 def test_engine_killed(start_node, start_vllm, note, rng, verb):
     """An engine that is killed while it saves or loads takes nothing with it: another one answers right, and loads."""
     node = start_node()
-    live = Live(node, start_vllm(node=node.socket))
+    live = Live(node, start_vllm(*EXACT, node=node.socket))
     live.begin()
     for run in range(RUNS):
         fresh = prompt(800 + run, 3000)
-        victim = start_vllm("--max-num-batched-tokens", "256", "--enable-chunked-prefill", node=node.socket)
+        victim = start_vllm(*EXACT, "--max-num-batched-tokens", "256", "--enable-chunked-prefill", node=node.socket)
         expected = cold(live.server, [fresh], TOKENS)
         if verb == "loading":
             saved(live.server, [fresh], expected, TOKENS)
@@ -323,10 +323,10 @@ def test_wrong_layout_offered(start_node, start_vllm, tiny_model, tmp_path, note
     """A model of the same shape and name with other weights finds nothing of what the first one kept."""
     prompts = [prompt(900 + run, 700) for run in range(RUNS)]
     node = start_node()
-    first = start_vllm(node=node.socket)
+    first = start_vllm(*EXACT, node=node.socket)
     saved(first, prompts, cold(first, prompts, TOKENS), TOKENS)
     first.close()
-    live = Live(node, start_vllm(model=scaled(tiny_model, tmp_path / "tiny"), node=node.socket), prompts)
+    live = Live(node, start_vllm(*EXACT, model=scaled(tiny_model, tmp_path / "tiny"), node=node.socket), prompts)
     live.begin()
     live.ask("kept by another model", measured=True)
     assert live.loaded == 0

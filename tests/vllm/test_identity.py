@@ -7,6 +7,7 @@ import pytest
 from tests.vllm.arms import at_once, cold, distance, loaded, same, saved
 from tests.vllm.node import MIB
 from tests.vllm.prompts import all_prompts, loadable, prompt
+from tests.vllm.server import EXACT
 
 pytestmark = pytest.mark.vllm_long
 PROMPTS = all_prompts()
@@ -95,7 +96,7 @@ def test_chunked_prefill(start_node, start_vllm, report):
 def test_eight_at_once(start_node, start_vllm, report):
     """Eight requests at a time are answered as one at a time."""
     node = start_node()
-    server = start_vllm("--dtype", "float32", node=node.socket)  # batches of bf16 may flip near ties, cache or not
+    server = start_vllm(*EXACT, node=node.socket)
     expected = cold(server, PROMPTS)
     same(cold(server, PROMPTS, at_once=8), expected, "eight at once, nothing kept")
     same(at_once(server, PROMPTS), expected, "eight at once, saving")
@@ -107,7 +108,7 @@ def test_eight_at_once(start_node, start_vllm, report):
     assert count >= LOADABLE // 2, "the engine's own cache finds what a neighbour just loaded; the rest is ours"
 
 
-TINY_SPACE = ("--num-gpu-blocks-override", "132", "--max-num-seqs", "8", "--dtype", "float32")
+TINY_SPACE = ("--num-gpu-blocks-override", "132", "--max-num-seqs", "8", *EXACT)
 
 
 def test_preemption(start_node, start_vllm, report):
