@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def comes_back(client):
     until(lambda: fetch(client, path)[0] == 4, "what was saved", 60)
 
 
+def stands_still(node):
+    """Wait until every thread of a node that was stopped has stopped."""
+
+    def state(task):
+        return (task / "stat").read_text().rpartition(") ")[2][0]
+
+    until(lambda: {state(task) for task in Path(f"/proc/{node.pid}/task").iterdir()} == {"T"}, "the node to stop")
+
+
 def durable(node):
     """Wait until all that was saved is on disk too."""
 
@@ -142,6 +152,7 @@ def test_frozen(node, client, path):
     """A frozen node costs one deadline, then nothing; when it thaws its client trusts it again by itself."""
     keep(client, path)
     with node.frozen():
+        stands_still(node)
         for _ in range(3):
             assert all_verbs(client, path) == 0
         assert not client.up
