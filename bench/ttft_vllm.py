@@ -246,7 +246,8 @@ def _same_tokens(plain: Server, ours: Server, seconds: Seconds) -> bool:
     another way where two tokens are almost equally likely.
     """
     compared = [tokens for _, tokens in _prompts() if tokens not in seconds.partly_saved]
-    return all(_held_tokens(plain, tokens, forget=False) == _held_tokens(ours, tokens) for tokens in compared)
+    same = (_held_tokens(plain, tokens, forget=False) == _held_tokens(ours, tokens) for tokens in compared)
+    return bool(compared) and all(same)
 
 
 def _held_tokens(server: Server, tokens: list[int], *, forget: bool = True) -> tuple[int, ...]:
