@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.node.making import CLOCK, GUARD_SECONDS, LAYOUT, MIB, PATIENT, Host, fetch, keep, tokens, until
 from tests.store.making import BLOCK_BYTES, chain, content, contents, make_layout
 from thermocline.engines.reuse import _window
+from thermocline.node import client as client_module
 from thermocline.node.client import NodeClient
 from thermocline.store.receipt import Reason
 from thermocline.tiers.tier import Outcome
@@ -288,7 +289,7 @@ def test_a_lease_is_over_for_the_client_first(make_host, clock):
     assert (loaded.blocks, loaded.missing[0].reason) == (0, Reason.LATE)
 
 
-def test_a_node_that_is_gone(host):
+def test_a_node_that_is_gone(host, monkeypatch):
     """With nobody at the socket every verb answers at once, with its reason; what was staged is still read."""
     client = host.client()
     keep(client, PATH)
@@ -296,6 +297,7 @@ def test_a_node_that_is_gone(host):
     places = client.places(plan, 0)
     memory = client.memory_of(places.incarnation)
     assert memory is not None
+    monkeypatch.setattr(client_module, "LIFE_SECONDS", 4.0)  # time enough for what follows on a busy machine
     host.stop()
     until(lambda: not client.up, "the client to notice")
     assert client.load(plan, 0, [[np.zeros(BLOCK_BYTES, np.uint8)] for _ in PATH]).blocks == 12
