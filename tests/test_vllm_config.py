@@ -39,7 +39,7 @@ def test_without_a_node(run, tmp_path):
     assert told["kv_load_failure_policy"] == "recompute"
     assert extra == {"settings": {"memory_bytes": 2 << 30, "disk_path": str(tmp_path / "cache")}}
     assert "the engine starts one of its own" in err
-    assert node_choice(extra, "engine").settings == Settings(memory_bytes=2 << 30, disk_path=tmp_path / "cache")
+    assert node_choice(extra).settings == Settings(memory_bytes=2 << 30, disk_path=tmp_path / "cache")
 
 
 def test_with_a_node(run):

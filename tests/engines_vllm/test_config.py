@@ -1,20 +1,14 @@
-"""What vLLM is told and what the connector reads of it, and the node of an engine's own."""
+"""What vLLM is told and what the connector reads of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.node.making import until
-from thermocline.engines.vllm.config import PrivateNode, node_choice, vllm_config_json
+from thermocline.engines.vllm.config import node_choice, vllm_config_json
 from thermocline.errors import SettingsError
-from thermocline.node.client import NodeClient
 from thermocline.settings import Settings
 
 
@@ -38,20 +32,30 @@ def test_what_is_written_is_read_again(runtime):
     assert told["kv_connector_module_path"] == "thermocline.engines.vllm"
     assert (told["kv_connector"], told["kv_load_failure_policy"]) == ("Thermocline", "recompute")
     assert extra_of(text) == {"settings": {"memory_bytes": 64 << 20, "disk_path": "/var/cache/d"}}
-    choice = node_choice(extra_of(text), "engine")
+    choice = node_choice(extra_of(text))
     assert (choice.settings.memory_bytes, choice.settings.disk_path) == (64 << 20, Path("/var/cache/d"))
 
 
 def test_a_named_node_is_used():
     """With a socket there is no node of its own, and no settings."""
-    choice = node_choice(extra_of(vllm_config_json(Settings(), Path("/run/node.sock"))), "engine")
+    choice = node_choice(extra_of(vllm_config_json(Settings(), Path("/run/node.sock"))))
     assert (choice.socket, choice.settings) == (Path("/run/node.sock"), None)
 
 
-def test_all_processes_of_an_engine_derive_one_socket(runtime):
-    """The engine's id alone names the socket, and it is short enough whatever the id."""
-    assert node_choice({}, "a" * 500).socket == node_choice({}, "a" * 500).socket
-    assert node_choice({}, "a").socket != node_choice({}, "b").socket
+def test_engines_with_the_same_settings_have_one_node(runtime):
+    """The settings alone name the socket: all processes of an engine derive the same one, and so do its neighbours."""
+    one, other = {"settings": {"disk_path": "/a", "memory_bytes": 1 << 30}}, {"settings": {"disk_path": "/b"}}
+    turned = {"settings": dict(reversed(one["settings"].items()))}
+    assert node_choice(one).socket == node_choice(turned).socket != node_choice(other).socket
+    assert node_choice({}).socket == node_choice({}).socket != node_choice(one).socket
+
+
+def test_paths_are_absolute(runtime, monkeypatch, folder):
+    """A relative path means the folder in which the configuration was written, not vLLM's."""
+    monkeypatch.chdir(folder)
+    text = vllm_config_json(Settings(disk_path=Path("cache")))
+    assert extra_of(text)["settings"]["disk_path"] == str(folder / "cache")
+    assert extra_of(vllm_config_json(Settings(), Path("n.sock"))) == {"socket": str(folder / "n.sock")}
 
 
 @pytest.mark.parametrize(
@@ -69,42 +73,5 @@ def test_all_processes_of_an_engine_derive_one_socket(runtime):
 def test_mistakes_are_told_at_the_start(runtime, extra):
     """What is unknown or malformed is refused with a hint."""
     with pytest.raises(SettingsError) as caught:
-        node_choice(extra, "engine")
+        node_choice(extra)
     assert caught.value.hint
-
-
-@pytest.mark.slow
-def test_an_engines_own_node(runtime):
-    """It serves its engine, is started again when it is killed, and ends when it is closed."""
-    choice = node_choice({"settings": {"memory_bytes": "8MiB"}}, "engine")
-    node = PrivateNode(choice)
-    client = NodeClient(choice.socket)
-    try:
-        assert client.wait_up(60)
-        first = node.pid
-        os.kill(first, signal.SIGKILL)
-        until(lambda: node.pid != first and client.up, "another one to be there")
-    finally:
-        client.close()
-        node.close()
-    until(lambda: not choice.socket.exists(), "it to end")
-
-
-PROGRAM = """
-import os
-from thermocline.engines.vllm import config
-config.ORPHAN_SECONDS = 1.0
-choice = config.node_choice({"settings": {"memory_bytes": "8MiB"}}, "engine")
-node = config.PrivateNode(choice)
-while not choice.socket.exists():
-    pass
-os._exit(0)
-"""
-
-
-@pytest.mark.slow
-def test_an_engines_own_node_does_not_outlive_it_for_long(runtime):
-    """When its engine is gone without a word, the node ends by itself."""
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
-    socket = node_choice({}, "engine").socket
-    until(lambda: not socket.exists(), "the node to end")

@@ -23,12 +23,13 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from thermocline.blocks.layout import Layout
 from thermocline.engines.vllm import facts
-from thermocline.engines.vllm.config import PrivateNode, node_choice
+from thermocline.engines.vllm.config import node_choice
 from thermocline.engines.vllm.device import DevicePages, Registered, cuda_register
 from thermocline.engines.vllm.guard import guarded
 from thermocline.engines.vllm.layout import Span, make_layout, spans_of
 from thermocline.engines.vllm.orders import Orders, Report
 from thermocline.engines.vllm.pages import GroupPages, HostPages
+from thermocline.engines.vllm.private import PrivateNode
 from thermocline.engines.vllm.scheduler import Scheduler
 from thermocline.engines.vllm.stats import PromMetrics, TransferStats
 from thermocline.engines.vllm.worker import Worker
@@ -38,6 +39,8 @@ from thermocline.node.client import NodeClient
 LOG = logging.getLogger("thermocline.vllm")
 ROOM_WAIT_SECONDS = 0.05
 """What leaves a sliding window cannot be saved later: a save of it may wait so long for room. Others never wait."""
+FOUND_SECONDS, STARTED_SECONDS = 0.5, 15.0
+"""How long the start waits for a private node that runs already, and for one that was just started."""
 _SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 Anything = Any
@@ -93,7 +96,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         config = self._vllm_config
         facts.check(config, self._kv_cache_config)
         transfer = config.kv_transfer_config
-        choice = node_choice(transfer.kv_connector_extra_config, transfer.engine_id)
+        choice = node_choice(transfer.kv_connector_extra_config)
         if not facts.is_of_use(config):
             return
         tokens = facts.tokens_per_block(self._kv_cache_config)
@@ -103,9 +106,11 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._client = NodeClient(choice.socket, role="vllm worker", save_wait_seconds=wait)
             self._worker = Worker()
             return
+        client = self._client = NodeClient(choice.socket, role="vllm scheduler")
         if choice.settings is not None:
-            self._node = PrivateNode(choice)
-        self._client = NodeClient(choice.socket, role="vllm scheduler")
+            client.wait_up(FOUND_SECONDS)
+            self._node = PrivateNode(choice, lambda: client.up)
+            client.wait_up(STARTED_SECONDS)
         self._scheduler = Scheduler(self._client, tokens_per_block=tokens, save_blocks_max=self._save_blocks_max)
 
     # -- what vLLM asks of the class -----------------------------------------------------------------------------------
@@ -302,7 +307,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return True
 
     def shutdown(self) -> None:
-        """VLLM ends: loads and saves under way end, then the client leaves, and an own node writes down what it has."""
+        """VLLM ends: loads and saves under way end, then the client leaves. A private node stays for a while."""
         for part in (self._worker, self._client, self._node):
             if part is not None:
                 part.close()
