@@ -221,6 +221,32 @@ def test_a_full_share_is_no_end(make_host):
     assert fetch(client, path)[0] == 300
 
 
+def test_room_is_lent_anew_once_it_was_used(make_host):
+    """A client that never waits has room again when its blocks were committed, also where it may hold no more."""
+    host = make_host(blocks=64)
+    client = host.client(save_wait_seconds=0.0)
+    client.ready(LAYOUT, 4)
+    path = chain("steps", 24)
+    for start in range(0, 24, 4):
+        until(lambda: len(client._room.get(LAYOUT.id, ())) >= 4, "room for a step's blocks")
+        job = client.save(LAYOUT, path[: start + 4], contents(LAYOUT, path[start : start + 4]), start=start)
+        assert job.wait(GUARD_SECONDS)
+        assert set(job.outcomes) == {Outcome.HIT}
+
+
+def test_room_for_a_layout_without_saves_goes_back(host):
+    """Slots lent for a layout that is used no more are given back, and another layout has them."""
+    client = host.client()
+    client.ready(LAYOUT, 6)
+    until(lambda: len(client._room.get(LAYOUT.id, ())) == 6, "room")
+    assert client.unready(LAYOUT) == 6
+    until(lambda: not host.store._warm._lent, "the slots to be back")
+    client.ready(OTHER, client.unready(LAYOUT))
+    job = client.save(OTHER, PATH, contents(OTHER, PATH))
+    assert job.wait(GUARD_SECONDS)
+    assert set(job.outcomes) == {Outcome.HIT}
+
+
 def test_memory_that_is_too_small(make_host):
     """With memory for a few blocks saves are cut short and loads are right."""
     host = make_host(blocks=8)
@@ -303,7 +329,7 @@ def test_a_node_that_is_gone(host, monkeypatch):
     assert client.load(plan, 0, [[np.zeros(BLOCK_BYTES, np.uint8)] for _ in PATH]).blocks == 12
     away = client.match([LAYOUT], PATH, prompt_tokens=tokens(PATH))
     assert (away.blocks, away.missing[0].reason) == (0, Reason.TIER_DOWN)
-    assert set(client.save(LAYOUT, PATH, contents(LAYOUT, PATH)).outcomes) == {Outcome.FAILED}
+    assert set(keep(client, PATH).outcomes) == {Outcome.FAILED}  # slots that were lent may be tried yet
     assert client.unsaved(LAYOUT, PATH) == 0
     assert client.prefetch([LAYOUT], PATH, CLOCK.now() + 1).done
     client.damaged(LAYOUT, PATH)
