@@ -319,6 +319,15 @@ class NodeClient:
             self._wanted[layout.id] = (layout, count)
         self._top_up(layout, 0)
 
+    def unready(self, layout: Layout) -> int:
+        """No saves of this layout will come: give its slots back. How many were to be ready until now."""
+        with self._lock:
+            _, count = self._wanted.pop(layout.id, (layout, 0))
+            lent = self._room.pop(layout.id, ())
+        for link in {slot.link for slot in lent}:
+            link.tell(say.GiveBack(tuple(slot.slot for slot in lent if slot.link is link)))
+        return count
+
     def unsaved(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
         """See `Store.unsaved`: 0 when the node does not answer."""
         return self._count(lambda link, number: say.Unsaved(number, link.number(layout), b"".join(keys)))
@@ -371,6 +380,8 @@ class NodeClient:
         with self._room_came:
             self._parts_ended += 1
             self._room_came.notify_all()
+        if layout.id in self._wanted:
+            self._top_up(layout, 0)  # what was committed does not count any more, where as much was lent as may be
         for outcome in set(outcomes):
             self.metrics.count("save_blocks_total", outcomes.count(outcome), (*NODE_LABEL, ("outcome", outcome)))
         saved = sum(outcome is Outcome.HIT for outcome in outcomes) * layout.block_bytes

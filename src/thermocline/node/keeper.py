@@ -114,6 +114,7 @@ class Keeper:
             LOG.exception("the node's memory cannot be used")
             link.end()
             return False
+        self._away_seconds, self._answers = AWAY_SECONDS_MIN, 0  # what another life did says nothing of this one
         with self._changed:
             self._any_link = link
             self.link = None if link.ended or self._closing else link

@@ -326,6 +326,11 @@ class DevicePages:
         self._copies.put(_Copy(arrived, save.part(at, lent), bay, direct))
         return len(lent)
 
+    def relabel(self, layout: Layout) -> None:
+        """See `GroupPages.relabel`."""
+        self._client.ready(layout, self._client.unready(self.layout))
+        self.layout = layout
+
     def close(self) -> None:
         """See `GroupPages.close`."""
         if self._thread.is_alive():

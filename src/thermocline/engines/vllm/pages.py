@@ -32,6 +32,9 @@ class GroupPages(Protocol):
         Whatever the engine does with the pages after the return comes after the copy. See `NodeClient.save`.
         """
 
+    def relabel(self, layout: Layout) -> None:
+        """What is saved from now on has this layout: the same bytes, under another name."""
+
     def close(self) -> None:
         """Wait for copies under way. A second call does nothing."""
 
@@ -62,6 +65,11 @@ class HostPages:
     def save(self, keys: Sequence[BlockKey], pages: Sequence[int], start: int) -> Job:
         """See `GroupPages.save`."""
         return self._client.save(self.layout, keys, [self.view(page) for page in pages], start=start)
+
+    def relabel(self, layout: Layout) -> None:
+        """See `GroupPages.relabel`."""
+        self._client.ready(layout, self._client.unready(self.layout))
+        self.layout = layout
 
     def close(self) -> None:
         """See `GroupPages.close`: nothing is under way once a call returned."""

@@ -81,7 +81,7 @@ class Worker:
         if orders.epoch != self._epoch:
             self._epoch = orders.epoch
             for pages, layout in zip(self._pages, self._base, strict=True):
-                pages.layout = layout_in(orders.epoch, layout)
+                pages.relabel(layout_in(orders.epoch, layout))
 
     def start_loads(self, orders: Orders) -> None:
         """Start what is to be loaded; `ended_loads` tells when it is over."""
