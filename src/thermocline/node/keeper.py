@@ -18,7 +18,7 @@ RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 1.0
 REFUSED_SECONDS = 10.0
 STEADY_SECONDS = 1.0
 """A link that ended sooner was of no use: the next is not made at once."""
-AWAY_SECONDS_MIN, AWAY_SECONDS_MAX = 0.25, 10.0
+AWAY_SECONDS_MIN, AWAY_SECONDS_MAX = 0.05, 10.0
 """How long a node that was late is left alone before it is tried again, in the background."""
 WELL_ANSWERS = 32
 """After so many answers in time a node that was late is trusted as before."""
