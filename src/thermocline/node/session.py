@@ -209,8 +209,8 @@ class Session:
                 plan.cold_seconds,
                 plan.load_seconds_max,
                 plan.match_seconds,
-                tuple(tuple(offset for offset, _ in each) for each in places),
-                tuple(b"".join(its_sum for _, its_sum in each) for each in places),
+                tuple(tuple(offsets) for offsets, _ in places),
+                tuple(sums for _, sums in places),
             )
         )
 

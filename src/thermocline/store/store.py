@@ -356,10 +356,10 @@ class Store:
         """True for a plan that loads from memory alone, or nothing."""
         return all(run.tier == self._warm.name for run in plan.runs)
 
-    def places(self, layout: Layout, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
-        """Offset and sum of each leading block that lies in memory. Lease them before, and for as long as it matters.
+    def places(self, layout: Layout, keys: Sequence[BlockKey]) -> tuple[list[int], bytes]:
+        """The offset of each leading block that lies in memory, and their sums one behind the other.
 
-        The reader copies, and compares the sum of its copy with this one.
+        Lease them before, and for as long as it matters. The reader copies, and compares the sum of its copy.
         """
         return self._warm.places(layout.id, keys)
 

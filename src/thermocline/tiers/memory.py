@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import NamedTuple
 
 from thermocline.blocks.frame import copy_in, copy_out, padded
@@ -101,11 +100,11 @@ class MemoryTier:
         entry = self._entries.get(layout, {}).get(key)
         return None if entry is None else (self._slab.view(entry.slot, entry.length_bytes), entry.sum)
 
-    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
+    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> tuple[list[int], bytes]:
         """See `LendingTier.places`."""
-        entries = self._entries.get(layout, {})
-        found = map(entries.get, keys)
-        return [(entry.offset, entry.sum) for entry in takewhile(lambda entry: entry is not None, found) if entry]
+        found = list(map(self._entries.get(layout, {}).get, keys))
+        here = [entry for entry in found[: found.index(None) if None in found else None] if entry]
+        return [entry.offset for entry in here], b"".join([entry.sum for entry in here])
 
     def lendable(self, block_bytes: int) -> int:
         """See `LendingTier.lendable`."""

@@ -249,8 +249,8 @@ class LendingTier(Tier, Protocol):
     def block(self, layout: LayoutId, key: BlockKey) -> tuple[Piece, bytes] | None:
         """A view of a block and its sum. The caller keeps it from eviction for as long as it uses the view."""
 
-    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> list[tuple[int, bytes]]:
-        """Where each leading block that is here lies in the memory behind `fd`, and its sum."""
+    def places(self, layout: LayoutId, keys: Sequence[BlockKey]) -> tuple[list[int], bytes]:
+        """Where each leading block that is here lies in the memory behind `fd`, and their sums one behind the other."""
 
     def lendable(self, block_bytes: int) -> int:
         """How many slots for blocks of this size may be lent beyond those that are, if there is or will be room."""
