@@ -13,7 +13,7 @@ from thermocline.engines.vllm.tracked import Saving, Tracked
 from thermocline.tiers.tier import Outcome
 
 REFUSALS_MAX = 8
-HELD_KEPT = 1 << 16
+HELD_KEPT = 1 << 14
 """So many keys are remembered as kept by the node. It may have lost them since: its next answer tells, or a child that
 is a MISS, and then all of the chain is offered again."""
 
