@@ -85,6 +85,6 @@ def test_disk(monkeypatch, progress):
 
 def test_node(monkeypatch, progress):
     """`bench node` has a real node answer for all blocks of every path, alone and beside another engine."""
-    for name, value in (("IDLE_ROUNDS", 20), ("LOADED_ROUNDS", 20), ("PATHS", 2), ("LOAD_PATHS", 2)):
+    for name, value in (("IDLE_ROUNDS", 20), ("LOADED_ROUNDS", 20), ("PATHS", 2), ("LOAD_PATHS", 3)):
         monkeypatch.setattr(node, name, value)
     _is_sound(node.run(progress))
