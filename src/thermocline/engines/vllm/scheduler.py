@@ -1,8 +1,8 @@
 """The scheduler's half: which blocks vLLM loads instead of computing them, and which are saved.
 
-It runs in the thread that schedules every request, so nothing here waits for the node but the idle engine, for a
-millisecond. Loads are always asynchronous: what was loaded is verified before vLLM computes on it, and what was not
-intact is computed.
+It runs in the thread that schedules every request, so nothing here waits for the node, but for some milliseconds where
+nothing else is to run. Loads are always asynchronous: what was loaded is verified before vLLM computes on it, and what
+was not intact is computed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from thermocline.store.receipt import Missing, Reason
 from thermocline.store.receipts import NOTHING, Loaded, account, make_receipt
 
 LOG = logging.getLogger("thermocline.vllm")
-IDLE_WAIT_SECONDS = 0.001
-"""How long an engine with nothing to run waits for an answer: an empty step would take longer."""
+IDLE_WAIT_SECONDS = 0.005
+"""How long an engine with nothing to run waits for an answer: an empty step and vLLM's pause behind it take 3 ms."""
 LEASE_LEFT_SECONDS = 0.25
 """A plan whose lease runs out sooner than this is asked for again."""
 STAGINGS_MAX = 4

@@ -22,7 +22,7 @@ from thermocline.store.receipts import NOTHING, Loaded
 from thermocline.tiers.tier import Job, Outcome
 
 LOG = logging.getLogger("thermocline.vllm")
-LOAD_WAIT_SECONDS = 0.004
+LOAD_WAIT_SECONDS = 0.01
 """How long a step in which nothing is computed waits for a load: vLLM would sleep and come back meanwhile."""
 CLOSE_SECONDS = 5.0
 PART_BLOCKS = 8
