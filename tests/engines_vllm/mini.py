@@ -7,7 +7,7 @@ on, and in what is saved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from types import SimpleNamespace
@@ -116,11 +116,13 @@ class MiniEngine:
     Group 1, if there is one, has a sliding window of `window` blocks: what has left it is on no page any more.
     """
 
-    def __init__(self, clients: Sequence[NodeClient], *, groups: int = 1, window: int = 2) -> None:
+    def __init__(
+        self, clients: Sequence[NodeClient], *, groups: int = 1, window: int = 2, at_once: bool = False
+    ) -> None:
         self.client, *workers = clients
         self.groups, self.window = groups, window
         self.ranks = [Rank(client, rank, len(workers), groups) for rank, client in enumerate(workers)]
-        self.scheduler = Scheduler(self.client, tokens_per_block=BLOCK, save_blocks_max=16)
+        self.scheduler = Scheduler(self.client, tokens_per_block=BLOCK, save_blocks_max=16, may_load_at_once=at_once)
         self.scheduler.attach([[pages.layout for pages in rank.pages] for rank in self.ranks])
         self.requests: dict[str, Request] = {}
         self.receipts: dict[str, Any] = {}
@@ -132,6 +134,7 @@ class MiniEngine:
         self.ended: list[str] = []
         self.loaded_blocks = self.failed_loads = 0
         self.damage_next_load = False
+        self.finishing: set[str] = set()
 
     # -- what a test does ----------------------------------------------------------------------------------------------
 
@@ -156,12 +159,15 @@ class MiniEngine:
             self._grow(request, request.num_computed_tokens + count)
         orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
         self._check_orders(orders)
+        spoilt = self._load_at_once(orders)
         for request_id, count in scheduled.items():
-            self._compute(self.requests[request_id], count)
-        self._work(orders)
+            self._compute(self.requests[request_id], count, spoilt=request_id in spoilt)
+        self._work(orders, spoilt)
         self.scheduler.step_over()
-        for request_id in scheduled:
-            request = self.requests[request_id]
+        for request_id, good in spoilt.items():
+            self.failed_loads += 1
+            self.requests[request_id].num_computed_tokens = good * BLOCK
+        for request in [self.requests[request_id] for request_id in scheduled if request_id in self.requests]:
             if request.num_computed_tokens == request.num_tokens:
                 request.all_token_ids.append(len(request.all_token_ids) % 7)
 
@@ -222,7 +228,8 @@ class MiniEngine:
         self._grow(request, tokens, computed=tokens)
         self.scheduler.allocated(request.request_id, tuple(request.pages), tokens)
         assert sum(self.scheduler.sources(request.request_id).values()) == tokens
-        request.state, request.num_computed_tokens = "loading", tokens
+        at_once = self.scheduler.loads_at_once(request.request_id)
+        request.state, request.num_computed_tokens = "running" if at_once else "loading", tokens
 
     def _grow(self, request: Request, tokens: int, *, computed: int | None = None) -> None:
         """Pages for so many tokens. First those go that have left the window, as vLLM does."""
@@ -246,8 +253,25 @@ class MiniEngine:
         assert prompt is not None
         return prompt.grow(request.all_token_ids, blocks)[:blocks]
 
-    def _compute(self, request: Request, count: int) -> None:
-        """Check all that is computed on, then write every block that becomes full."""
+    def _load_at_once(self, orders: Orders) -> dict[str, int]:
+        """Start the loads. Which requests of this step compute on bad pages, and how many blocks before are good."""
+        self._before_loads(orders)
+        bad: set[int] = set()
+        for rank in self.ranks:
+            rank.worker.begin(orders)
+            rank.worker.start_loads(orders)
+            bad |= rank.worker.take_bad_pages()
+        spoilt = {}
+        for load in (load for load in orders.loads if load.at_once):
+            pages = self.requests[load.request].pages[0]
+            if bad.isdisjoint(pages):
+                self.loaded_blocks += len(load.pages[0])
+            else:
+                spoilt[load.request] = next(at for at, page in enumerate(pages) if page in bad)
+        return spoilt
+
+    def _compute(self, request: Request, count: int, *, spoilt: bool = False) -> None:
+        """Check all that is computed on, then write every block that becomes full: garbage, behind bad pages."""
         before = request.num_computed_tokens // BLOCK
         after = (request.num_computed_tokens + count) // BLOCK
         keys = self._keys(request, after)
@@ -255,11 +279,12 @@ class MiniEngine:
             for group, pages in enumerate(request.pages):
                 layout = rank.worker._base[group]
                 for at in range(before):
-                    if pages[at] != NULL_PAGE:
+                    if pages[at] != NULL_PAGE and not spoilt:
                         there = rank.read(group, pages[at])
                         assert np.array_equal(there, content(layout, keys[at])), "computed on wrong bytes"
                 for at in range(before, after):
-                    rank.write(group, pages[at], content(layout, keys[at]))
+                    whole = content(layout, keys[at])
+                    rank.write(group, pages[at], np.full_like(whole, 0x3F) if spoilt else whole)
         request.num_computed_tokens += count
 
     def _check_orders(self, orders: Orders) -> None:
@@ -274,21 +299,22 @@ class MiniEngine:
             self.flying[order.number] = keys
             self.counted[order.number] = 0
 
-    def _work(self, orders: Orders) -> None:
+    def _work(self, orders: Orders, spoilt: Collection[str]) -> None:
         """What vLLM's workers do with orders, and how it joins what they report."""
-        self._before_loads(orders)
         report = Report()
         finished: list[str] = []
         for rank in self.ranks:
-            rank.worker.begin(orders)
-            rank.worker.start_loads(orders)
-            self._check_saves(rank, orders)
+            self._check_saves(rank, orders, spoilt)
             rank.worker.save(orders)
             over, failed = rank.worker.ended_loads(orders)
             assert failed <= over
             self.failed |= failed
             finished += [request_id for request_id in over if self._over_on_all(request_id)]
             report = report.joined(rank.worker.report() or Report())
+        for request_id in self.finishing - set(spoilt):  # vLLM ends requests before it hands on what workers report
+            request = self.requests.get(request_id)
+            if request is not None and request.num_computed_tokens >= request.num_prompt_tokens:
+                self.finish(request)
         for saved in report.saved:
             self.counted[saved.number] += saved.ranks
             if self.counted[saved.number] == len(self.ranks):
@@ -310,7 +336,8 @@ class MiniEngine:
     def _before_loads(self, orders: Orders) -> None:
         """Garbage lies where blocks are to come, and one of those to be loaded may be damaged."""
         for load in orders.loads:
-            self.remaining[load.request] = len(self.ranks)
+            if not load.at_once:
+                self.remaining[load.request] = len(self.ranks)
             for rank, group in product(self.ranks, range(self.groups)):
                 for page in load.pages[group]:
                     rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
@@ -320,9 +347,9 @@ class MiniEngine:
             memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
             memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
 
-    def _check_saves(self, rank: Rank, orders: Orders) -> None:
-        """What is saved is what belongs under its key."""
-        for order in orders.saves:
+    def _check_saves(self, rank: Rank, orders: Orders, spoilt: Container[str]) -> None:
+        """What is saved is what belongs under its key. Of what was spoilt nothing is saved: loads would tell."""
+        for order in (order for order in orders.saves if order.chain not in spoilt):
             keys = self._keys(self.requests[order.chain], order.start + len(order.pages[0]))[order.start :]
             for group, pages in enumerate(order.pages):
                 layout = rank.worker._base[group]

@@ -25,14 +25,14 @@ def text(length, branch):
     return [token + (1000 * branch if at >= 3 * BLOCK else 0) for at, token in enumerate(TRUNK[:length])]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_any_schedule(clients, groups):
+@pytest.mark.parametrize(("groups", "at_once"), [(1, False), (2, False), (1, True)])
+def test_any_schedule(clients, groups, at_once):
     """However requests come, run, are preempted, fail to load and end: no wrong byte, no key twice, no lease left."""
 
     @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(ops=st.lists(OPS, min_size=40, max_size=100))
     def run(ops):
-        engine = MiniEngine(clients, groups=groups)
+        engine = MiniEngine(clients[:2] if at_once else clients, groups=groups, at_once=at_once)
         salt = f"example {next(SALTS)}"
         try:
             _play(engine, salt, ops)
@@ -91,6 +91,35 @@ def test_a_second_request_loads_what_the_first_one_left(clients):
     ]
 
 
+def test_an_idle_engine_loads_in_the_step_that_computes(clients):
+    """One rank with one group that nobody else uses needs no step for a load; others, and busy ones, load aside."""
+    for ranks, groups, busy in ((1, 1, False), (1, 1, True), (2, 1, False), (1, 2, False)):
+        engine = MiniEngine(clients[: 1 + ranks], groups=groups, at_once=True)
+        run_alone(engine, Request("a", text(100, 1)))
+        if busy:
+            engine.arrive(Request("other", text(5, 0)))
+            until(lambda engine=engine: engine.step(1) or engine.requests["other"].state == "running", "it to run")
+        request = Request("b", text(100, 1))
+        engine.arrive(request)
+        until(lambda engine=engine, request=request: engine.step(1) or request.num_computed_tokens, "it to be matched")
+        assert (request.state == "running") == (ranks == groups == 1 and not busy)
+        engine.drain()
+        engine.close()
+
+
+def test_a_request_of_one_token_has_its_receipt(clients):
+    """A request that ends in the step that loaded for it says what was loaded."""
+    engine = MiniEngine(clients[:2], at_once=True)
+    run_alone(engine, Request("a", text(100, 1)))
+    engine.finishing.add("b")
+    engine.arrive(Request("b", text(100, 1)))
+    until(lambda: engine.step(8 * BLOCK) or "b" in engine.receipts, "it to end")
+    engine.drain()
+    engine.close()
+    assert engine.receipts["b"]["by_tier"] == {"memory": 96}
+    assert engine.scheduler.take_counts()["loaded_tokens", "memory"] == 96
+
+
 def test_generated_tokens_are_found_by_the_next_turn(clients):
     """Blocks that become full while an answer is generated are saved as those of prompts are."""
     engine = MiniEngine(clients)
@@ -101,9 +130,10 @@ def test_generated_tokens_are_found_by_the_next_turn(clients):
     engine.close()
 
 
-def test_a_damaged_block_fails_the_load_and_is_replaced(clients):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_damaged_block_fails_the_load_and_is_replaced(clients, at_once):
     """A load that does not verify is computed, saved anew, and the next request loads all of it."""
-    engine = MiniEngine(clients)
+    engine = MiniEngine(clients[:2] if at_once else clients, at_once=at_once)
     run_alone(engine, Request("a", text(100, 1)))
     engine.damage_next_load = True
     second = run_alone(engine, Request("b", text(100, 1)))

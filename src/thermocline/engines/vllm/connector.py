@@ -111,7 +111,12 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             client.wait_up(FOUND_SECONDS)
             self._node = PrivateNode(choice, lambda: client.up)
             client.wait_up(STARTED_SECONDS)
-        self._scheduler = Scheduler(self._client, tokens_per_block=tokens, save_blocks_max=self._save_blocks_max)
+        self._scheduler = Scheduler(
+            self._client,
+            tokens_per_block=tokens,
+            save_blocks_max=self._save_blocks_max,
+            may_load_at_once=not config.scheduler_config.async_scheduling,
+        )
 
     # -- what vLLM asks of the class -----------------------------------------------------------------------------------
 
@@ -202,6 +207,10 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.save(self._orders)
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that this step computed on and that were not loaded: vLLM computes them, and all behind them, again."""
+        return self._worker.take_bad_pages() if self._worker is not None else set()
+
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002  # as above
         """Which loads are over. Saves hold no request up."""
         if self._worker is None:
@@ -236,11 +245,11 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Anything, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See `Scheduler.matched`. What is loaded is loaded asynchronously."""
+        """See `Scheduler.matched`, and `Scheduler.loads_at_once`; what is not is loaded asynchronously."""
         if self._scheduler is None:
             return 0, False
         tokens = self._scheduler.matched(request.request_id, num_computed_tokens)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not self._scheduler.loads_at_once(request.request_id)
 
     def update_state_after_alloc(self, request: Anything, blocks: Anything, num_external_tokens: int) -> None:
         """See `Scheduler.allocated`."""

@@ -13,11 +13,15 @@ NULL_PAGE = 0
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Bring blocks into pages of the engine: those of `places[rank][group]` into `pages[group]`, one each."""
+    """Bring blocks into pages of the engine: those of `places[rank][group]` into `pages[group]`, one each.
+
+    `at_once`: before this step computes, which is going to compute on them.
+    """
 
     request: str
     places: tuple[tuple[Places, ...], ...]
     pages: tuple[tuple[int, ...], ...]
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +78,16 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What workers did since their last report."""
+    """What workers did since their last report. `at_once`: requests whose load was over before the step computed."""
 
     saved: tuple[Saved, ...] = ()
     failed: tuple[LoadFailed, ...] = ()
+    at_once: tuple[str, ...] = ()
 
     def joined(self, other: Report) -> Report:
         """Both reports as one: where several ranks speak of one order, the least of them counts."""
-        return Report(_least((*self.saved, *other.saved)), (*self.failed, *other.failed))
+        at_once = tuple(dict.fromkeys((*self.at_once, *other.at_once)))
+        return Report(_least((*self.saved, *other.saved)), (*self.failed, *other.failed), at_once)
 
 
 def _least(parts: Iterable[Saved]) -> tuple[Saved, ...]:

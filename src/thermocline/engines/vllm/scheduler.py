@@ -1,8 +1,8 @@
 """The scheduler's half: which blocks vLLM loads instead of computing them, and which are saved.
 
 It runs in the thread that schedules every request, so nothing here waits for the node, but for some milliseconds where
-nothing else is to run. Loads are always asynchronous: what was loaded is verified before vLLM computes on it, and what
-was not intact is computed.
+nothing else is to run. Loads are asynchronous, or come at the beginning of the step that computes on them where that
+keeps nobody waiting. What was loaded is verified before vLLM computes on it, and what was not intact is computed.
 """
 
 from __future__ import annotations
@@ -58,9 +58,20 @@ class Scheduler:
     """One engine's decisions. All calls come from one thread, in the order of vLLM's steps."""
 
     def __init__(
-        self, client: NodeClient, *, tokens_per_block: int, save_blocks_max: int, clock: Clock | None = None
+        self,
+        client: NodeClient,
+        *,
+        tokens_per_block: int,
+        save_blocks_max: int,
+        may_load_at_once: bool = False,
+        clock: Clock | None = None,
     ) -> None:
-        """At most `save_blocks_max` blocks are saved in one step: copying them is all that a step waits for."""
+        """At most `save_blocks_max` blocks are saved in one step: copying them is all that a step waits for.
+
+        `may_load_at_once`: vLLM recomputes single pages that turn out bad in the step that computes on them. It is used
+        with one rank and one KV group only: of several ranks, those whose load was good would save what others spoilt.
+        """
+        self._may_load_at_once = may_load_at_once
         self._client, self._clock = client, clock or SystemClock()
         self._tokens_per_block, self._save_blocks_max = tokens_per_block, save_blocks_max
         self._base: list[list[Layout]] = []
@@ -135,7 +146,14 @@ class Scheduler:
         if plan is None:
             return None
         tracked.local = computed // self._tokens_per_block
+        alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and not self._running
+        tracked.at_once = self._may_load_at_once and alone
         return max(0, plan.tokens - computed)
+
+    def loads_at_once(self, request_id: str) -> bool:
+        """Whether what `matched` told of is loaded in the step that computes on it: that keeps nobody waiting."""
+        tracked = self._tracked.get(request_id)
+        return tracked is not None and tracked.at_once
 
     def _plan(self, tracked: Tracked) -> Plan | None:
         if tracked.staging is None:
@@ -205,12 +223,16 @@ class Scheduler:
                 return self._load_planned(tracked, plan, tokens, pages)
         except Exception:  # vLLM would wait for ever
             LOG.exception("a load could not be ordered")
-        return LoadOrder(request_id, (), ((NULL_PAGE,),))
+        if tracked is None or not tracked.at_once:
+            return LoadOrder(request_id, (), ((NULL_PAGE,),))
+        lost = tuple(pages[0][tracked.local : tracked.local + tokens // self._tokens_per_block])
+        return LoadOrder(request_id, (), (lost,), at_once=True)
 
     def _load_planned(self, tracked: Tracked, plan: Plan, tokens: int, pages: Sequence[Sequence[int]]) -> LoadOrder:
         """What vLLM has no page for is not needed: it has left a sliding window."""
         start = tracked.local
         stop = start + tokens // self._tokens_per_block
+        tracked.is_first = tracked.started is None
         tracked.loading, tracked.under_way = True, _by_tier(plan, start, stop)
         self._loading[tracked.id] = tracked
         self._sources[tracked.id] = self._tokens(tracked.under_way)
@@ -221,7 +243,7 @@ class Scheduler:
             for rank in range(len(self._layouts))
         )
         ids = tuple(tuple(each[at] for at in some) for each, some in zip(pages, wanted, strict=True))
-        return LoadOrder(tracked.id, places, ids)
+        return LoadOrder(tracked.id, places, ids, tracked.at_once)
 
     def sources(self, request_id: str) -> Mapping[str, int]:
         """From which tiers the tokens of the load that was just ordered come."""
@@ -239,7 +261,7 @@ class Scheduler:
                 self._give_up(tracked)
             for tier, tokens in self._tokens(tracked.under_way).items():
                 self.counts["loaded_tokens", tier] += tokens
-            if tracked.started is None:  # a receipt tells of the first load, not of one after a preemption
+            if tracked.is_first:  # a receipt tells of the first load, not of one after a preemption
                 tracked.loaded = tracked.under_way
             self._unstage(tracked)
 
@@ -262,6 +284,7 @@ class Scheduler:
             self._saves.report(saved)
         for failed in report.failed:
             self._load_failed(failed)
+        self.loads_over(report.at_once, {failed.request for failed in report.failed})
 
     def _load_failed(self, failed: LoadFailed) -> None:
         tracked = self._loading.get(failed.request)
@@ -294,7 +317,8 @@ class Scheduler:
             for order in self._save_orders(tracked, computed, room, pages_of):
                 saves.append(order)
                 room -= len(order.pages[0])
-        self._steps.append(_Step(now, self._chunk(scheduled), prefilled))
+        chunk = None if any(load.at_once for load in self._loads) else self._chunk(scheduled)
+        self._steps.append(_Step(now, chunk, prefilled))
         self._wait_left = IDLE_WAIT_SECONDS
         made = Orders(tuple(self._loads), tuple(saves), tuple(self._over), self._epoch, not scheduled)
         self._loads, self._over = [], []
@@ -318,7 +342,9 @@ class Scheduler:
         self._running.add(tracked.id)
         if tracked.started is None:
             tracked.started = now
-            if not tracked.loaded.blocks and tracked.local:  # vLLM had its beginning, and we had no more
+            if (
+                not tracked.loaded.blocks and tracked.local and not tracked.loading
+            ):  # vLLM had its beginning, and we had no more
                 tracked.loaded = Loaded(tracked.local, {DEVICE: tracked.local}, tracked.loaded.missing, 0.0)
 
     def _stopped(self, tracked: Tracked) -> None:
@@ -353,6 +379,8 @@ class Scheduler:
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
             return None
+        if tracked.loading and tracked.at_once:  # had it failed, vLLM would not have ended the request in its step
+            self.loads_over([request_id], ())
         self._stopped(tracked)
         self._sources.pop(request_id, None)
         if tracked.saving.told:

@@ -56,8 +56,9 @@ class Tracked:
     """One request. `may_load` and `may_save` only ever go from True to False.
 
     `first` is the plan that its receipt tells of, `staging` the question whose plan is loaded from, `asked` when it was
-    put, until its answer was read. `local` counts the blocks that vLLM itself had when it last asked. `under_way` is
-    what a load brings if it goes well, of the blocks `wanted[group]`; `loaded` is what the first one brought.
+    put, until its answer was read. `local` counts the blocks that vLLM itself had when it last asked; `at_once` says if
+    a load comes in the very step that computes on it, `is_first` if it comes before all computing. `under_way` is what
+    a load brings if it goes well, of the blocks `wanted[group]`; `loaded` is what the first one brought.
     """
 
     request: Any
@@ -72,6 +73,8 @@ class Tracked:
     deadline: float = 0.0
     first: Plan | None = None
     local: int = 0
+    at_once: bool = False
+    is_first: bool = False
     loading: bool = False
     wanted: Sequence[Sequence[int]] = ()
     under_way: Loaded = NOTHING

@@ -64,6 +64,9 @@ class Worker:
         self._done = threading.Condition()
         self._finished: set[str] = set()
         self._short: set[str] = set()
+        self._at_once: list[str] = []
+        self._spoilt: set[str] = set()
+        self._bad_pages: set[int] = set()
         self._failed: list[LoadFailed] = []
         self._saved: list[Saved] = []
         self._thread = threading.Thread(target=self._load_all, name="thermocline load", daemon=True)
@@ -84,17 +87,46 @@ class Worker:
                 pages.relabel(layout_in(orders.epoch, layout))
 
     def start_loads(self, orders: Orders) -> None:
-        """Start what is to be loaded; `ended_loads` tells when it is over."""
+        """Load what this step computes on; start what else is to be loaded: `ended_loads` tells when that is over."""
+        self._spoilt.clear()
         for order in orders.loads:
+            if order.at_once:
+                self._load_at_once(order)
+                continue
             with self._done:
                 self._under_way.add(order.request)
             self._orders.put(order)
 
+    def _load_at_once(self, order: LoadOrder) -> None:
+        try:
+            failed = self._load(order)
+        except Exception:  # vLLM computes on these pages next: they are told to be bad, whatever happened
+            LOG.exception("a load failed")
+            failed = LoadFailed(order.request, self.rank, 0, 0, str(Reason.LATE), "the worker failed")
+        with self._done:
+            self._at_once.append(order.request)
+            if failed is not None:
+                self._failed.append(failed)
+        if failed is not None:
+            self._spoilt.add(order.request)
+            self._bad_pages.update(order.pages[0][failed.at :])
+
+    def take_bad_pages(self) -> set[int]:
+        """Pages that this step computed on, and that do not hold what they should. Each is told once."""
+        bad, self._bad_pages = self._bad_pages, set()
+        return bad
+
     def save(self, orders: Orders) -> None:
-        """Copy what this step computed to where the node keeps it. Returns after the copies."""
+        """Copy what this step computed to where the node keeps it, but for what was computed on bad pages.
+
+        Returns after the copies.
+        """
         for order in orders.saves:
             try:
-                self._save(order)
+                if order.chain in self._spoilt:
+                    self._spoiled(order)
+                else:
+                    self._save(order)
             except Exception:  # whatever it is, the step has its result, and the blocks can be computed again
                 LOG.exception("a save failed")
                 self._saves_ended(Saved(order.number, 1, 0, str(Outcome.FAILED)))
@@ -115,7 +147,8 @@ class Worker:
         with self._done:
             saved, self._saved = self._saved, []
             failed, self._failed = self._failed, []
-        return Report(tuple(saved), tuple(failed)) if saved or failed else None
+            at_once, self._at_once = self._at_once, []
+        return Report(tuple(saved), tuple(failed), tuple(at_once)) if saved or failed or at_once else None
 
     def close(self) -> None:
         """End the thread; what was ordered before is still loaded, within a bound. A second call does nothing."""
@@ -156,11 +189,20 @@ class Worker:
 
     # -- saves ---------------------------------------------------------------------------------------------------------
 
-    def _save(self, order: SaveOrder) -> None:
+    def _spoiled(self, order: SaveOrder) -> None:
+        """Remember the chain, as if it were saved: what comes behind is told by its number."""
+        self._told(order)
+        self._saves_ended(Saved(order.number, 1, 0, str(Outcome.FAILED)))
+
+    def _told(self, order: SaveOrder) -> list[BlockKey]:
+        """The chain of an order, with the keys that come with it."""
         chain = self._chains.setdefault(order.chain, [])
         fresh = [BlockKey(order.keys[at : at + KEY_BYTES]) for at in range(0, len(order.keys), KEY_BYTES)]
         chain[order.known : order.known + len(fresh)] = fresh
-        blocks = len(order.pages[0])
+        return chain
+
+    def _save(self, order: SaveOrder) -> None:
+        chain, blocks = self._told(order), len(order.pages[0])
         keys = chain[: order.start + blocks]
         if len(keys) < order.start + blocks:
             raise LookupError("an order names blocks of a chain that was not told")
