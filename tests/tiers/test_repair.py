@@ -280,6 +280,21 @@ def test_slots_that_changed_size(tmp_path):
     assert repair_path(shelter.path).repaired == NOTHING
 
 
+def test_an_orphan_does_not_hide_what_lay_there_before(tmp_path):
+    """A segment is cut as those blocks say that are kept; one that is given up has no say, at the first call already."""
+    shelter = Shelter(tmp_path / "tier", 2 * MIB)
+    wide = layout_of("wide", 30_000)
+    path = chain(1, 5)
+    shelter.fill(wide, [path, path[:1]], 30_000)  # the first block once more, behind the others
+    (shelter.path / LOG_FILE).unlink()
+    tier = shelter.open()
+    save(tier, A, chain(2, 2)[1:], LENGTH, before=chain(2, 2)[:1])
+    tier.close()
+    repaired = repair_path(shelter.path).repaired
+    assert (repaired.orphans, repaired.restored) == (1, 5)
+    _is_right(shelter)
+
+
 def test_files_that_a_crash_left(shelter):
     """Half-made files of a crash are removed and counted; nobody else's file is touched."""
     (shelter.path / "index.new").write_bytes(b"half")

@@ -54,8 +54,7 @@ def _repair(path: Path, files: Segments, progress: Progress) -> CheckReport:
     parts = shelves.recorded(history.live, there, files.segment_bytes)
     named = sum(len(part.records) for part in parts)
     whole = _whole(files, parts, progress)
-    removed, others = _parted(_strays(files, there, whole), log)
-    kept, restored = _chained(whole, others)
+    removed, kept, restored = _hanging_together(files, there, whole, log)
     repairs = Repairs(
         corrupt=named - len(whole),
         orphans=len(whole) - len(kept),
@@ -93,6 +92,22 @@ def _whole(files: Segments, parts: Sequence[Recorded], progress: Progress) -> Re
         for part in parts
     )
     return np.concatenate([np.empty(0, journal.RECORD), *some])
+
+
+def _hanging_together(
+    files: Segments, there: Sequence[int], whole: Records, log: Path
+) -> tuple[list[Stray], Records, list[Stray]]:
+    """Strays that were removed on purpose, records to keep, and strays to restore.
+
+    Again without the orphans, until there are none: an orphan that is given up no longer says how its segment is cut,
+    and blocks from before it was written there may be whole.
+    """
+    while True:
+        removed, others = _parted(_strays(files, there, whole), log)
+        kept, restored = _chained(whole, others)
+        if len(kept) == len(whole):
+            return removed, kept, restored
+        whole = kept
 
 
 def _strays(files: Segments, there: Iterable[int], whole: Records) -> Iterator[Stray]:
