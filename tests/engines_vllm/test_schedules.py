@@ -107,6 +107,20 @@ def test_an_idle_engine_loads_in_the_step_that_computes(clients):
         engine.close()
 
 
+def test_two_requests_of_one_step_load_aside(clients):
+    """Of two requests that come together, neither computes on what is still being loaded for the other."""
+    engine = MiniEngine(clients[:2], at_once=True)
+    run_alone(engine, Request("a", text(100, 1)))
+    requests = [Request(name, text(100, 1)) for name in "bc"]
+    for request in requests:
+        engine.arrive(request)
+    until(lambda: engine.step(1) or all(each.num_computed_tokens for each in requests), "both to be matched")
+    assert {each.state for each in requests} <= {"loading", "waiting", "running"}
+    assert not any(engine.scheduler.loads_at_once(each.request_id) for each in requests)
+    engine.drain()
+    engine.close()
+
+
 def test_a_request_of_one_token_has_its_receipt(clients):
     """A request that ends in the step that loaded for it says what was loaded."""
     engine = MiniEngine(clients[:2], at_once=True)

@@ -146,12 +146,15 @@ class Scheduler:
         if plan is None:
             return None
         tracked.local = computed // self._tokens_per_block
-        alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and not self._running
+        alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and len(self._tracked) == 1
         tracked.at_once = self._may_load_at_once and alone
         return max(0, plan.tokens - computed)
 
     def loads_at_once(self, request_id: str) -> bool:
-        """Whether what `matched` told of is loaded in the step that computes on it: that keeps nobody waiting."""
+        """Whether what `matched` told of is loaded in the step that computes on it.
+
+        That keeps nobody waiting, and no other request can find these pages in vLLM's own cache before they are right.
+        """
         tracked = self._tracked.get(request_id)
         return tracked is not None and tracked.at_once
 

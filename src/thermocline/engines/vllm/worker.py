@@ -65,7 +65,7 @@ class Worker:
         self._finished: set[str] = set()
         self._short: set[str] = set()
         self._at_once: list[str] = []
-        self._spoilt: set[str] = set()
+        self._spoilt = False
         self._bad_pages: set[int] = set()
         self._failed: list[LoadFailed] = []
         self._saved: list[Saved] = []
@@ -88,7 +88,7 @@ class Worker:
 
     def start_loads(self, orders: Orders) -> None:
         """Load what this step computes on; start what else is to be loaded: `ended_loads` tells when that is over."""
-        self._spoilt.clear()
+        self._spoilt = False
         for order in orders.loads:
             if order.at_once:
                 self._load_at_once(order)
@@ -108,7 +108,7 @@ class Worker:
             if failed is not None:
                 self._failed.append(failed)
         if failed is not None:
-            self._spoilt.add(order.request)
+            self._spoilt = True
             self._bad_pages.update(order.pages[0][failed.at :])
 
     def take_bad_pages(self) -> set[int]:
@@ -117,13 +117,13 @@ class Worker:
         return bad
 
     def save(self, orders: Orders) -> None:
-        """Copy what this step computed to where the node keeps it, but for what was computed on bad pages.
+        """Copy what this step computed to where the node keeps it. Returns after the copies.
 
-        Returns after the copies.
+        Nothing of a step that computed on bad pages is kept: requests share pages in vLLM's own cache.
         """
         for order in orders.saves:
             try:
-                if order.chain in self._spoilt:
+                if self._spoilt:
                     self._spoiled(order)
                 else:
                     self._save(order)
