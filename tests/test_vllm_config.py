@@ -38,7 +38,7 @@ def test_without_a_node(run, tmp_path):
     told, extra, err = run("--memory-bytes", "2GiB", "--disk-path", str(tmp_path / "cache"))
     assert told["kv_load_failure_policy"] == "recompute"
     assert extra == {"settings": {"memory_bytes": 2 << 30, "disk_path": str(tmp_path / "cache")}}
-    assert "the engine starts one of its own" in err
+    assert "the engine starts a private one" in err
     assert node_choice(extra).settings == Settings(memory_bytes=2 << 30, disk_path=tmp_path / "cache")
 
 

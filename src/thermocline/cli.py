@@ -173,8 +173,9 @@ def up(
 def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **flags: str | None) -> None:  # noqa: ARG001  # it is JSON either way
     """Print what vLLM's --kv-transfer-config takes: vllm serve MODEL --kv-transfer-config "$(thermocline vllm-config)".
 
-    With a node, all engines of the host share its tiers. Without one, each vLLM starts a private node with the settings
-    given here, and ends it. What is chosen is said on stderr.
+    With a node, all engines of the host share its tiers. Without one, the first vLLM starts a private node with the
+    settings given here, for all with the same settings; it ends a minute after the last of them left. What is chosen is
+    said on stderr.
     """
     settings = _load_settings(config_path, flags)
     from pathlib import Path
@@ -183,8 +184,8 @@ def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **fl
     from thermocline.engines.vllm.config import vllm_config_json
 
     path = Path(socket) if socket else settings.node_socket or running_node()
-    click.echo(f"the node is {path}" if path else "no node: the engine starts one of its own", err=True)
-    click.echo(vllm_config_json(settings, path.absolute() if path else None))
+    click.echo(f"the node is {path}" if path else "no node: the engine starts a private one", err=True)
+    click.echo(vllm_config_json(settings, path))
 
 
 @app.command()

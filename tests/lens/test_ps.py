@@ -120,7 +120,7 @@ def test_rendered():
         TierStatus("redis", "remote", 1, 100, 4 << 30, 0, set_aside=True),
     ]
     clients = [ClientStatus("vllm worker 0 77", 77, 1, 2, 16)]
-    node = NodeStatus("0.1.0", 7, "/run/node.sock", 90061.5, tiers, clients, 10, 4, {"memory": 4, "redis": 0})
+    node = NodeStatus("0.1.0", 7, "/run/node.sock", 90061.5, tiers, clients, 10, {"memory": 4, "redis": 0})
     assert ps.render(ps.Seen((node,)), bars=True).splitlines() == [
         "node /run/node.sock",
         "  pid 7, up 1 d 1 h, thermocline 0.1.0",

@@ -278,7 +278,7 @@ def test_a_broken_block_hides_what_is_behind_it():
     assert index.covered(LAYOUT.id, path, "warm") == 2
     assert index.covered_or_broken(LAYOUT.id, path, "warm") == 6
     assert not index.holds(nodes[2], "warm")
-    assert index.is_broken(nodes[2], "warm")
+    assert index.broken("warm") == 1
     index.check_integrity()
     assert index.add(LAYOUT.id, path[2], path[1], 3, "warm", 0.0) == nodes[2]
     assert index.covered(LAYOUT.id, path, "warm") == 6

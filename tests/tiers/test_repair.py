@@ -281,7 +281,7 @@ def test_slots_that_changed_size(tmp_path):
 
 
 def test_an_orphan_does_not_hide_what_lay_there_before(tmp_path):
-    """A segment is cut as those blocks say that are kept; one that is given up has no say, at the first call already."""
+    """A segment is cut as those blocks say that are kept; one that is given up has no say, at the first call either."""
     shelter = Shelter(tmp_path / "tier", 2 * MIB)
     wide = layout_of("wide", 30_000)
     path = chain(1, 5)

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from thermocline.errors import LaunchError
 from thermocline.settings import DECLARED, PREFIX, Settings, read_key
 
-ENGINES = ("vllm", "transformers")
 START_SECONDS_MAX, STOP_SECONDS_MAX = 1800.0, 45.0
 """A large model takes minutes to load, and longer to download; a drain takes seconds."""
 

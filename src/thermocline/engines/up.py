@@ -52,7 +52,7 @@ def _engines(
     if kind == "transformers":
         return [launch.transformers(settings, socket, port, more=more) for port in ports]
     launch.check_vllm()
-    config = vllm_config_json(settings, socket.absolute())
+    config = vllm_config_json(settings, socket)
     return [launch.vllm(settings, config, port, instances=len(ports), more=more) for port in ports]
 
 

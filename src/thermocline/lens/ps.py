@@ -92,7 +92,7 @@ def _client(client: ClientStatus) -> str:
 def _conclude(node: NodeStatus) -> str:
     if not node.asked_blocks:
         return "no engine has asked for a block yet"
-    share = node.staged_blocks / node.asked_blocks
+    share = sum(node.found_blocks.values()) / node.asked_blocks
     text = f"{share:.0%} of {node.asked_blocks:,} blocks asked for were found"
     parts = [f"{count:,} in {tier}" for tier, count in node.found_blocks.items() if count]
     return f"{text}: {', '.join(parts)}" if parts else text

@@ -79,7 +79,7 @@ class NodeClient:
     all). `role` is what `thermocline ps` calls this client.
     """
 
-    def __init__(  # each has a default
+    def __init__(
         self,
         socket: Path,
         *,

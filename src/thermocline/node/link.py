@@ -64,11 +64,7 @@ class Link:
         except BaseException:
             self._close()
             raise
-        self.incarnation, self.memory_bytes, self.version = (
-            welcome.incarnation,
-            welcome.memory_bytes,
-            welcome.version,
-        )
+        self.incarnation, self.memory_bytes = welcome.incarnation, welcome.memory_bytes
         self._thread = threading.Thread(target=self._listen, name="node link", daemon=True)
         self._thread.start()
 

@@ -19,12 +19,11 @@ class Places:
     deadline: float
     offsets: tuple[int, ...]
     sums: bytes
-    lease: int = 0
 
     def part(self, start: int, stop: int) -> Places:
         """The places of blocks [start, stop)."""
         sums = self.sums[start * SUM_BYTES : stop * SUM_BYTES]
-        return Places(self.incarnation, self.deadline, self.offsets[start:stop], sums, self.lease)
+        return Places(self.incarnation, self.deadline, self.offsets[start:stop], sums)
 
 
 NOWHERE = Places(0, 0.0, (), b"")

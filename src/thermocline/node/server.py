@@ -122,7 +122,6 @@ class NodeServer:
             ],
             [ClientStatus(each.role, each.pid, len(each.layouts), each.leases, each.lent) for each in sessions],
             int(count("asked_blocks_total")),
-            int(sum(count("staged_blocks_total", (("tier", name),)) for name in store.usage())),
             {name: int(count("staged_blocks_total", (("tier", name),))) for name in store.usage()},
         )
 

@@ -117,10 +117,6 @@ class Index:
         """True if the tier holds the block undamaged."""
         return self._has(node, tier) and node not in self._tiers[tier].broken
 
-    def is_broken(self, node: int, tier: str) -> bool:
-        """True if the tier lost the block and holds descendants of it."""
-        return node in self._tiers[tier].broken
-
     def blocks(self, tier: str) -> int:
         """How many blocks are entered for the tier."""
         return self._tiers[tier].blocks

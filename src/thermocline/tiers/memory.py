@@ -75,10 +75,9 @@ class MemoryTier:
                 self._publish(layout, key, _Entry(slot, self._slab.offset(slot, length), length, block.sum))
                 done += 1
         finally:
-            for slot in (
-                () if in_place else slots[done:]
-            ):  # pieces that are no plain memory: the caller's mistake must not cost room
-                self._slab.give(slot)
+            if not in_place:  # pieces that are no plain memory: the caller's mistake must not cost room
+                for slot in slots[done:]:
+                    self._slab.give(slot)
         job = Job([Outcome.HIT] * len(slots) + [Outcome.FULL] * (len(blocks) - len(slots)))
         job.set_done()
         return job

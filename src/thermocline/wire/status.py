@@ -28,7 +28,7 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """What `thermocline ps` shows of a node. `staged_blocks` of all `asked_blocks` were found, and put in memory."""
+    """What `thermocline ps` shows of a node. Of all `asked_blocks` each tier had `found_blocks`."""
 
     version: str
     pid: int
@@ -37,5 +37,4 @@ class NodeStatus(msgspec.Struct, frozen=True):
     tiers: list[TierStatus]
     clients: list[ClientStatus]
     asked_blocks: int
-    staged_blocks: int
     found_blocks: dict[str, int]

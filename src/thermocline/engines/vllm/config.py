@@ -23,8 +23,8 @@ NOT_THE_NODES = frozenset(
 def vllm_config_json(settings: Settings, socket: Path | None = None) -> str:
     """The JSON for vLLM's --kv-transfer-config, on one line.
 
-    With a `socket` the engine uses the node there; without one it starts a private node, with these settings. Paths are
-    made absolute: vLLM may run in another folder.
+    With a `socket` the engine uses the node there; without one it has a private node, with these settings (see
+    engines/vllm/private.py). Paths are made absolute: vLLM may run in another folder.
     """
     extra: dict[str, object] = {"socket": str(socket.absolute())} if socket else {}
     if socket is None:
