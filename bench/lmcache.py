@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
 import urllib.request
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from bench.harness import CLOCK
 from bench.vllm_server import free_port, python_of
+from tests.faults.process import Process
 from thermocline.errors import BenchError
 
 READY_SECONDS = 120.0
@@ -31,22 +29,15 @@ def python() -> Path:
     return python_of("LMCACHE_PYTHON", ".venv-lmcache", "bench-lmcache-env")
 
 
-class Lmcache:
+class Lmcache(Process):
     """Its server: one GiB of memory and files below `disk`. Ready once the object is; ended by `close`."""
 
     def __init__(self, folder: Path, disk: Path) -> None:
+        super().__init__(folder / "lmcache.log", stop_seconds=STOP_SECONDS)
         self.disk = disk
-        self._log = folder / "lmcache.log"
         self._shared_name = f"thermocline-bench-{os.getpid()}"
         self._port, self._http_port, self._metrics_port = free_port(), free_port(), free_port()
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
-
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        assert self._process is not None
-        return self._process.pid
 
     @property
     def transfer(self) -> dict[str, Any]:
@@ -58,12 +49,6 @@ class Lmcache:
             "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self._port},
         }
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def start(self) -> None:
         """Start it; returns when it says that it is well. Raises BenchError where it does not."""
         adapter = f'{{"type":"fs","base_path":"{self.disk}"}}'
@@ -72,14 +57,10 @@ class Lmcache:
         argv += ["--http-host", "127.0.0.1", "--http-port", str(self._http_port)]
         argv += ["--prometheus-port", str(self._metrics_port), "--shm-name", self._shared_name]
         argv += ["--l2-adapter", adapter]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
-        deadline = CLOCK.now() + READY_SECONDS
-        while not self._is_well():
-            if self._process.poll() is not None or CLOCK.now() > deadline:
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-                raise BenchError(f"LMCache's server does not start:\n{tail}", hint="is its environment whole?")
-            CLOCK.sleep(0.2)
+        try:
+            self.launch(argv, self._is_well, seconds=READY_SECONDS, environment=ENVIRONMENT)
+        except AssertionError as error:
+            raise BenchError(f"LMCache's server does not start: {error}", hint="is its environment whole?") from error
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL where that is not enough."""
@@ -90,29 +71,9 @@ class Lmcache:
         self.stop()
         self.start()
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def freeze(self) -> None:
-        """SIGSTOP."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
-
     def close(self) -> None:
-        """End it, frozen or not. A second call does nothing."""
-        if self._process is not None:
-            self.thaw()
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_SECONDS)
-            self.kill()
+        """See `Process.close`; what lies in shared memory goes, too."""
+        super().close()
         with contextlib.suppress(FileNotFoundError):
             Path(f"/dev/shm/lmcache_l1_pool_{self._shared_name}").unlink()  # noqa: S108  # where its memory lies
 

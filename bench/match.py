@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Progress, Report, check, interleaved, percentile, spread, timed
+from tests.store.making import make_layout
 from thermocline.blocks.key import NO_PARENT, BlockKey, block_keys, root_key
-from thermocline.blocks.layout import Layout
 from thermocline.store.ghosts import GHOSTS_KEPT, Ghost
 from thermocline.store.receipt import Reason
 from thermocline.store.store import Store
@@ -25,21 +25,7 @@ PATHS = 123
 ROUNDS = 400
 BISECTION = "bisection"
 MIB = 1024 * 1024
-LAYOUT = Layout(
-    model="bench",
-    weights_digest=bytes(32),
-    dtype="bfloat16",
-    kv_dtype="bfloat16",
-    layers=32,
-    kv_heads=8,
-    head_dim=128,
-    tokens_per_block=16,
-    block_bytes=2 * MIB,
-    engine="bench",
-    engine_version="1",
-    isa="any",
-    order="layer",
-)
+LAYOUT = make_layout("bench", block_bytes=2 * MIB)
 
 
 def run(progress: Progress) -> Report:

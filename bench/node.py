@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import CLOCK, ROOT, Progress, Report, check, percentile, ratios, spread, timed
+from tests.store.making import make_layout
 from tests.vllm.node import Node
 from thermocline.blocks.key import BlockKey, block_keys, root_key
-from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock
 from thermocline.errors import BenchError
 from thermocline.node.client import NodeClient
@@ -49,21 +49,7 @@ ANSWER_BYTES = 4 + PATH_BLOCKS * (16 + 5) + 160
 """A sum and an offset per block, and what the plan says beside them."""
 IDLE, LOADED, AGAIN = "node match, idle", "node match, under load and save", "asking again"
 BARE, RESTED, RESTED_BARE = "bare socket", "node match, after a rest", "bare socket, after a rest"
-LAYOUT = Layout(
-    model="bench",
-    weights_digest=bytes(32),
-    dtype="bfloat16",
-    kv_dtype="bfloat16",
-    layers=8,
-    kv_heads=2,
-    head_dim=64,
-    tokens_per_block=TOKENS_PER_BLOCK,
-    block_bytes=BLOCK_BYTES,
-    engine="bench",
-    engine_version="1",
-    isa="any",
-    order="layer",
-)
+LAYOUT = make_layout("bench", block_bytes=BLOCK_BYTES, tokens_per_block=TOKENS_PER_BLOCK)
 
 
 def run(progress: Progress) -> Report:

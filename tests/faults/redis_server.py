@@ -6,21 +6,15 @@ without a redis-server on this machine is skipped, and says so.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
 import socket
-import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
 
 import pytest
 
-from thermocline.clock import SystemClock
+from tests.faults.process import Process
 
-CLOCK = SystemClock()
 READY_SECONDS = 20.0
 NAMES = ("redis-server", "valkey-server")
 Word = str | bytes | int
@@ -38,18 +32,18 @@ class RedisError(Exception):
 Reply = bytes | int | list["Reply"] | RedisError | None
 
 
-class RedisServer:
+class RedisServer(Process):
     """Started with the object, with these options of redis.conf; ended by `close`, whatever state it is in."""
 
     def __init__(self, folder: Path, **options: str) -> None:
         found = program()
         if found is None:
             pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
+        super().__init__(folder / "redis.log")
         self._program = found
         self._options = options
         self.port = _free_port()
         self.socket_path = folder / "redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
@@ -62,18 +56,6 @@ class RedisServer:
         """Its URL over loopback, without a password."""
         return f"redis://127.0.0.1:{self.port}"
 
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # -- what a test does to it ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -82,48 +64,17 @@ class RedisServer:
         fixed = {"save": "", "appendonly": "no", "daemonize": "no", "dir": str(self.socket_path.parent)}
         for name, value in (fixed | self._options).items():
             argv += [f"--{name.replace('_', '-')}", value]
-        self._process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = CLOCK.now() + READY_SECONDS
-        while True:
-            try:
-                self.call("PING")
-            except (OSError, RedisError) as error:
-                if isinstance(error, RedisError) and str(error).startswith(("NOAUTH", "LOADING")):
-                    return
-                assert self._process.poll() is None, "redis-server ended as soon as it was started"
-                assert CLOCK.now() < deadline, "redis-server does not answer"
-                CLOCK.sleep(0.01)
-            else:
-                return
+        self.launch(argv, self._answers, seconds=READY_SECONDS, environment={})
 
     def kill(self) -> None:
         """SIGKILL: all it held is gone, its connections are reset, connecting is refused."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        super().kill()
         self.socket_path.unlink(missing_ok=True)
 
     def restart(self) -> None:
         """Kill it and start it again, empty."""
         self.kill()
         self.start()
-
-    def freeze(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections and bytes, and nobody answers."""
-        self._signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """SIGCONT: it answers what has piled up."""
-        self._signal(signal.SIGCONT)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Frozen, and thawed again whatever happens."""
-        self.freeze()
-        try:
-            yield
-        finally:
-            self.thaw()
 
     def config(self, name: str, value: str) -> None:
         """CONFIG SET."""
@@ -152,18 +103,14 @@ class RedisServer:
             with connection.makefile("rb") as file:
                 return [_reply(file) for _ in sent]
 
-    def close(self) -> None:
-        """End it, frozen or not. A second call does nothing."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.thaw()
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
+    def _answers(self) -> bool:
+        try:
+            self.call("PING")
+        except RedisError as error:
+            return str(error).startswith(("NOAUTH", "LOADING"))
+        except OSError:
+            return False
+        return True
 
 
 def _encoded(words: Sequence[Word]) -> bytes:

@@ -24,7 +24,9 @@ GUARD_SECONDS = 30.0
 """No test waits longer than this for a job: whatever takes longer is a deadlock."""
 
 
-def make_layout(model: str = "model", *, block_bytes: int = BLOCK_BYTES, rank: int = 0) -> Layout:
+def make_layout(
+    model: str = "model", *, block_bytes: int = BLOCK_BYTES, tokens_per_block: int = TOKENS_PER_BLOCK, rank: int = 0
+) -> Layout:
     """A layout that differs from others only in what is named here."""
     return Layout(
         model=model,
@@ -34,7 +36,7 @@ def make_layout(model: str = "model", *, block_bytes: int = BLOCK_BYTES, rank: i
         layers=1,
         kv_heads=1,
         head_dim=1,
-        tokens_per_block=TOKENS_PER_BLOCK,
+        tokens_per_block=tokens_per_block,
         block_bytes=block_bytes,
         engine="test",
         engine_version="1",

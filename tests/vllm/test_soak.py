@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.store.making import make_layout
 from tests.vllm.node import MIB, Node
 from tests.vllm.prompts import prompt
 from tests.vllm.server import CLOCK, MODEL, Server
 from thermocline.blocks.key import block_keys, root_key
-from thermocline.blocks.layout import Layout
 from thermocline.node import ask
 from thermocline.node.client import NodeClient
 from thermocline.store.ghosts import GHOSTS_KEPT
@@ -68,21 +68,7 @@ def test_nothing_grows_and_nothing_is_left(start_node, start_vllm, folder):
 def _fill(node: Node) -> None:
     """Have the node remember as many blocks that are gone as it ever does: until then its memory grows, as is meant."""
     rng = np.random.default_rng(7)
-    layout = Layout(
-        model="fill",
-        weights_digest=bytes(16),
-        dtype="none",
-        kv_dtype="none",
-        layers=1,
-        kv_heads=1,
-        head_dim=1,
-        tokens_per_block=16,
-        block_bytes=4096,
-        engine="fill",
-        engine_version="1",
-        isa="none",
-        order="none",
-    )
+    layout = make_layout("fill")
     blocks = [[np.zeros(4096, np.uint8)] for _ in range(64)]
     with contextlib.closing(NodeClient(node.socket, wait_seconds=10, save_wait_seconds=10)) as client:
         assert client.wait_up(10)
