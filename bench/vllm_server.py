@@ -17,7 +17,9 @@ from typing import Any, Self
 import numpy as np
 
 from bench.harness import CLOCK, ROOT
+from thermocline.engines.vllm.config import vllm_config_json
 from thermocline.errors import BenchError
+from thermocline.settings import Settings
 
 BLOCK_TOKENS = 128
 """vLLM's own choice on a CPU."""
@@ -26,7 +28,7 @@ READY_SECONDS = 400.0
 STOP_SECONDS = 40.0
 RESET_SECONDS = 30.0
 ANSWER_SECONDS = 120.0
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -58,13 +60,8 @@ def vllm_python() -> Path:
 
 def connector(node: Path) -> dict[str, Any]:
     """What --kv-transfer-config says for a server on the node that listens at this socket."""
-    return {
-        "kv_connector": "Thermocline",
-        "kv_connector_module_path": "thermocline.engines.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"socket": str(node)},
-    }
+    transfer: dict[str, Any] = json.loads(vllm_config_json(Settings(), node))
+    return transfer
 
 
 def prompt(length: int, *number: int) -> list[int]:
@@ -105,7 +102,7 @@ class Server:
         argv += ["--port", str(self.port)]
         argv += ["--kv-transfer-config", json.dumps(transfer)] if transfer else []
         paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        every = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": paths, **(environment or {})}
+        every = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, **(environment or {})}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log, env=every, start_new_session=True)
 

@@ -291,10 +291,9 @@ def test_a_second_signal_ends_at_once(made, capsys):
     assert ("stopped", "deaf") in run.names
 
 
-def test_events_as_json(made, capsys):
-    """With --json every event is one line of JSON on stdout, and nothing is on stderr."""
-    stop = Stop()
-    telling = Telling(as_json=True)
+def _up_and_down(made, capsys, *, as_json):
+    """What is on stdout and stderr when all that comes up is stopped at once."""
+    stop, telling = Stop(), Telling(as_json=as_json)
     telling_event = telling.event
 
     def event(told) -> None:
@@ -304,7 +303,12 @@ def test_events_as_json(made, capsys):
 
     telling.event = event
     Up(made(STAY, "node"), [made(STAY, "a")], telling, SystemClock(), stop).run(model="m", socket=Path("s"))
-    out, err = capsys.readouterr()
+    return capsys.readouterr()
+
+
+def test_events_as_json(made, capsys):
+    """With --json every event is one line of JSON on stdout, and nothing is on stderr."""
+    out, err = _up_and_down(made, capsys, as_json=True)
     told = [json.loads(line) for line in out.splitlines()]
     up = next(each for each in told if each["event"] == "up")
     assert (up["model"], up["socket"], up["engines"][0]["url"]) == ("m", "s", "http://a")
@@ -314,18 +318,7 @@ def test_events_as_json(made, capsys):
 
 def test_events_as_text(made, capsys):
     """As text, addresses and a request to copy go to stdout, all else to stderr."""
-    stop = Stop()
-    telling = Telling(as_json=False)
-    telling_event = telling.event
-
-    def event(told) -> None:
-        telling_event(told)
-        if told.event == "up":
-            stop.please()
-
-    telling.event = event
-    Up(made(STAY, "node"), [made(STAY, "a")], telling, SystemClock(), stop).run(model="m", socket=Path("s"))
-    out, err = capsys.readouterr()
+    out, err = _up_and_down(made, capsys, as_json=False)
     assert "curl -s http://a/v1/completions" in out
     assert r"""-d "{\"model\":\"m\",\"prompt\":\"$(seq -s ' ' 400)\",""" in out
     assert "thermocline why --socket s\n" in out

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.node.making import PATIENT
+from tests.store.making import make_layout
 from thermocline.blocks.key import block_keys, root_key
-from thermocline.blocks.layout import Layout
 from thermocline.engines.vllm import device
 from thermocline.engines.vllm.device import Blocks, DevicePages, Registered
 from thermocline.engines.vllm.layout import Span
@@ -37,21 +38,7 @@ def _regions(spans):
 
 
 def _layout(spans):
-    return Layout(
-        model="m",
-        weights_digest=bytes(16),
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        layers=3,
-        kv_heads=1,
-        head_dim=64,
-        tokens_per_block=TOKENS,
-        block_bytes=sum(span.nbytes for span in spans),
-        engine="test",
-        engine_version="1",
-        isa="none",
-        order=repr(spans),
-    )
+    return make_layout(repr(spans), block_bytes=sum(span.nbytes for span in spans))
 
 
 def _block(spans, regions, page):
@@ -73,7 +60,7 @@ def client(tmp_path):
     with (
         contextlib.closing(Store(MemoryTier(64 << 20))) as store,
         contextlib.closing(NodeServer(store, tmp_path / "n.sock", lease_seconds=30)),
-        contextlib.closing(NodeClient(tmp_path / "n.sock")) as attached,
+        contextlib.closing(NodeClient(tmp_path / "n.sock", **PATIENT)) as attached,
     ):
         assert attached.wait_up(10)
         yield attached
@@ -161,11 +148,16 @@ def test_pages_that_do_not_exist_are_refused(spans):
 
 
 def test_a_save_without_room_says_so(client, spans):
-    """Blocks that find no slot lent are LATE, and what was taken before them is kept."""
+    """Blocks that find no slot lent are LATE, that once; a later save keeps what it finds room for, from the start."""
     layout, keys = _layout(spans), _keys(PAGES)
-    with contextlib.closing(_pages(client, layout, spans, _filled(spans))) as saving:
+    with contextlib.closing(DevicePages(client, layout, spans, _filled(spans))) as saving:
         job = saving.save(keys, list(range(PAGES)), 0)
         assert job.wait(10)
+        assert job.outcomes == [Outcome.LATE] * PAGES
+        client.unsaved(layout, [])  # answered behind the slots that this asked for
+        job = saving.save(keys, list(range(PAGES)), 0)
+        assert job.wait(10)
+    assert job.outcomes[0] is Outcome.HIT
     kept = [outcome is Outcome.HIT for outcome in job.outcomes]
     assert kept == sorted(kept, reverse=True)
     assert set(job.outcomes) <= {Outcome.HIT, Outcome.LATE}

@@ -12,7 +12,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import urllib.request
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import matrix
+from tests.faults.constantly import constantly
 from tests.faults.devices import READ, SYNC, WRITE, Trouble, TroubledDevice
 from tests.faults.proxy import Delay, Proxy, Way
 from tests.faults.redis_server import RedisServer
@@ -109,28 +109,6 @@ def _serving(**settings):
             server.kill()
 
 
-@contextmanager
-def _constantly(act):
-    """Do something again and again in another thread."""
-    stop = threading.Event()
-    done = count()
-
-    def work():
-        while not stop.is_set():
-            act()
-            next(done)
-            stop.wait(0.01)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert next(done) > 0
-
-
 @pytest.fixture
 def note(record_property, cases):
     """Reports how many requests were asked, and what the trouble added to those that loaded nothing."""
@@ -188,7 +166,7 @@ def _corrupting(server, proxy):
         server.calls(("SETBIT", name, rng.randrange(8 * 100_000), 0) for name in names)
 
     flip()
-    with _constantly(flip):
+    with constantly(flip):
         yield
 
 
@@ -272,7 +250,7 @@ def test_disk_corrupts(tmp_path, note):
     with _serving(disk_path=disk, disk_bytes=256 * MIB) as live:
         live.learn()
         live.until_used("disk")
-        with _constantly(lambda: [_flip_file(path, rng) for path in disk.glob("*.segment")]):
+        with constantly(lambda: [_flip_file(path, rng) for path in disk.glob("*.segment")]):
             receipts = [receipt for _ in range(8) for receipt in live.check()]
         assert "corrupt" in _reasons(receipts)
         note(receipts)
@@ -348,7 +326,7 @@ def test_memory_corrupts(note):
         live.until_used("memory")
         slabs = _slab_files(live.pid)
         assert slabs
-        with _constantly(lambda: [_flip_file(slab, rng) for slab in slabs]):
+        with constantly(lambda: [_flip_file(slab, rng) for slab in slabs]):
             receipts = [receipt for _ in range(8) for receipt in live.check()]
         assert "corrupt" in _reasons(receipts)
         note(receipts)

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,25 @@ def all_verbs(client, path):
     return loaded
 
 
+@contextlib.contextmanager
+def busy(client, path, *, threads):
+    """Threads that go through all verbs, again and again. What one of them raises is raised at the end."""
+    done = threading.Event()
+
+    def work():
+        while not done.is_set():
+            all_verbs(client, path)
+
+    with ThreadPoolExecutor(threads) as pool:
+        working = [pool.submit(work) for _ in range(threads)]
+        try:
+            yield
+        finally:
+            done.set()
+    for each in working:
+        each.result()
+
+
 def comes_back(client):
     """The client is attached again by itself, saves, and finds what it saved."""
     until(lambda: client.up, "the client to attach again", 60)
@@ -183,27 +203,11 @@ def test_killed_at_any_moment(node, client, path):
     """Whatever client threads are at when the node is killed, every answer is right or a miss."""
     keep(client, path)
     durable(node)
-    wrong, done = [], threading.Event()
-
-    def work():
-        while not done.is_set():
-            try:
-                all_verbs(client, path)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is told below
-                wrong.append(error)
-                return
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(2):
-        node.kill()
-        node.start()
-        until(lambda: client.up, "the client to attach again", 60)
-    done.set()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong
+    with busy(client, path, threads=3):
+        for _ in range(2):
+            node.kill()
+            node.start()
+            until(lambda: client.up, "the client to attach again", 60)
     comes_back(client)
 
 
@@ -330,28 +334,14 @@ def test_the_disk_is_full(tmp_path):
 def test_ten_times(node, client, path, fault):
     """Ten times in a row, at moments of any kind, the node is killed, frozen or stopped: no answer is wrong."""
     random = np.random.default_rng(sum(fault.encode()))
-    done, wrong = threading.Event(), []
-
-    def work():
-        while not done.is_set():
-            try:
-                all_verbs(client, path)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is told below
-                wrong.append(error)
-                return
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    for _ in range(10):
-        CLOCK.sleep(random.random())
-        if fault == "freeze":
-            with node.frozen():
-                CLOCK.sleep(3 * random.random())
-        else:
-            getattr(node, fault)()
-            node.start()
-        until(lambda: client.up, "the client to attach again", 60)
-    done.set()
-    thread.join(60)
-    assert not wrong
+    with busy(client, path, threads=1):
+        for _ in range(10):
+            CLOCK.sleep(random.random())
+            if fault == "freeze":
+                with node.frozen():
+                    CLOCK.sleep(3 * random.random())
+            else:
+                getattr(node, fault)()
+                node.start()
+            until(lambda: client.up, "the client to attach again", 60)
     comes_back(client)

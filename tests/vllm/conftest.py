@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,14 +30,6 @@ def cleanup() -> Iterator[ExitStack]:
     """Closes what was entered, last first."""
     with ExitStack() as stack:
         yield stack
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder whose path is short enough for a Unix socket in it."""
-    path = Path(tempfile.mkdtemp(prefix="tcl-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import Event, Thread
+from collections.abc import Sequence
 
 from tests.vllm.arms import cold, loaded
 from tests.vllm.node import Node
@@ -71,22 +69,3 @@ class Live:
     def _check(self, answers: Sequence[Answer], arm: str) -> None:
         wrong = [at for at, each in enumerate(answers) if each.tokens != self.expected[at].tokens]
         assert not wrong, f"{arm}: other tokens than without a cache for the prompts {wrong}"
-
-
-@contextmanager
-def constantly(act, pause_seconds=0.01) -> Iterator[None]:
-    """`act` again and again, in a thread."""
-    stop = Event()
-
-    def work():
-        while not stop.is_set():
-            act()
-            stop.wait(pause_seconds)
-
-    thread = Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,10 @@ from typing import Any, Self
 
 import pytest
 
+from bench.vllm_server import ENVIRONMENT, free_port
 from thermocline.clock import SystemClock
+from thermocline.engines.vllm.config import vllm_config_json
+from thermocline.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-vllm"
@@ -39,15 +41,6 @@ BLOCK_TOKENS = 32
 EXACT = ("--dtype", "float32")
 """Tokens then do not depend on how a prefill is split or batched. In bf16, vLLM's partial hits flip near ties."""
 
-_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SERVER_DEV_MODE": "1",  # it brings /reset_prefix_cache
-    "PYTHONPATH": str(ROOT / "src"),
-}
 _ARGUMENTS = (
     "--max-model-len",
     "4096",
@@ -83,19 +76,6 @@ class Answer:
         return int(self.receipt.get("loaded_tokens", 0))
 
 
-def transfer(**extra: object) -> dict[str, object]:
-    """What --kv-transfer-config says: thermocline's connector, with these options of its own."""
-    return {
-        "kv_connector": "Thermocline",
-        "kv_connector_module_path": "thermocline.engines.vllm",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            name: str(value) if isinstance(value, Path) else value for name, value in extra.items()
-        },
-    }
-
-
 class Server:
     """Started with the object and answering once that returns; ended by `close`, whatever state it is in.
 
@@ -106,15 +86,19 @@ class Server:
         self, folder: Path, model: Path, *arguments: str, node: Path | None = None, block: int | None = BLOCK_TOKENS
     ) -> None:
         self._log = folder / f"vllm-{os.urandom(4).hex()}.log"
-        self.port = _free_port()
+        self.port = free_port()
         argv = [str(interpreter()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         argv += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port), *_ARGUMENTS]
         argv += ["--block-size", str(block)] if block else []
-        argv += ["--kv-transfer-config", json.dumps(transfer(socket=node))] if node else []
+        argv += ["--kv-transfer-config", vllm_config_json(Settings(), node)] if node else []
         started = CLOCK.now()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*argv, *arguments], stdout=log, stderr=log, env={**os.environ, **_ENVIRONMENT}, start_new_session=True
+                [*argv, *arguments],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT / "src")},
+                start_new_session=True,
             )
         try:
             self._until_ready(started + READY_SECONDS)
@@ -243,9 +227,3 @@ class StartError(Exception):
     def __init__(self, message: str, log: str) -> None:
         super().__init__(f"{message}\n{log}")
         self.log = log
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

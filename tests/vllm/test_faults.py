@@ -19,11 +19,12 @@ import pytest
 
 from tests.conformance.samples import LENGTH, chain, content
 from tests.faults import matrix
+from tests.faults.constantly import constantly
 from tests.faults.test_full import _fill_up, _small_file_system
 from tests.faults.test_live import _flip_file
 from tests.vllm.architectures import scaled
 from tests.vllm.arms import cold, loaded, saved
-from tests.vllm.live import PROMPTS, TOKENS, Live, constantly
+from tests.vllm.live import PROMPTS, TOKENS, Live
 from tests.vllm.node import MIB, Node
 from tests.vllm.prompts import prompt
 from tests.vllm.server import CLOCK, EXACT, Server

@@ -37,6 +37,18 @@ def _check(server, expected, warm, arm, report, tier="memory"):
     assert found.by_tier[tier] > 0
 
 
+def _from_memory(start_node, start_vllm, arguments, arm, report):
+    """With these arguments vLLM saves to a node's memory and loads from it what it answers without a connector."""
+    plain = start_vllm(*arguments)
+    expected = cold(plain, PROMPTS)
+    warm = _own(plain)
+    plain.close()
+    server = start_vllm(*arguments, node=start_node().socket)
+    same(cold(server, PROMPTS), expected, "nothing kept")
+    saved(server, PROMPTS, expected)
+    _check(server, expected, warm, arm, report)
+
+
 @pytest.fixture
 def report(record_property, capsys):
     """Prints a figure and keeps it in the report."""
@@ -82,15 +94,7 @@ CHUNKED = ("--enable-chunked-prefill", "--max-num-batched-tokens", "256")
 
 def test_chunked_prefill(start_node, start_vllm, report):
     """Prompts that are computed 256 tokens at a time are saved and loaded as any other."""
-    plain = start_vllm(*CHUNKED)
-    expected = cold(plain, PROMPTS)
-    warm = _own(plain)
-    plain.close()
-    node = start_node()
-    server = start_vllm(*CHUNKED, node=node.socket)
-    same(cold(server, PROMPTS), expected, "nothing kept")
-    saved(server, PROMPTS, expected)
-    _check(server, expected, warm, "chunked prefill", report)
+    _from_memory(start_node, start_vllm, CHUNKED, "chunked prefill", report)
 
 
 def test_eight_at_once(start_node, start_vllm, report):
@@ -168,12 +172,4 @@ TWO_RANKS = ("--tensor-parallel-size", "2")
 
 def test_two_ranks(start_node, start_vllm, report):
     """Two ranks, each with half of the heads in a process of its own, load what they saved, and only together."""
-    plain = start_vllm(*TWO_RANKS)
-    expected = cold(plain, PROMPTS)
-    warm = _own(plain)
-    plain.close()
-    node = start_node()
-    server = start_vllm(*TWO_RANKS, node=node.socket)
-    same(cold(server, PROMPTS), expected, "nothing kept")
-    saved(server, PROMPTS, expected)
-    _check(server, expected, warm, "two ranks, memory", report)
+    _from_memory(start_node, start_vllm, TWO_RANKS, "two ranks, memory", report)
