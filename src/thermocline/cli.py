@@ -195,9 +195,9 @@ def demo(as_json: bool, engine_ready: str | None) -> int:
     """Show all of it on this machine: damage refused, a crash recovered, answers identical and sooner."""
     from pathlib import Path
 
-    from thermocline.demo import run
+    from thermocline.demo.story import play
 
-    return run(json_output=as_json, engine_ready=Path(engine_ready) if engine_ready else None)
+    return play(json_output=as_json, engine_ready=Path(engine_ready) if engine_ready else None)
 
 
 @app.command()

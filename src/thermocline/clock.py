@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -31,6 +32,17 @@ class SystemClock:
     wall = staticmethod(time.time)
     cpu = staticmethod(time.process_time)
     sleep = staticmethod(time.sleep)
+
+
+def until(true: Callable[[], object], seconds: float, *, pause_seconds: float) -> bool:
+    """Ask again and again, with a pause in between, until the answer is true; False where it was not for so long."""
+    clock = SystemClock()
+    deadline = clock.now() + seconds
+    while not true():
+        if clock.now() > deadline:
+            return False
+        clock.sleep(pause_seconds)
+    return True
 
 
 class ManualClock:

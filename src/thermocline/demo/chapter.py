@@ -15,13 +15,13 @@ class Claim(msgspec.Struct, frozen=True):
     command: str
 
 
-class Chapter(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one chapter. `details` are its figures, in base units; title and seconds come from the story."""
+class Chapter(msgspec.Struct, frozen=True):
+    """The outcome of one chapter. `details` are its figures, in base units; what follows comes from the story."""
 
-    name: str
     ok: bool
     verdict: str
     claim: Claim
     details: dict[str, Any]
+    name: str = ""
     title: str = ""
     seconds: float = 0.0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from thermocline.demo.chapter import Chapter, Claim
-from thermocline.demo.screen import Screen
+from thermocline.demo.other import Told
+from thermocline.demo.screen import Screen, milliseconds
 from thermocline.demo.stage import Stage
 from thermocline.demo.texts import QUESTIONS, documents
+from thermocline.engines.generation import Result
 from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
 from thermocline.store.receipt import Reason
@@ -18,25 +21,19 @@ ANSWER_TOKENS = 10
 
 
 class Turn(NamedTuple):
-    """One question and its answers: how long each way took to the first token, and how much it did not compute."""
+    """One question, answered without a cache, with one, and by a new process that has only the disk."""
 
     document: str
     number: int
     prompt: Tokens
-    answer: tuple[int, ...]
-    cold_seconds: float
-    memory_seconds: float
-    memory_tokens: int
-    same: bool
+    cold: Result
+    memory: Result
+    disk: Told = Told()
 
-
-class Again(NamedTuple):
-    """The same question to a new process on the same disk, and why it did not load more."""
-
-    seconds: float
-    tokens: int
-    same: bool
-    reasons: tuple[Reason, ...]
+    @property
+    def same(self) -> bool:
+        """Whether all three answers are."""
+        return self.cold.tokens == self.memory.tokens == self.disk.tokens
 
 
 def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
@@ -44,21 +41,16 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
     with stage.engine(folder) as engine:
         turns = [turn for name, text in documents() for turn in _converse(screen, engine, name, text)]
     stage.other.open(folder)
-    told = [stage.other.answer(turn.prompt.tolist(), ANSWER_TOKENS) for turn in turns]
-    again = [
-        Again(each.first_token_seconds, each.cached_tokens, each.tokens == turn.answer, each.reasons)
-        for each, turn in zip(told, turns, strict=True)
-    ]
+    turns = [turn._replace(disk=stage.other.answer(turn.prompt.tolist(), ANSWER_TOKENS)) for turn in turns]
     screen.worked()
     screen.say("Two chapters of Python's own documentation, and three questions about each:")
-    _show(screen, turns, again)
-    return _concluded(screen, turns, again)
+    _show(screen, turns)
+    return _concluded(screen, turns)
 
 
-def _converse(screen: Screen, engine: Engine, name: str, text: str) -> list[Turn]:
+def _converse(screen: Screen, engine: Engine, name: str, text: str) -> Iterator[Turn]:
     """A conversation: the history grows by the model's own answers."""
     messages = [{"role": "system", "content": f"Answer questions about this text.\n\n{text}"}]
-    turns = []
     for number, question in enumerate(QUESTIONS, 1):
         screen.working(f"{name}, turn {number}")
         messages.append({"role": "user", "content": question})
@@ -66,70 +58,61 @@ def _converse(screen: Screen, engine: Engine, name: str, text: str) -> list[Turn
         cold = engine.generate(prompt, ANSWER_TOKENS, load=False, save=False)
         warm = engine.generate(prompt, ANSWER_TOKENS)
         messages.append({"role": "assistant", "content": warm.text})
-        turns.append(
-            Turn(
-                name,
-                number,
-                prompt,
-                cold.tokens,
-                cold.first_token_seconds,
-                warm.first_token_seconds,
-                warm.cached_tokens,
-                cold.tokens == warm.tokens,
-            )
-        )
-    return turns
+        yield Turn(name, number, prompt, cold, warm)
 
 
-def _show(screen: Screen, turns: list[Turn], again: list[Again]) -> None:
+def _show(screen: Screen, turns: list[Turn]) -> None:
     rows = [
         [
             f"{turn.document}, turn {turn.number}",
             f"{len(turn.prompt):,}",
-            f"{1e3 * turn.cold_seconds:,.0f} ms",
-            f"{1e3 * turn.memory_seconds:,.0f} ms ({turn.memory_tokens / len(turn.prompt):.0%})",
-            f"{1e3 * new.seconds:,.0f} ms ({', '.join([f'{new.tokens / len(turn.prompt):.0%}', *new.reasons])})",
-            "yes" if turn.same and new.same else "NO",
+            milliseconds(turn.cold.first_token_seconds),
+            _cell(turn, turn.memory),
+            _cell(turn, turn.disk, *turn.disk.reasons),
+            "yes" if turn.same else "NO",
         ]
-        for turn, new in zip(turns, again, strict=True)
+        for turn in turns
     ]
     headers = ["first token", "prompt", "no cache", "memory (known)", "new process (known)", "same answer"]
     screen.table(headers, rows, right=range(1, 6))
     screen.say(
-        "The first turn is new to the first process, so it computes it; the new process finds all of it on disk."
+        "The first turn is new to the first process, which computes it; the new process finds all of it on disk."
     )
 
 
-def _concluded(screen: Screen, turns: list[Turn], again: list[Again]) -> Chapter:
-    later = [turn for turn in turns if turn.number > 1]
-    cold = statistics.median(turn.cold_seconds for turn in turns)
-    memory = statistics.median(turn.memory_seconds for turn in later)
-    disk = statistics.median(new.seconds for new in again)
-    in_memory = statistics.median(turn.cold_seconds / turn.memory_seconds for turn in later)
-    on_disk = statistics.median(turn.cold_seconds / new.seconds for turn, new in zip(turns, again, strict=True))
-    bars = (("no cache", cold), ("memory, turn 2 on", memory), ("new process, disk", disk))
+def _cell(turn: Turn, answer: Result | Told, *reasons: Reason) -> str:
+    known = ", ".join([f"{answer.cached_tokens / len(turn.prompt):.0%}", *reasons])
+    return f"{milliseconds(answer.first_token_seconds)} ({known})"
+
+
+def _concluded(screen: Screen, turns: list[Turn]) -> Chapter:
+    cold = [turn.cold.first_token_seconds for turn in turns]
+    memory = [turn.memory.first_token_seconds for turn in turns]
+    disk = [turn.disk.first_token_seconds for turn in turns]
+    later = [at for at, turn in enumerate(turns) if turn.number > 1]
+    in_memory = median(cold[at] / memory[at] for at in later)
+    on_disk = median(before / after for before, after in zip(cold, disk, strict=True))
+    some = [memory[at] for at in later]
+    bars = (("no cache", median(cold)), ("memory, turn 2 on", median(some)), ("new process, disk", median(disk)))
     screen.say("")
-    screen.bars([(name, seconds, f"{1e3 * seconds:,.0f} ms") for name, seconds in bars])
+    screen.bars([(name, seconds, milliseconds(seconds)) for name, seconds in bars])
     screen.say("")
-    same = sum(turn.same and new.same for turn, new in zip(turns, again, strict=True))
-    claim = Claim(
-        '"14x faster time to first token"',
-        f"{in_memory:.0f}x from memory, {on_disk:.0f}x from disk in a new process",
-        "thermocline bench ttft",
-    )
+    same = sum(turn.same for turn in turns)
+    figure = f"{in_memory:.0f}x from memory, {on_disk:.0f}x from disk in a new process"
+    claim = Claim('"14x faster time to first token"', figure, "thermocline bench ttft")
     details: dict[str, Any] = {
         "turns": len(turns),
         "prompt_tokens": [len(turn.prompt) for turn in turns],
         "same_answers": same,
-        "cold_seconds": [turn.cold_seconds for turn in turns],
-        "memory_seconds": [turn.memory_seconds for turn in turns],
-        "memory_tokens": [turn.memory_tokens for turn in turns],
-        "disk_seconds": [new.seconds for new in again],
-        "disk_tokens": [new.tokens for new in again],
-        "disk_reasons": [new.reasons for new in again],
+        "cold_seconds": cold,
+        "memory_seconds": memory,
+        "memory_tokens": [turn.memory.cached_tokens for turn in turns],
+        "disk_seconds": disk,
+        "disk_tokens": [turn.disk.cached_tokens for turn in turns],
+        "disk_reasons": [turn.disk.reasons for turn in turns],
         "cold_over_memory": in_memory,
         "cold_over_disk": on_disk,
     }
-    used = all(turn.memory_tokens for turn in later) and all(new.tokens for new in again)
-    verdict = f"{same} of {len(turns)} answers the same all three ways; first token {claim.figure}"
-    return Chapter(name="conversations", ok=same == len(turns) and used, verdict=verdict, claim=claim, details=details)
+    used = all(turns[at].memory.cached_tokens for at in later) and all(turn.disk.cached_tokens for turn in turns)
+    verdict = f"{same} of {len(turns)} answers the same all three ways; first token {figure}"
+    return Chapter(same == len(turns) and used, verdict, claim, details)

@@ -50,13 +50,10 @@ def play(screen: Screen, folder: Path) -> Chapter:
     ok = explained and refused == FLIPS and wrong == 0 and whole == BLOCKS - FLIPS
     screen.say(f"Then one random bit in each of {FLIPS} blocks, headers and payloads alike:")
     verdict = f"{refused} of {FLIPS} refused, {wrong} wrong bytes handed out, the other {whole} blocks load"
-    claim = Claim(
-        "taken for granted: a hit returns what was saved",
-        f"{refused} of {FLIPS} flipped bits refused, {wrong} wrong",
-        "make test",
-    )
+    figure = f"{refused} of {FLIPS} flipped bits refused, {wrong} wrong"
+    claim = Claim("taken for granted: a hit returns what was saved", figure, "make test")
     details = {"flips": FLIPS, "refused": refused, "wrong": wrong, "intact_loaded": whole, "explained": explained}
-    return Chapter(name="damage", ok=ok, verdict=verdict, claim=claim, details=details)
+    return Chapter(ok, verdict, claim, details)
 
 
 def _one_bit(screen: Screen, folder: Path) -> bool:
@@ -80,8 +77,7 @@ def _one_bit(screen: Screen, folder: Path) -> bool:
     store.release(plan.lease)
     receipt = store.receipts.record("demo", tokens, plan, loaded, prefill_seconds=0.0)
     store.close()
-    for line in report.render(receipt).splitlines():
-        screen.say("| " + line, style="dim")
+    screen.quote(report.render(receipt))
     right = all(np.array_equal(into[at][0], payloads[at]) for at in range(loaded.blocks))
     return right and loaded.blocks == victim and receipt.missing[0].reason is Reason.CORRUPT
 

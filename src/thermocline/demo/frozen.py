@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from thermocline.build import store_from
-from thermocline.clock import SystemClock
+from thermocline.clock import until
 from thermocline.demo import local_redis
 from thermocline.demo.chapter import Chapter, Claim
-from thermocline.demo.other import MIB, Other, Told
-from thermocline.demo.screen import Screen
+from thermocline.demo.other import Other, Told
+from thermocline.demo.screen import Screen, milliseconds
 from thermocline.demo.stage import Stage
 from thermocline.demo.texts import documents
 from thermocline.engines.text import Tokens
-from thermocline.engines.transformers import Engine
-from thermocline.settings import Settings
 from thermocline.store.receipt import Reason
 
 ANSWER_TOKENS = 8
@@ -44,7 +41,7 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
     """The first process saves to Redis; the second, with nothing of its own, is asked the same."""
     if local_redis.installed() is None:
         claim = Claim(CLAIM, "not shown: no redis-server on this machine", "make demo")
-        return Chapter(name="frozen", ok=True, verdict=claim.figure, claim=claim, details={"shown": False})
+        return Chapter(ok=True, verdict=claim.figure, claim=claim, details={"shown": False})
     with local_redis.running(folder) as server:
         known = _saved(screen, stage, server.url)
         stage.other.open(None, redis_url=server.url)
@@ -63,17 +60,17 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
 
 def _saved(screen: Screen, stage: Stage, url: str) -> list[tuple[Tokens, tuple[int, ...], float]]:
     """Prompts that are in Redis afterwards, each with its answer and the seconds to its first token without a cache."""
-    settings = Settings(memory_bytes=256 * MIB, redis_url=url, redis_gain_min=0.0)
     texts = [text[:CHARACTERS] for _, text in documents()]
     known = []
-    with contextlib.closing(store_from(settings)) as store, contextlib.closing(Engine(stage.model, store)) as engine:
+    with stage.engine(redis_url=url) as engine:
         for at in range(BEFORE + DURING + 1):
             screen.working(f"the first process saves prompt {at + 1}")
             prompt = engine.text.encode(f"Document {at}.\n\n{texts[at % len(texts)]}\nSay what this is about.")
             cold = engine.generate(prompt, ANSWER_TOKENS, load=False, save=False)
             engine.generate(prompt, 1)
             known.append((prompt, cold.tokens, cold.first_token_seconds))
-        store.flush(10.0)
+        assert engine.store is not None
+        engine.store.flush(10.0)
     return known
 
 
@@ -84,10 +81,8 @@ def _asked(other: Other, when: str, prompt: Tokens, answer: tuple[int, ...], col
 
 def _asked_until_loaded(other: Other, prompt: Tokens, answer: tuple[int, ...], cold_seconds: float) -> Answer:
     """Ask for one token, leaving nothing behind, until Redis serves again; then ask for the answer."""
-    clock = SystemClock()
-    deadline = clock.now() + RECOVERY_SECONDS_MAX
-    while not other.answer(prompt.tolist(), 1, save=False).cached_tokens and clock.now() < deadline:
-        clock.sleep(0.1)
+    asked = partial(other.answer, prompt.tolist(), 1, save=False)
+    until(lambda: asked().cached_tokens, RECOVERY_SECONDS_MAX, pause_seconds=0.1)
     return _asked(other, "well again", prompt, answer, cold_seconds)
 
 
@@ -97,9 +92,9 @@ def _show(screen: Screen, answers: Sequence[Answer]) -> None:
         [
             each.when,
             f"{len(each.prompt):,}",
-            f"{1e3 * each.cold_seconds:,.0f} ms",
+            milliseconds(each.cold_seconds),
             f"{1e3 * each.told.match_seconds:,.1f} ms",
-            f"{1e3 * each.told.first_token_seconds:,.0f} ms",
+            milliseconds(each.told.first_token_seconds),
             ", ".join([f"{each.told.cached_tokens / len(each.prompt):.0%} from Redis", *each.told.reasons]),
             "yes" if each.same else "NO",
         ]
@@ -135,4 +130,4 @@ def _concluded(answers: Sequence[Answer]) -> Chapter:
     }
     ok = same == len(answers) and late <= LATE_MAX and explained == len(frozen) and shared
     verdict = f"{figure}; every miss says that Redis did not answer"
-    return Chapter(name="frozen", ok=ok, verdict=verdict, claim=claim, details=details)
+    return Chapter(ok, verdict, claim, details)

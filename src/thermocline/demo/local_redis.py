@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thermocline.clock import SystemClock
+from thermocline.clock import SystemClock, until
 from thermocline.errors import TierError
 from thermocline.wire.resp import Address, connect
 
@@ -56,22 +56,18 @@ def running(folder: Path, *, port: int = 0) -> Iterator[LocalRedis]:
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             address = Address("127.0.0.1", port) if port else Address("", 0, str(path))
-            _wait_ready(address)
+            if not until(lambda: _answers(address), READY_SECONDS_MAX, pause_seconds=PAUSE_SECONDS):
+                raise TierError("redis-server does not answer", hint=f"see {folder / 'redis.log'}")
             yield LocalRedis(process, address)
         finally:
             process.send_signal(signal.SIGCONT)
             process.kill()
 
 
-def _wait_ready(address: Address) -> None:
+def _answers(address: Address) -> bool:
     clock = SystemClock()
-    deadline = clock.now() + READY_SECONDS_MAX
-    while True:
-        try:
-            connect(address, now=clock.now, deadline=deadline).close()
-        except OSError as error:
-            if clock.now() > deadline:
-                raise TierError(f"redis-server does not answer: {error}", hint="start it by hand and see") from error
-            clock.sleep(PAUSE_SECONDS)
-        else:
-            return
+    try:
+        connect(address, now=clock.now, deadline=clock.now() + READY_SECONDS_MAX).close()
+    except OSError:
+        return False
+    return True

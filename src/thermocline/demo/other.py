@@ -12,6 +12,7 @@ from typing import IO
 import msgspec
 
 from thermocline.errors import ThermoclineError
+from thermocline.settings import Settings
 from thermocline.store.receipt import Reason
 
 MIB = 1024 * 1024
@@ -20,11 +21,23 @@ THREADS = 1
 MODEL = "tiny"
 
 
+def small(path: Path | None = None, *, redis_url: str | None = None, receipts_path: Path | None = None) -> Settings:
+    """Small tiers: memory, and those that are named. Redis is asked whatever it gains."""
+    return Settings(
+        memory_bytes=256 * MIB,
+        disk_path=path,
+        disk_bytes=512 * MIB,
+        redis_url=redis_url,
+        redis_gain_min=0.0,
+        receipts_path=receipts_path,
+    )
+
+
 class Ask(msgspec.Struct, frozen=True):
     """Open a store, with a disk tier at `path` or a Redis server as given; or answer `tokens`, if there are any."""
 
-    path: str = ""
-    redis_url: str = ""
+    path: str | None = None
+    redis_url: str | None = None
     tokens: tuple[int, ...] = ()
     new_tokens: int = 0
     save: bool = True
@@ -50,9 +63,9 @@ class Other:
         """Wait until the model is loaded."""
         self._read()
 
-    def open(self, path: Path | None, *, redis_url: str = "") -> None:
+    def open(self, path: Path | None, *, redis_url: str | None = None) -> None:
         """Have it open a new store: with a disk tier that no other process has open, or a Redis server."""
-        self._ask(Ask(path="" if path is None else str(path), redis_url=redis_url))
+        self._ask(Ask(None if path is None else str(path), redis_url))
 
     def answer(self, tokens: Sequence[int], new_tokens: int, *, save: bool = True) -> Told:
         """Have it answer."""
@@ -88,7 +101,6 @@ def serve(asked: IO[str], told: IO[str]) -> None:
     from thermocline.build import store_from
     from thermocline.engines.models import load_model
     from thermocline.engines.transformers import Engine
-    from thermocline.settings import Settings
 
     def tell(answer: Told) -> None:
         print(msgspec.json.encode(answer).decode(), file=told, flush=True)
@@ -100,14 +112,8 @@ def serve(asked: IO[str], told: IO[str]) -> None:
         for line in asked:
             ask = msgspec.json.decode(line, type=Ask)
             if ask.path or ask.redis_url:
-                settings = Settings(
-                    memory_bytes=256 * MIB,
-                    disk_path=Path(ask.path) if ask.path else None,
-                    disk_bytes=512 * MIB,
-                    redis_url=ask.redis_url or None,
-                    redis_gain_min=0.0,
-                )
-                store = stack.enter_context(contextlib.closing(store_from(settings)))
+                opened = small(Path(ask.path) if ask.path else None, redis_url=ask.redis_url)
+                store = stack.enter_context(contextlib.closing(store_from(opened)))
                 engine = stack.enter_context(contextlib.closing(Engine(model, store)))
             if not ask.tokens:
                 tell(Told())

@@ -10,6 +10,11 @@ WIDTH_MAX = 110
 WAIT_LINE_SECONDS = 10.0
 
 
+def milliseconds(seconds: float) -> str:
+    """As a cell of a table."""
+    return f"{1e3 * seconds:,.0f} ms"
+
+
 class Screen:
     """Writes chapters, sentences, tables and bars."""
 
@@ -36,6 +41,11 @@ class Screen:
         from rich.text import Text
 
         self._console.print(Padding(Text(text, style=style), (0, 0, 0, 3), expand=False))
+
+    def quote(self, text: str) -> None:
+        """What a verb of ours prints."""
+        for line in text.splitlines():
+            self.say("| " + line, style="dim")
 
     def verdict(self, text: str, *, ok: bool) -> None:
         """What the chapter has shown."""

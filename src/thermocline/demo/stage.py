@@ -10,11 +10,10 @@ from typing import NamedTuple
 from thermocline.build import store_from
 from thermocline.clock import SystemClock
 from thermocline.demo import other
-from thermocline.demo.other import MIB, MODEL, THREADS, Other
+from thermocline.demo.other import MODEL, THREADS, Other, small
 from thermocline.demo.screen import Screen
 from thermocline.engines.models import Model, load_model
 from thermocline.engines.transformers import Engine
-from thermocline.settings import Settings
 
 
 class Stage(NamedTuple):
@@ -24,9 +23,11 @@ class Stage(NamedTuple):
     other: Other
 
     @contextlib.contextmanager
-    def engine(self, folder: Path) -> Iterator[Engine]:
-        """An engine with memory and disk. At its end all is durable, and the disk is free for another process."""
-        settings = Settings(memory_bytes=256 * MIB, disk_path=folder, disk_bytes=512 * MIB)
+    def engine(
+        self, disk: Path | None = None, *, redis_url: str | None = None, receipts_path: Path | None = None
+    ) -> Iterator[Engine]:
+        """An engine with memory and what is named. At its end all is durable, the disk free for another process."""
+        settings = small(disk, redis_url=redis_url, receipts_path=receipts_path)
         with contextlib.closing(store_from(settings)) as store, contextlib.closing(Engine(self.model, store)) as engine:
             yield engine
 
@@ -51,7 +52,6 @@ def opened(screen: Screen) -> Iterator[Stage]:
             engine.generate(warm_up, 2)
         screen.worked()
         weights = sum(parameter.numel() for parameter in model.module.parameters())
-        screen.say(
-            f"{weights / 1e6:.0f} million weights, {model.layout.dtype}, ready after {clock.now() - started:.0f} s."
-        )
+        seconds = clock.now() - started
+        screen.say(f"{weights / 1e6:.0f} million weights, {model.layout.dtype}, ready after {seconds:.0f} s.")
         yield Stage(model, second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,24 +20,13 @@ from thermocline.demo.screen import Screen
 from thermocline.errors import ModelError
 
 POLL_SECONDS = 0.25
+Chapters = Mapping[str, Callable[[Screen, Path], Chapter]]
 TITLES = {
     "damage": ("A flipped bit on disk is refused", "A hit is exact, or it is a miss with a reason."),
-    "crash": (
-        "A kill in the middle of writing is recovered",
-        "What was called durable is there, and nothing is wrong.",
-    ),
-    "conversations": (
-        "Conversations answer sooner, and the same",
-        "Three ways, one answer: no cache, memory, new process.",
-    ),
-    "agent": (
-        "An agent takes 100 steps on one context",
-        "Each step sends everything again; only what is new is computed.",
-    ),
-    "frozen": (
-        "A frozen Redis that nobody notices",
-        "A cache failure is never a request failure, nor a slow one.",
-    ),
+    "crash": ("A kill in the middle of writing is recovered", "What was durable is there, and nothing is wrong."),
+    "conversations": ("Conversations answer sooner, and the same", "One answer: no cache, memory, new process."),
+    "agent": ("An agent takes 100 steps on one context", "Each step sends all of it; only what is new is computed."),
+    "frozen": ("A frozen Redis that nobody notices", "A cache failure is never a request failure, nor a slow one."),
     "planted": ("A timestamp at the top costs everything", "Every request has a receipt, and the receipt says why."),
     "summary": ("Why is my hit rate 30 %?", "Receipts add up: each token was loaded, or has one reason."),
     "vllm": ("vLLM, and a node that dies under it", "One flag: what vLLM computed outlives its cache, and the node."),
@@ -54,10 +43,11 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
     screen = Screen(json_output=json_output)
     started = clock.now()
     with vllm_running.started() as vllm_up:
-        told = [_chapter(screen, clock, at, name, play) for at, (name, play) in enumerate(_CHEAP.items(), 1)]
+        chapters: Chapters = {"damage": damage.play, "crash": crash.play}
+        told = list(_played(screen, clock, chapters))
         _wait_for_engine(screen, clock, engine_ready)
-        told += _with_model(screen, clock, len(told))
-        told.append(_chapter(screen, clock, len(told) + 1, "vllm", partial(vllm.play, vllm=vllm_up)))
+        told += _with_model(screen, clock)
+        told += _played(screen, clock, {"vllm": partial(vllm.play, vllm=vllm_up)})
     seconds = clock.now() - started
     _end(screen, told, seconds)
     ok = all(chapter.ok for chapter in told)
@@ -68,35 +58,30 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
     return 0 if ok else 1
 
 
-_CHEAP: dict[str, Callable[[Screen, Path], Chapter]] = {"damage": damage.play, "crash": crash.play}
-
-
-def _with_model(screen: Screen, clock: Clock, before: int) -> list[Chapter]:
+def _with_model(screen: Screen, clock: Clock) -> list[Chapter]:
     from thermocline.demo import agent, conversations, frozen, planted, stage, summary
 
-    chapters = {
-        "conversations": conversations.play,
-        "agent": agent.play,
-        "frozen": frozen.play,
-        "planted": planted.play,
-        "summary": summary.play,
-    }
     with stage.opened(screen) as opened:
-        return [
-            _chapter(screen, clock, before + at, name, partial(play, stage=opened))
-            for at, (name, play) in enumerate(chapters.items(), 1)
-        ]
+        chapters: Chapters = {
+            "conversations": partial(conversations.play, stage=opened),
+            "agent": partial(agent.play, stage=opened),
+            "frozen": partial(frozen.play, stage=opened),
+            "planted": partial(planted.play, stage=opened),
+            "summary": partial(summary.play, stage=opened),
+        }
+        return list(_played(screen, clock, chapters))
 
 
-def _chapter(screen: Screen, clock: Clock, at: int, name: str, play: Callable[[Screen, Path], Chapter]) -> Chapter:
-    """Play one chapter in a folder of its own, which is gone afterwards."""
-    title, promise = TITLES[name]
-    screen.chapter(at, title, promise)
-    started = clock.now()
-    with tempfile.TemporaryDirectory(prefix="thermocline-demo-", ignore_cleanup_errors=True) as folder:
-        told = play(screen, Path(folder))
-    screen.verdict(told.verdict, ok=told.ok)
-    return msgspec.structs.replace(told, title=title, seconds=round(clock.now() - started, 1))
+def _played(screen: Screen, clock: Clock, chapters: Chapters) -> Iterator[Chapter]:
+    """Play these chapters, each in a folder of its own, which is gone afterwards."""
+    for name, chapter in chapters.items():
+        title, promise = TITLES[name]
+        screen.chapter(list(TITLES).index(name) + 1, title, promise)
+        started = clock.now()
+        with tempfile.TemporaryDirectory(prefix="thermocline-demo-", ignore_cleanup_errors=True) as folder:
+            told = chapter(screen, Path(folder))
+        screen.verdict(told.verdict, ok=told.ok)
+        yield msgspec.structs.replace(told, name=name, title=title, seconds=round(clock.now() - started, 1))
 
 
 def _wait_for_engine(screen: Screen, clock: Clock, ready: Path | None) -> None:
@@ -123,6 +108,4 @@ def _end(screen: Screen, told: list[Chapter], seconds: float) -> None:
     screen.table(["playbook claim", "our figure", "command"], rows)
     failed = [chapter.title for chapter in told if not chapter.ok]
     shown = "every chapter showed what it promises" if not failed else f"not as promised: {'; '.join(failed)}"
-    screen.say(
-        f"{shown}, in {seconds:.0f} s. `thermocline bench list` measures each figure with its limit and interval."
-    )
+    screen.say(f"{shown}, in {seconds:.0f} s. `thermocline bench list` measures each figure with limit and interval.")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from thermocline.build import store_from
 from thermocline.demo.chapter import Chapter, Claim
-from thermocline.demo.other import MIB
-from thermocline.demo.screen import Screen
+from thermocline.demo.screen import Screen, milliseconds
 from thermocline.demo.stage import Stage
 from thermocline.demo.texts import documents
 from thermocline.engines.transformers import Engine
 from thermocline.lens import fetch, report
 from thermocline.lens.summary import Summary, summarise
-from thermocline.settings import Settings
 from thermocline.store.receipt import Reason
 
 CHARACTERS = 2_000
 ROUNDS = 6
 QUESTIONS = ("What is this about?", "Who is it for?", "What is left out?", "Is it true?", "Why so?", "What else?")
-CLAIM = '"why is my hit rate 30 %?"'
 HIT_RATE_MIN = 0.6
 
 Prompt = Callable[[str, str, int], str]
@@ -49,8 +44,7 @@ def time_last(text: str, stamp: str, at: int) -> str:
 def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
     """The same traffic twice: as it is, and with one line moved."""
     path = folder / "receipts.jsonl"
-    settings = Settings(memory_bytes=256 * MIB, receipts_path=path)
-    with contextlib.closing(store_from(settings)) as store, contextlib.closing(Engine(stage.model, store)) as engine:
+    with stage.engine(receipts_path=path) as engine:
         before = _phase(screen, engine, 0, time_first)
         after = _phase(screen, engine, 1, time_last)
     screen.worked()
@@ -58,8 +52,7 @@ def play(screen: Screen, folder: Path, stage: Stage) -> Chapter:
         "Two applications share a server: one asks about a document, the other begins each prompt with the time. "
         f"Over their {before.summary.requests} requests, `thermocline why --summary` says:"
     )
-    for line in report.render_summary(before.summary, bars=True).splitlines():
-        screen.say("| " + line, style="dim")
+    screen.quote(report.render_summary(before.summary, bars=True))
     screen.say("The second application moves the time to the end of its prompts, and the same traffic comes again:")
     screen.table(
         ["traffic", "requests", "prompt tokens", "hit rate", "most of the rest", "first token (median)"],
@@ -94,28 +87,20 @@ def _worst(summary: Summary) -> Reason:
 
 def _row(name: str, phase: Phase) -> list[str]:
     summary = phase.summary
-    return [
-        name,
-        f"{summary.requests}",
-        f"{summary.prompt_tokens:,}",
-        f"{summary.hit_rate:.0%}",
-        _worst(summary).name,
-        f"{1e3 * phase.first_token_seconds:,.0f} ms",
-    ]
+    counts = [f"{summary.requests}", f"{summary.prompt_tokens:,}", f"{summary.hit_rate:.0%}"]
+    return [name, *counts, _worst(summary).name, milliseconds(phase.first_token_seconds)]
 
 
-def _adds_up(summaries: Sequence[Summary]) -> bool:
-    return all(
-        each.loaded_tokens + sum(share.tokens for share in each.by_reason) == each.prompt_tokens and not each.skipped
-        for each in summaries
-    )
+def _adds_up(each: Summary) -> bool:
+    computed = sum(share.tokens for share in each.by_reason)
+    return each.loaded_tokens + computed == each.prompt_tokens and not each.skipped
 
 
 def _concluded(before: Phase, after: Phase, whole: Summary) -> Chapter:
     first, second = before.summary, after.summary
     worst = _worst(first)
     written = whole.prompt_tokens == first.prompt_tokens + second.prompt_tokens
-    adds_up = _adds_up((first, second, whole)) and written
+    adds_up = all(map(_adds_up, (first, second, whole))) and written
     ok = adds_up and worst is Reason.DIVERGED and second.hit_rate >= max(HIT_RATE_MIN, 1.5 * first.hit_rate)
     figure = f"{first.hit_rate:.0%}: {worst.name}; {second.hit_rate:.0%} after the line that it names was moved"
     details = {
@@ -129,5 +114,5 @@ def _concluded(before: Phase, after: Phase, whole: Summary) -> Chapter:
     }
     sums = "all tokens add up" if adds_up else "the tokens do NOT add up"
     verdict = f"{figure}; {sums}, here and in the file of receipts"
-    claim = Claim(CLAIM, figure, "thermocline why --summary")
-    return Chapter(name="summary", ok=ok, verdict=verdict, claim=claim, details=details)
+    claim = Claim('"why is my hit rate 30 %?"', figure, "thermocline why --summary")
+    return Chapter(ok, verdict, claim, details)

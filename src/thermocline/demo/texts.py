@@ -12,10 +12,7 @@ def documents() -> list[tuple[str, str]]:
     """(name, text): two chapters of Python's own documentation, cut to a length that computes in about a second."""
     from pydoc_data.topics import topics
 
-    return [
-        ("format strings", _cut(topics["formatstrings"])),
-        ("assignment", _cut(topics["assignment"])),
-    ]
+    return [("format strings", _cut(topics["formatstrings"])), ("assignment", _cut(topics["assignment"]))]
 
 
 def source() -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from thermocline.clock import SystemClock
+from thermocline.clock import until
 from thermocline.demo.chapter import Chapter, Claim
-from thermocline.demo.screen import Screen
+from thermocline.demo.screen import Screen, milliseconds
 from thermocline.demo.texts import documents
 from thermocline.demo.vllm_running import Answer, Running
 from thermocline.errors import LaunchError
@@ -44,19 +44,20 @@ def play(screen: Screen, folder: Path, vllm: Running | None) -> Chapter:  # noqa
 
 
 def _not_shown(why: str, *, ok: bool) -> Chapter:
-    return Chapter(name="vllm", ok=ok, verdict=why, claim=Claim(CLAIM, why, COMMAND), details={"shown": False})
+    return Chapter(ok, why, Claim(CLAIM, why, COMMAND), {"shown": False})
 
 
 def _asked_until_loaded(vllm: Running, when: str, prompt: str) -> Answer:
     """The engine finds a node that was away, or late on a busy machine, by itself within a moment."""
-    clock = SystemClock()
-    deadline = clock.now() + RECOVERY_SECONDS_MAX
-    while True:
+    answers: list[Answer] = []
+
+    def loaded() -> int:
         vllm.forget()
-        answer = vllm.answer(when, prompt)
-        if answer.cached_tokens or clock.now() > deadline:
-            return answer
-        clock.sleep(RETRY_SECONDS)
+        answers.append(vllm.answer(when, prompt))
+        return answers[-1].cached_tokens
+
+    until(loaded, RECOVERY_SECONDS_MAX, pause_seconds=RETRY_SECONDS)
+    return answers[-1]
 
 
 def _same(answers: Sequence[Answer]) -> list[bool]:
@@ -75,7 +76,7 @@ def _show(screen: Screen, answers: Sequence[Answer], same: Sequence[bool]) -> No
             answer.when,
             f"{answer.prompt_tokens:,}",
             f"{answer.cached_tokens:,}",
-            f"{1e3 * answer.seconds:,.0f} ms",
+            milliseconds(answer.seconds),
             "yes" if alike else "NO",
         ]
         for answer, alike in zip(answers, same, strict=True)
@@ -98,5 +99,4 @@ def _concluded(answers: Sequence[Answer], same: Sequence[bool]) -> Chapter:
         "prompt_tokens": new.prompt_tokens,
         "answer_seconds": [answer.seconds for answer in answers],
     }
-    claim = Claim(CLAIM, figure, COMMAND)
-    return Chapter(name="vllm", ok=ok, verdict=figure, claim=claim, details=details)
+    return Chapter(ok, figure, Claim(CLAIM, figure, COMMAND), details)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from thermocline.clock import SystemClock
+from thermocline.clock import SystemClock, until
 from thermocline.demo.screen import Screen
 from thermocline.engines.telling import Event
 from thermocline.errors import LaunchError, UnreachableError
@@ -28,7 +28,7 @@ from thermocline.node import ask
 ANSWER_TOKENS = 8
 START_SECONDS_MAX, STOP_SECONDS_MAX = 300.0, 60.0
 ANSWER_SECONDS_MAX = 60.0
-POLL_SECONDS = 0.25
+POLL_SECONDS, PAUSE_SECONDS = 0.25, 0.05
 OK = 200
 _SIZES = ("--memory-bytes", "256MiB", "--disk-bytes", "512MiB")
 _ENGINE = ("--max-model-len", "8192", "--block-size", "32")
@@ -69,13 +69,12 @@ class Running:
 
     def wait_durable(self) -> None:
         """Wait until all that the node has in memory is on its disk, too."""
-        clock = SystemClock()
-        deadline = clock.now() + ANSWER_SECONDS_MAX
-        while True:
+
+        def durable() -> bool:
             blocks = {tier.name: tier.blocks for tier in ask.status(self._socket).tiers}
-            if blocks["disk"] >= blocks["memory"] or clock.now() > deadline:
-                return
-            clock.sleep(POLL_SECONDS / 5)
+            return blocks["disk"] >= blocks["memory"]
+
+        until(durable, ANSWER_SECONDS_MAX, pause_seconds=PAUSE_SECONDS)
 
     def kill_node(self) -> None:
         """SIGKILL, and no goodbye. `up` starts it again after a second."""
@@ -93,12 +92,12 @@ class Running:
 
     def forget(self) -> None:
         """Empty vLLM's own cache. It refuses while blocks are held, which takes a moment after each answer."""
-        clock = SystemClock()
-        deadline = clock.now() + ANSWER_SECONDS_MAX
-        while not self._post("/reset_prefix_cache", {})[1].get("success", True):
-            if clock.now() > deadline:
-                raise UnreachableError("vLLM does not empty its own cache", hint="see its log, named above")
-            clock.sleep(POLL_SECONDS / 5)
+
+        def forgotten() -> bool:
+            return bool(self._post("/reset_prefix_cache", {})[1].get("success", True))
+
+        if not until(forgotten, ANSWER_SECONDS_MAX, pause_seconds=PAUSE_SECONDS):
+            raise UnreachableError("vLLM does not empty its own cache", hint="see its log, named above")
 
     def answer(self, when: str, prompt: str) -> Answer:
         """Ask for a few tokens, the likeliest ones."""
@@ -122,10 +121,8 @@ class Running:
                 return
 
     def _post(self, path: str, body: dict[str, object]) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPConnection(*self._address, timeout=ANSWER_SECONDS_MAX)
-        with contextlib.closing(connection):
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", path, msgspec.json.encode(body), headers)
+        with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=ANSWER_SECONDS_MAX)) as connection:
+            connection.request("POST", path, msgspec.json.encode(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             content = response.read()
         return response.status, msgspec.json.decode(content) if content else {}
