@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -13,8 +14,6 @@ import thermocline
 from thermocline.errors import BenchError, ThermoclineError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from thermocline.settings import Settings
 
 LAST_MAX, INSTANCES_MAX = 999_999, 64
@@ -78,8 +77,6 @@ def _settings_flags() -> list[click.Option]:
 
 
 def _load_settings(config_path: str | None, flags: Mapping[str, str | None]) -> Settings:
-    from pathlib import Path
-
     from thermocline.settings import Settings
 
     return Settings.load(Path(config_path) if config_path else None, flags=flags)
@@ -127,8 +124,6 @@ def node(
     Runs until Ctrl-C or SIGTERM, then makes what is in memory durable. --json announces the socket as JSON.
     """
     settings = _load_settings(config_path, flags)
-    from pathlib import Path
-
     from thermocline.build import store_from
     from thermocline.node import daemon, paths
 
@@ -158,8 +153,6 @@ def up(
     What follows `--` goes to each engine as it is. What dies is started again; Ctrl-C stops the engines, then the node.
     """
     settings = _load_settings(config_path, flags)
-    from pathlib import Path
-
     from thermocline.engines.up import up
     from thermocline.node import paths
 
@@ -178,8 +171,6 @@ def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **fl
     said on stderr.
     """
     settings = _load_settings(config_path, flags)
-    from pathlib import Path
-
     from thermocline.engines.up import running_node
     from thermocline.engines.vllm.config import vllm_config_json
 
@@ -193,8 +184,6 @@ def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **fl
 @click.option("--engine-ready", metavar="FILE", help=_ENGINE_READY)
 def demo(as_json: bool, engine_ready: str | None) -> int:
     """Show all of it on this machine: damage refused, a crash recovered, answers identical and sooner."""
-    from pathlib import Path
-
     from thermocline.demo.story import play
 
     return play(json_output=as_json, engine_ready=Path(engine_ready) if engine_ready else None)
@@ -206,8 +195,6 @@ def demo(as_json: bool, engine_ready: str | None) -> int:
 @_json_flag
 def bench(name: str, save: bool, as_json: bool) -> int:
     """Measure one budget against its raw limit in the same run. `bench list` names them with their cost."""
-    from pathlib import Path
-
     checkout = Path(thermocline.__file__).resolve().parents[2]
     if not (checkout / "bench" / "__init__.py").is_file():
         raise BenchError(
@@ -245,8 +232,6 @@ def why(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     as_json: bool,
 ) -> None:
     """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
-    from pathlib import Path
-
     from thermocline.lens import fetch, report
 
     key_file = Path(api_key_file) if api_key_file else None
@@ -323,8 +308,6 @@ def _print_in_colour(text: str, bar: str) -> None:
 @_json_flag
 def ps(socket: str | None, as_json: bool) -> None:
     """Show the nodes of this user, their tiers, who is connected, and how much of what was asked for they had."""
-    from pathlib import Path
-
     import msgspec
 
     from thermocline.lens import ps as shown
@@ -350,8 +333,6 @@ def check(path: str, repair: bool, as_json: bool) -> int:
 
     Changes nothing without --repair; with it, a second run finds nothing to do. No server may have the path open.
     """
-    from pathlib import Path
-
     import msgspec
 
     from thermocline.tiers.check import check_path

@@ -195,9 +195,7 @@ class Settings:
         Kind.PATH, None, "A file whose first line is the key that every request must carry as its bearer token."
     )
     node_socket: Path | None = _setting(
-        Kind.PATH,
-        None,
-        "The socket of a node that owns the tiers for all engines of this host.",
+        Kind.PATH, None, "The socket of a node that owns the tiers for all engines of this host."
     )
     memory_bytes: int = _setting(
         Kind.SIZE, 1 << 30, "The memory tier's size, taken once at start.", least=1 << 20, most=1 << 50

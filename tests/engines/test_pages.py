@@ -1,4 +1,4 @@
-"""Conformance of the Pages seam, and the way of blocks between pages and a model's tensors."""
+"""An engine's staging pages, and the way of blocks between pages and a model's tensors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import torch
 from thermocline.blocks.layout import Layout
 from thermocline.engines.kv import Kv, KvPool
 from thermocline.engines.models import Model
-from thermocline.engines.pages import MemoryPages, Pages
-from thermocline.engines.transformers import Engine
+from thermocline.engines.pages import MemoryPages
 
 COUNT = 6
 
 
-@pytest.fixture(params=["memory", "engine"])
-def pages(request: pytest.FixtureRequest, model: Model, plain: Engine) -> Pages:
-    """Every implementation: the in-memory twin, and what an engine stages its blocks in."""
-    return MemoryPages(model.layout, COUNT) if request.param == "memory" else plain._staging
+@pytest.fixture
+def pages(model: Model) -> MemoryPages:
+    """Pages of the model's layout."""
+    return MemoryPages(model.layout, COUNT)
 
 
-def test_pieces_add_up_to_a_block(pages: Pages) -> None:
+def test_pieces_add_up_to_a_block(pages: MemoryPages) -> None:
     """Each page has its pieces in order, one-dimensional bytes that add up to the block's length."""
     for pieces in pages.view([3, 0]):
         assert sum(piece.nbytes for piece in pieces) == pages.layout.block_bytes
         assert all(piece.dtype == np.uint8 and piece.ndim == 1 and piece.flags.c_contiguous for piece in pieces)
 
 
-def test_writing_into_a_piece_writes_into_its_page_only(pages: Pages) -> None:
+def test_writing_into_a_piece_writes_into_its_page_only(pages: MemoryPages) -> None:
     """A view is the memory itself: what is written is there at the next look, and in no other page."""
     for page in range(COUNT):
         for piece in pages.view([page])[0]:
@@ -37,7 +36,7 @@ def test_writing_into_a_piece_writes_into_its_page_only(pages: Pages) -> None:
         assert all((piece == page + 1).all() for piece in pieces)
 
 
-def test_an_unknown_page_is_refused(pages: Pages) -> None:
+def test_an_unknown_page_is_refused(pages: MemoryPages) -> None:
     """A page that does not exist is an error, not another page."""
     with pytest.raises(IndexError):
         pages.view([1 << 30])

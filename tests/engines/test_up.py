@@ -14,7 +14,7 @@ import pytest
 from thermocline.clock import ManualClock, SystemClock
 from thermocline.engines import child as children
 from thermocline.engines import launch
-from thermocline.engines.child import Child, Happened, State, backoff
+from thermocline.engines.child import Child, State, backoff
 from thermocline.engines.launch import Launch
 from thermocline.engines.telling import Event, Telling
 from thermocline.engines.up import Stop, Up
@@ -44,12 +44,12 @@ def made(tmp_path):
         child.kill()
 
 
-def _until(child: Child, *wanted: Happened) -> None:
+def _until(child: Child, *wanted: State) -> None:
     clock = SystemClock()
     deadline = clock.now() + SECONDS_MAX
-    for happened in wanted:
-        while child.look() is not happened:
-            assert clock.now() < deadline, f"no {happened}: {child.state}, {child.tail()}"
+    for state in wanted:
+        while child.look() is not state:
+            assert clock.now() < deadline, f"not {state}: {child.state}, {child.tail()}"
             clock.sleep(0.01)
 
 
@@ -77,10 +77,10 @@ def test_what_dies_is_started_again(made):
     """A child that was ready and died is started again after a moment, and is ready again."""
     child = made(STAY)
     child.start()
-    _until(child, Happened.READY)
+    _until(child, State.READY)
     first = child.pid
     os.kill(first, signal.SIGKILL)
-    _until(child, Happened.DIED, Happened.STARTED, Happened.READY)
+    _until(child, State.WAITING, State.STARTING, State.READY)
     assert child.pid != first
     assert child.death == ("was ended by SIGKILL", children.BACKOFF_SECONDS)
 
@@ -90,7 +90,7 @@ def test_what_never_comes_up_is_told_with_its_log(made, tmp_path):
     child = made("print('no such flag: \\x1b[31m--speed'); raise SystemExit(3)")
     child.start()
     with pytest.raises(LaunchError, match="child ended with status 3 before it was ready") as raised:
-        _until(child, Happened.READY)
+        _until(child, State.READY)
     assert "  | no such flag: [31m--speed" in raised.value.message
     assert str(tmp_path / "child.log") in raised.value.hint
     assert child.state is State.ENDED
@@ -104,17 +104,17 @@ def test_what_keeps_dying_is_given_up(made, tmp_path):
     child.start()
     waits = []
     for _ in range(children.DEATHS_MAX - 1):
-        _until(child, Happened.READY)
+        _until(child, State.READY)
         os.kill(child.pid, signal.SIGKILL)
-        _until(child, Happened.DIED)
+        _until(child, State.WAITING)
         waits.append(child.death.again_seconds)
         assert child.look() is None
         clock.sleep(waits[-1])
-        _until(child, Happened.STARTED)
+        _until(child, State.STARTING)
     assert waits == [1.0, 2.0, 4.0, 8.0]
     os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(LaunchError, match=f"{children.DEATHS_MAX} times in a row"):
-        _until(child, Happened.DIED)
+        _until(child, State.WAITING)
 
 
 def test_deaths_are_forgiven(made):
@@ -123,14 +123,14 @@ def test_deaths_are_forgiven(made):
     child = made(STAY, clock=clock)
     child.start()
     for _ in range(2):
-        _until(child, Happened.READY)
+        _until(child, State.READY)
         clock.sleep(children.STEADY_SECONDS)
         assert child.look() is None
         os.kill(child.pid, signal.SIGKILL)
-        _until(child, Happened.DIED)
+        _until(child, State.WAITING)
         assert child.death.again_seconds == children.BACKOFF_SECONDS
         clock.sleep(children.BACKOFF_SECONDS)
-        _until(child, Happened.STARTED)
+        _until(child, State.STARTING)
 
 
 def test_backoff_is_bounded():
@@ -159,12 +159,12 @@ def test_no_grandchild_is_left(made, how):
     """When a child dies or is stopped, the processes that it started are gone too."""
     child = made(PARENT)
     child.start()
-    _until(child, Happened.READY)
+    _until(child, State.READY)
     group = _group(child.pid)
     assert len(group) == 2
     if how == "killed":
         os.kill(child.pid, signal.SIGKILL)
-        _until(child, Happened.DIED)
+        _until(child, State.WAITING)
     else:
         child.terminate()
         clock = SystemClock()
@@ -182,7 +182,7 @@ def test_a_log_is_bounded(made, tmp_path, monkeypatch):
     monkeypatch.setattr(children, "LOG_BYTES_MAX", 1000)
     child = made("import sys; print('x' * 2000, flush=True); input_ = sys.argv; " + STAY)
     child.start()
-    _until(child, Happened.READY)
+    _until(child, State.READY)
     clock = SystemClock()
     while not (tmp_path / "child.log.older").exists():
         assert child.look() is None
@@ -333,7 +333,7 @@ def test_progress_on_a_terminal(made, monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         telling, child = Telling(as_json=False), made("print('reading weights', flush=True); " + STAY, "engine")
         child.start()
-        _until(child, Happened.READY)
+        _until(child, State.READY)
         for _ in range(2):
             telling.waiting([child, made(STAY, "next")])
         telling.event(Event("ready", "engine", 1.0))

@@ -107,8 +107,7 @@ def copy_out(source: NDArray[np.uint8], pieces: Sequence[NDArray[np.uint8]]) -> 
                 update(part.data)
         start += length
     if start != source.nbytes:
-        msg = f"pieces of {start} bytes for a block of {source.nbytes} bytes"
-        raise ValueError(msg)
+        raise ValueError(f"pieces of {start} bytes for a block of {source.nbytes} bytes")
     return state.digest()
 
 

@@ -23,8 +23,7 @@ NO_PARENT = BlockKey(bytes(KEY_BYTES))
 """What a frame names as the parent of a first block: its true parent, the root, is a secret when a salt is used."""
 
 if sys.byteorder != "little":  # token ids are hashed as they lie in memory
-    msg = "thermocline stores token ids as little-endian u32 and runs on little-endian machines only"
-    raise ImportError(msg)
+    raise ImportError("thermocline stores token ids as little-endian u32 and runs on little-endian machines only")
 
 
 class Tokens(Protocol):
@@ -51,8 +50,7 @@ def block_keys(
     positive multiple of 16.
     """
     if tokens_per_block <= 0 or tokens_per_block % TOKENS_PER_KEY:
-        msg = f"tokens_per_block must be a positive multiple of {TOKENS_PER_KEY}, not {tokens_per_block}"
-        raise ValueError(msg)
+        raise ValueError(f"tokens_per_block must be a positive multiple of {TOKENS_PER_KEY}, not {tokens_per_block}")
     ids = memoryview(tokens).cast("B").tobytes()
     block_bytes = tokens_per_block * TOKEN_BYTES
     stop = len(ids) - len(ids) % block_bytes

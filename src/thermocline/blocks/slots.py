@@ -92,8 +92,7 @@ class SlotMap:
         """Take a slot back. Raises ValueError for one that is not in use: a double free is a defect."""
         unit = self._unit_of(slot)
         if unit is None or unit.free[slot.number] == _FREE:
-            msg = f"slot {slot} is not in use"
-            raise ValueError(msg)
+            raise ValueError(f"slot {slot} is not in use")
         unit.free[slot.number] = _FREE
         unit.generations[slot.number] += 1
         unit.free_count += 1

@@ -111,12 +111,7 @@ class CompletionAnswers:
         self, choices: Sequence[openai.CompletionChoice], usage: openai.Usage | UnsetType | None
     ) -> openai.Answer:
         return openai.Answer(
-            id=self.id,
-            object="text_completion",
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            usage=usage,
+            id=self.id, object="text_completion", created=self._created, model=self._model, choices=choices, usage=usage
         )
 
 

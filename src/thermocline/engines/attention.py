@@ -60,8 +60,7 @@ def steady_attention(
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kwargs.get(name) is not None]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
-        msg = f"steady attention is plain causal attention, without {unknown or 'masks'}"
-        raise ValueError(msg)
+        raise ValueError(f"steady attention is plain causal attention, without {unknown or 'masks'}")
     rows, length = query.shape[2], key.shape[2]
     start = length - rows
     key, value = _widen(key), _widen(value)

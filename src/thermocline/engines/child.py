@@ -33,14 +33,6 @@ class State(enum.StrEnum):
     ENDED = "ended"  # it was stopped, or given up
 
 
-class Happened(enum.StrEnum):
-    """What a look at a child found out."""
-
-    STARTED = "started"
-    READY = "ready"
-    DIED = "died"
-
-
 class Death(NamedTuple):
     """How a child ended: what is said of it, and after how many seconds it starts again."""
 
@@ -96,8 +88,8 @@ class Child:
             os.close(log)
         self._enter(State.STARTING)
 
-    def look(self) -> Happened | None:
-        """See what became of it, and start it again when it is time.
+    def look(self) -> State | None:
+        """See what became of it, and start it again when it is time. The state that it is in since now, if it changed.
 
         Raises LaunchError where it did not come up the first time, or died DEATHS_MAX times in a row; it is ended then.
         """
@@ -142,23 +134,22 @@ class Child:
 
     # -- within --------------------------------------------------------------------------------------------------------
 
-    def _look_for_ready(self) -> Happened | None:
+    def _look_for_ready(self) -> State | None:
         if self.launch.ready():
             self._was_ready = True
-            self._enter(State.READY)
-            return Happened.READY
+            return self._enter(State.READY)
         if self.seconds > self.launch.start_seconds_max:
             self.kill()
             return self._died(f"was not ready after {self.launch.start_seconds_max:.0f} s")
         return None
 
-    def _start_again(self) -> Happened | None:
+    def _start_again(self) -> State | None:
         if self.death is None or self.seconds < self.death.again_seconds:
             return None
         self.start()
-        return Happened.STARTED
+        return self.state
 
-    def _died(self, how: str) -> Happened:
+    def _died(self, how: str) -> State:
         self._deaths += 1
         again = backoff(self._deaths) if self._was_ready else None
         if again is None:
@@ -167,8 +158,7 @@ class Child:
             text = f"{self.launch.name} {how}{times}. The end of {self.log}:\n{_indented(self.tail())}"
             raise LaunchError(text, hint=f"mend what the log says, then run it again; all of it is in {self.log}")
         self.death = Death(how, again)
-        self._enter(State.WAITING)
-        return Happened.DIED
+        return self._enter(State.WAITING)
 
     def _has_exited(self) -> bool:
         """True where it ended. It stays a zombie until it is buried: until then its group's number is nobody else's."""
@@ -188,8 +178,9 @@ class Child:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: State) -> State:
         self.state, self._since = state, self._clock.now()
+        return state
 
     def _open_log(self, how: int) -> int:
         return os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | how, 0o600)

@@ -76,10 +76,7 @@ def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Se
     )
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if vllm_computes_on_cpu():
-        words = (
-            *words,
-            "--enforce-eager",
-        )  # compiling doubles the time of a start; --no-enforce-eager behind `--` wins
+        words = (*words, "--enforce-eager")  # compiling doubles a start; --no-enforce-eager behind `--` wins
         environment |= _cpu_defaults(settings, instances)
     if settings.api_key_file is not None:
         environment["VLLM_API_KEY"] = read_key(settings.api_key_file)

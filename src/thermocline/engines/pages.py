@@ -1,10 +1,9 @@
-"""The seam between a store and an engine's memory, and its in-memory twin."""
+"""Memory of an engine into which a store loads."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,25 +12,8 @@ from thermocline.blocks.layout import Layout
 from thermocline.tiers.tier import Piece
 
 
-class Pages(Protocol):
-    """Memory in which an engine keeps blocks, one per page."""
-
-    layout: Layout
-
-    def view(self, page_ids: Sequence[int]) -> list[list[Piece]]:
-        """The memory of these pages: for each its pieces in layout order, `layout.block_bytes` long in sum.
-
-        Nothing is copied: writing into a piece writes into the engine's memory. Pieces of different pages never
-        overlap, and stay valid as long as the pages themselves; what a page holds is the engine's business. Raises
-        IndexError for a page that does not exist.
-        """
-
-
 class MemoryPages:
-    """`count` pages in one stretch of faulted-in memory, one contiguous piece per page.
-
-    The staging memory of an engine, and the twin that stands for any engine in tests.
-    """
+    """The staging memory of an engine: `count` pages of a block each, in one stretch of faulted-in memory."""
 
     def __init__(self, layout: Layout, count: int) -> None:
         self.layout = layout
@@ -41,10 +23,9 @@ class MemoryPages:
         return len(self.rows)
 
     def view(self, page_ids: Sequence[int]) -> list[list[Piece]]:
-        """See `Pages.view`."""
+        """The memory of these pages, each one piece, for as long as this lives. Raises IndexError for one not there."""
         if any(not 0 <= page < len(self.rows) for page in page_ids):
-            msg = f"there are pages 0 to {len(self.rows) - 1}"
-            raise IndexError(msg)
+            raise IndexError(f"there are pages 0 to {len(self.rows) - 1}")
         return [[self.rows[page]] for page in page_ids]
 
 

@@ -30,8 +30,8 @@ class Address(msgspec.Struct, frozen=True, omit_defaults=True):
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of `up --json`. `event` "up" has all addresses; the others are about the process `name`.
 
-    starting, ready, died, gave_up: of one process, `seconds` after it began, `detail` says how it ended;
-    up: all are ready; stopping, stopped: the end of all of it.
+    starting, ready (`seconds` after its start), died (`detail` says how, it starts again in `seconds`), gave_up;
+    up: all are ready; stopped: `seconds` after it was asked to, in the end "all of it".
     """
 
     event: str

@@ -153,8 +153,7 @@ class Engine:
         """Raise RequestError unless these tokens and that many more can be computed."""
         context = self.served.context_tokens
         if not len(tokens):
-            msg = "the prompt is empty"
-            raise RequestError(msg, hint="send at least one token", param="prompt")
+            raise RequestError("the prompt is empty", hint="send at least one token", param="prompt")
         if int(tokens.max()) >= self.served.vocabulary:
             msg = f"the prompt has a token id that is not below {self.served.vocabulary}, the size of the vocabulary"
             raise RequestError(msg, hint="use this model's own tokenizer", param="prompt")

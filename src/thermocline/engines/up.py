@@ -15,7 +15,7 @@ from types import FrameType
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines import launch
-from thermocline.engines.child import Child, Happened, State
+from thermocline.engines.child import Child, State
 from thermocline.engines.telling import Address, Event, Telling
 from thermocline.engines.vllm.config import vllm_config_json
 from thermocline.errors import LaunchError, ThermoclineError
@@ -82,22 +82,17 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
-        self._hurry = False
+        self.hurry = False
 
     def please(self) -> None:
         """Stop; asked again, stop at once."""
-        self._hurry = self._asked.is_set()
+        self.hurry = self._asked.is_set()
         self._asked.set()
 
     @property
     def asked(self) -> bool:
         """True once it was asked."""
         return self._asked.is_set()
-
-    @property
-    def hurry(self) -> bool:
-        """True once it was asked twice."""
-        return self._hurry
 
     def wait(self, seconds: float) -> None:
         """Wait so long, or until it is asked."""
@@ -148,24 +143,25 @@ class Up:
                 except LaunchError as error:
                     if all(engine.state is State.ENDED for engine in self._engines):
                         raise
-                    text = f"gave up: {error.message}\nhint: {error.hint}"
-                    self._telling.event(Event("gave_up", child.launch.name, detail=text, log=str(child.log)))
+                    self._tell("gave_up", child, detail=f"gave up: {error.message}\nhint: {error.hint}")
             self._stop.wait(LOOK_SECONDS)
 
     def _start(self, child: Child) -> None:
         child.start()
-        self._telling.event(Event("starting", child.launch.name, log=str(child.log), pid=child.pid))
+        self._tell("starting", child)
 
     def _look(self, child: Child) -> None:
         seconds = child.seconds
-        happened = child.look()
-        if happened is Happened.STARTED:
-            self._telling.event(Event("starting", child.launch.name, log=str(child.log), pid=child.pid))
-        elif happened is Happened.READY:
-            self._telling.event(Event("ready", child.launch.name, round(seconds, 1), pid=child.pid))
-        elif happened is Happened.DIED and child.death is not None:
-            words, again_seconds = child.death
-            self._telling.event(Event("died", child.launch.name, again_seconds, words, str(child.log)))
+        entered = child.look()
+        if entered is State.STARTING:
+            self._tell("starting", child)
+        elif entered is State.READY:
+            self._tell("ready", child, seconds)
+        elif entered is State.WAITING and child.death is not None:
+            self._tell("died", child, child.death.again_seconds, child.death.words)
+
+    def _tell(self, event: str, child: Child, seconds: float = 0.0, detail: str = "") -> None:
+        self._telling.event(Event(event, child.launch.name, round(seconds, 1), detail, str(child.log), child.pid))
 
     def _end(self, children: Sequence[Child]) -> None:
         """Ask these to end, wait, and end by force those that take too long, or all where a second signal says so."""
@@ -177,11 +173,10 @@ class Up:
             waited = self._clock.now() - since
             for child in list(running):
                 if child.has_ended():
-                    self._telling.event(Event("stopped", child.launch.name, round(waited, 1)))
+                    self._tell("stopped", child, waited)
                 elif self._stop.hurry or waited > child.launch.stop_seconds_max:
                     child.kill()
-                    detail = f"by force, after {waited:.0f} s"
-                    self._telling.event(Event("stopped", child.launch.name, round(waited, 1), detail))
+                    self._tell("stopped", child, waited, f"by force, after {waited:.0f} s")
                 else:
                     continue
                 running.remove(child)

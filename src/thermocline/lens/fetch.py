@@ -127,8 +127,7 @@ def _refuse_failure(status: int, url: str, missing: str) -> None:
         return
     if status == HTTPStatus.NOT_FOUND:
         raise UnreachableError(
-            f"{url} has {missing}",
-            hint="ids are in the answers; `receipts_kept` says how many it remembers",
+            f"{url} has {missing}", hint="ids are in the answers; `receipts_kept` says how many it remembers"
         )
     if status == HTTPStatus.UNAUTHORIZED:
         raise UnreachableError(f"{url} wants an API key", hint="name its file with --api-key-file")

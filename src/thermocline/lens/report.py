@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from thermocline.store.receipt import Excerpt, ExcerptedReceipt, Missing, Reason
 if TYPE_CHECKING:  # numpy, which a receipt does not need
     from thermocline.tiers.check import CheckReport
 
+T = TypeVar("T")
 BAR, BAR_WIDTH = "\u2588", 40
 _WORDS = {
     Reason.NEVER_SEEN: "was never seen before",
@@ -62,23 +63,20 @@ class ReceiptList(msgspec.Struct, frozen=True):
 
 def read(body: bytes) -> ExcerptedReceipt:
     """A receipt from the JSON that a server sends. Raises UnreachableError if it is something else."""
-    try:
-        return msgspec.json.decode(body, type=ExcerptedReceipt)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnreachableError(
-            f"the server's answer is not a receipt: {error}", hint="is it a thermocline server of this version?"
-        ) from None
+    return _read(body, ExcerptedReceipt, "a receipt")
 
 
 def read_list(body: bytes) -> ReceiptList:
     """A list of receipts from the JSON that a server sends. Raises UnreachableError if it is something else."""
+    return _read(body, ReceiptList, "a list of receipts")
+
+
+def _read(body: bytes, kind: type[T], what: str) -> T:
     try:
-        return msgspec.json.decode(body, type=ReceiptList)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnreachableError(
-            f"the server's answer is not a list of receipts: {error}",
-            hint="is it a thermocline server of this version?",
-        ) from None
+        hint = "is it a thermocline server of this version?"
+        raise UnreachableError(f"the server's answer is not {what}: {error}", hint=hint) from None
 
 
 def render(receipt: Receipt) -> str:

@@ -215,11 +215,7 @@ class Index:
         self._restore_leaves(self._tiers[tier], first, parents, births)
 
     def _restore_leaves(
-        self,
-        columns: _TierColumns,
-        first: int,
-        parents: NDArray[np.int64],
-        births: NDArray[np.int64],
+        self, columns: _TierColumns, first: int, parents: NDArray[np.int64], births: NDArray[np.int64]
     ) -> None:
         count = len(parents)
         children = np.bincount(parents[parents >= 0] - first, minlength=count).astype(np.int32)

@@ -157,12 +157,7 @@ def account(plan: Plan, loaded: Loaded) -> tuple[Missing, ...]:
 
 
 def make_receipt(
-    request: str,
-    plan: Plan,
-    loaded: Loaded,
-    prefill_seconds: float,
-    missing: Sequence[Missing],
-    wall_seconds: float,
+    request: str, plan: Plan, loaded: Loaded, prefill_seconds: float, missing: Sequence[Missing], wall_seconds: float
 ) -> Receipt:
     """A pure function of what was planned, what was loaded, and why not more."""
     tokens_per_block = plan.layouts[0].tokens_per_block

@@ -188,8 +188,7 @@ def block_length(blocks: Sequence[Block]) -> int:
     """Bytes of each of the blocks of one save (0 for none). Raises ValueError if they differ: a layout has one size."""
     lengths = {sum(piece.nbytes for piece in block.pieces) for block in blocks}
     if len(lengths) > 1:
-        msg = f"blocks of one layout have one size, not {sorted(lengths)}"
-        raise ValueError(msg)
+        raise ValueError(f"blocks of one layout have one size, not {sorted(lengths)}")
     return lengths.pop() if lengths else 0
 
 

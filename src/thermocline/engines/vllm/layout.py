@@ -60,13 +60,7 @@ class Engine:
 
 
 def make_layout(
-    engine: Engine,
-    layers: Sequence[LayerMemory],
-    *,
-    group: int,
-    tokens_per_block: int,
-    kv_heads: int,
-    head_dim: int,
+    engine: Engine, layers: Sequence[LayerMemory], *, group: int, tokens_per_block: int, kv_heads: int, head_dim: int
 ) -> Layout:
     """The layout of one KV group's blocks. The number of pages is no part of it: it may change at a restart."""
     if not layers:
