@@ -69,7 +69,7 @@ def test_up(tmp_path):
 
     Ctrl-C ends the engines before the node, and nothing is left.
     """
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="our own engine needs torch, which is not installed")
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "thermocline"]
     argv = ["up", "--engine", "transformers", "--instances", "2", "--json", "--disk-path", str(tmp_path / "disk")]

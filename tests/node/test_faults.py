@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults.test_full import _small_file_system
+from tests.faults.test_full import _fill_up, _small_file_system
 from tests.node.making import CLOCK, LAYOUT, MIB, fetch, keep, tokens, until
 from tests.store.making import BLOCK_BYTES, TOKENS_PER_BLOCK, chain, content, contents
 from tests.vllm.node import Node
@@ -322,11 +322,14 @@ def test_the_disk_is_full(tmp_path):
         Node(tmp_path, memory_bytes=f"{16 * MIB}", disk_path=folder / "disk", disk_bytes=f"{64 * MIB}") as node,
         contextlib.closing(attached(node)) as client,
     ):
-        for number in range(20):
+        _fill_up(folder / "filler")
+        for number in range(60):
             path = chain(f"{number}", 40)
             keep(client, path)
         until(lambda: fetch(client, path)[0] == 40, "all of it")
         comes_back(client)
+        tiers = {tier.name: tier for tier in ask.status(node.socket).tiers}
+        assert tiers["disk"].blocks < tiers["memory"].blocks, "the disk was not full"
 
 
 @pytest.mark.faults_long

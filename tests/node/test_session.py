@@ -149,13 +149,14 @@ def test_a_hello_that_drips(others):
 @settings(max_examples=60)
 @given(data=st.binary(max_size=300), hello=st.booleans())
 def test_bytes_that_are_nothing(fuzzed, data, hello):
-    """Any bytes, before or after the handshake, end a connection at most."""
+    """Any bytes, before or after the handshake, end a connection at most, and nothing of it is left."""
     with Raw(fuzzed.socket, hello=None if hello else data) as raw:
         if hello:
             raw.sock.sendall(data)
         raw.sock.shutdown(socket.SHUT_WR)
         while raw.hear() is not None:
             pass
+    fuzzed.settle()
 
 
 GIANT = make_layout("giant", block_bytes=1 << 50)

@@ -48,14 +48,14 @@ Anything = Any
 
 
 @dataclass(frozen=True, slots=True)
-class StepOrders(KVConnectorMetadata):  # type: ignore[misc]  # as above, also below
+class StepOrders(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
     """From the scheduler to all workers, with every step."""
 
     orders: Orders
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
     """From a worker to the scheduler, with a step's result."""
 
     report: Report
@@ -66,13 +66,13 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class RankLayouts(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+class RankLayouts(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # as above
     """From a worker to the scheduler, once: its layouts, one per KV group, as msgpack."""
 
     layouts: bytes
 
 
-class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # as above
     """Finds the beginnings of prompts in a node's tiers, and keeps there what vLLM computed.
 
     vLLM makes one in the scheduler's process and one in each worker's. What it cannot serve exactly it refuses here, at
