@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 from pathlib import Path
@@ -50,8 +51,12 @@ class Node(Process):
 
     def slabs(self) -> list[Path]:
         """Its memory, which another process of this user may open as a file."""
-        folder = Path(f"/proc/{self.pid}/fd")
-        return [each for each in folder.iterdir() if "memfd:" in str(each.readlink())]
+        found = []
+        for each in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                if "memfd:" in str(each.readlink()):
+                    found.append(each)
+        return found
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
