@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from tests.engines.api_server import ApiServer
 from tests.engines.eager import eager_store
 from thermocline.engines import api
-from thermocline.engines.api import ApiServer
 from thermocline.engines.models import Model
 from thermocline.engines.transformers import Engine
 from thermocline.errors import ThermoclineError

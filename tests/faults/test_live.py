@@ -276,7 +276,7 @@ def test_disk_is_full(tmp_path, kind, note):
 @contextmanager
 def _serving_here(**settings):
     """A server in this process, so that its device can be a troubled one."""
-    from thermocline.engines.api import ApiServer
+    from tests.engines.api_server import ApiServer
     from thermocline.engines.models import load_model
     from thermocline.engines.transformers import Engine
 

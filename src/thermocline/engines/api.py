@@ -1,8 +1,7 @@
 """OpenAI's HTTP API in front of an engine: what comes in is checked, queued, and answered as tokens come.
 
-serve       settings to a running server, until a signal
-ApiServer   the same around an engine that is there, in a thread of its own
-_Api        the handlers
+serve   settings to a running server, until a signal
+_Api    the handlers
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 import msgspec
@@ -92,45 +90,6 @@ def _settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-class ApiServer:
-    """Serves an engine from a thread of its own, for tests and demos. Closing it leaves engine and store open.
-
-    Listens once made; `url` says where. Raises ThermoclineError for a port in use.
-    """
-
-    def __init__(self, engine: Engine, settings: Settings, *, limits: Limits | None = None) -> None:
-        self._sock = _bound_socket(settings)
-        self._api = _Api(engine, settings)
-        self._limits = limits
-        self.url = _url(self._sock)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        started = threading.Event()
-        self._thread = threading.Thread(target=lambda: _run(self._serve(started)), name="api", daemon=True)
-        self._thread.start()
-        started.wait()
-
-    async def _serve(self, started: threading.Event) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = self._api.server(self._limits)
-        await server.start(self._sock)
-        started.set()
-        await self._stop.wait()
-        await server.stop(DRAIN_SECONDS)
-
-    def close(self) -> None:
-        """Drain and stop. A second call does nothing."""
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 async def _serve_until_signal(engine: Engine, settings: Settings, sock: socket.socket, *, as_json: bool) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import TypeVar
 
 import msgspec
 
+T = TypeVar("T")
 PROTOCOL = 1
 """Both sides must speak the same: a node refuses any other at the handshake, with the reason."""
 
@@ -24,6 +26,12 @@ _LENGTH = struct.Struct("<I")
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One message. Fields are sent in their order."""
+
+
+class Numbered(Message, frozen=True):
+    """A question, or the answer to the question of this number."""
+
+    id: int
 
 
 # -- from the client ---------------------------------------------------------------------------------------------------
@@ -44,10 +52,9 @@ class Declare(Message, frozen=True, tag="declare"):
     layout: bytes
 
 
-class Stage(Message, frozen=True, tag="stage"):
+class Stage(Numbered, frozen=True, tag="stage"):
     """Have the beginning of this path in memory, and keep it there: Staged, after Promoting if that takes time."""
 
-    id: int
     layouts: tuple[int, ...]
     keys: bytes
     prompt_tokens: int
@@ -66,10 +73,9 @@ class Damaged(Message, frozen=True, tag="damaged"):
     keys: bytes
 
 
-class Lend(Message, frozen=True, tag="lend"):
+class Lend(Numbered, frozen=True, tag="lend"):
     """Lend up to `count` slots for blocks of this layout: Lent."""
 
-    id: int
     layout: int
     count: int
 
@@ -80,10 +86,9 @@ class GiveBack(Message, frozen=True, tag="give_back"):
     slots: tuple[int, ...]
 
 
-class Commit(Message, frozen=True, tag="commit"):
+class Commit(Numbered, frozen=True, tag="commit"):
     """The blocks of keys[start], keys[start + 1], ... lie in these slots with these sums: Committed."""
 
-    id: int
     layout: int
     keys: bytes
     start: int
@@ -91,18 +96,16 @@ class Commit(Message, frozen=True, tag="commit"):
     sums: bytes
 
 
-class Unsaved(Message, frozen=True, tag="unsaved"):
+class Unsaved(Numbered, frozen=True, tag="unsaved"):
     """How many leading blocks are in memory already: Count."""
 
-    id: int
     layout: int
     keys: bytes
 
 
-class Prefetch(Message, frozen=True, tag="prefetch"):
+class Prefetch(Numbered, frozen=True, tag="prefetch"):
     """Have this path in memory within so many seconds: Count of what is there then."""
 
-    id: int
     layouts: tuple[int, ...]
     keys: bytes
     seconds: float
@@ -125,30 +128,23 @@ class Record(Message, frozen=True, tag="record"):
     root: bytes
 
 
-class Ping(Message, frozen=True, tag="ping"):
+class Ping(Numbered, frozen=True, tag="ping"):
     """Are you there? Count, of nothing."""
 
-    id: int
 
-
-class Status(Message, frozen=True, tag="status"):
+class Status(Numbered, frozen=True, tag="status"):
     """What the node holds, and for whom: Report."""
 
-    id: int
 
-
-class Receipts(Message, frozen=True, tag="receipts"):
+class Receipts(Numbered, frozen=True, tag="receipts"):
     """The receipt of a request (`last` for the latest), or the last `count` of them: Report."""
 
-    id: int
     request: str
     count: int
 
 
-class Metrics(Message, frozen=True, tag="metrics"):
+class Metrics(Numbered, frozen=True, tag="metrics"):
     """All counters, in the Prometheus text format: Report."""
-
-    id: int
 
 
 # -- from the node -----------------------------------------------------------------------------------------------------
@@ -170,10 +166,9 @@ class Refused(Message, frozen=True, tag="refused"):
     hint: str
 
 
-class Promoting(Message, frozen=True, tag="promoting"):
+class Promoting(Numbered, frozen=True, tag="promoting"):
     """Staged comes at `deadline` (monotonic clock of this machine) at the latest."""
 
-    id: int
     deadline: float
 
 
@@ -195,13 +190,12 @@ class Gap(Message, frozen=True):
     detail: str
 
 
-class Staged(Message, frozen=True, tag="staged"):
+class Staged(Numbered, frozen=True, tag="staged"):
     """The plan: every block of its runs lies in memory, at `offsets` with `sums` (one of each per layout).
 
     `lease` keeps them there until `deadline`, by the monotonic clock of this machine.
     """
 
-    id: int
     lease: int
     deadline: float
     runs: tuple[RunStaged, ...]
@@ -215,40 +209,35 @@ class Staged(Message, frozen=True, tag="staged"):
     sums: tuple[bytes, ...]
 
 
-class Lent(Message, frozen=True, tag="lent"):
+class Lent(Numbered, frozen=True, tag="lent"):
     """These slots, at these offsets, are the client's until it commits them, gives them back, or is gone."""
 
-    id: int
     slots: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
-class Committed(Message, frozen=True, tag="committed"):
+class Committed(Numbered, frozen=True, tag="committed"):
     """What became of each block; `unused` slots are the client's still."""
 
-    id: int
     outcomes: tuple[str, ...]
     unused: tuple[int, ...]
 
 
-class Count(Message, frozen=True, tag="count"):
+class Count(Numbered, frozen=True, tag="count"):
     """A number."""
 
-    id: int
     count: int
 
 
-class Report(Message, frozen=True, tag="report"):
+class Report(Numbered, frozen=True, tag="report"):
     """Text for people or their tools."""
 
-    id: int
     body: bytes
 
 
-class Failed(Message, frozen=True, tag="failed"):
+class Failed(Numbered, frozen=True, tag="failed"):
     """The node could not do this one thing. What it means: nothing was found, or kept."""
 
-    id: int
     reason: str
 
 
@@ -277,16 +266,17 @@ def encode(message: FromClient | FromNode) -> bytes:
 
 def client_says(body: bytes) -> FromClient:
     """The message of a client. Raises MessageError."""
-    try:
-        return _CLIENT_SAYS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageError(str(error)) from None
+    return _decoded(body, _CLIENT_SAYS)
 
 
 def node_says(body: bytes) -> FromNode:
     """The message of a node. Raises MessageError."""
+    return _decoded(body, _NODE_SAYS)
+
+
+def _decoded(body: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
     try:
-        return _NODE_SAYS.decode(body)
+        return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MessageError(str(error)) from None
 
