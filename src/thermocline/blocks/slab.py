@@ -6,6 +6,7 @@ block. The memory is a memfd: another process can map the same pages.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -21,7 +22,7 @@ UNIT_BYTES_MIN = 16 * 1024 * 1024
 UNITS_MAX = 64
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """Nobody can cut it: a process that reads what was cut off is ended by the kernel."""
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h, which the mmap module does not name
+STEP_BYTES = 16 * 1024 * 1024
 
 
 class Slab:
@@ -105,16 +106,24 @@ class Slab:
             os.close(self._fd)
 
     def _fault_in_rest(self, units: int) -> None:
+        give_way()
         for unit in range(1, units):
             if self._closing.is_set():
                 return
             self._fault_in(unit)
 
     def _fault_in(self, unit: int) -> None:
+        """Other threads run meanwhile; `mmap.madvise` would hold up all of Python."""
         start = unit * self._slots.unit_bytes
-        try:
-            self._map.madvise(_POPULATE_WRITE, start, self._slots.unit_bytes)
-        except OSError:  # a kernel before 5.14: touch every page instead
-            self._bytes[start : start + self._slots.unit_bytes : PAGE_BYTES] = 0
+        for at in range(start, start + self._slots.unit_bytes, STEP_BYTES):
+            step = self._bytes[at : min(at + STEP_BYTES, start + self._slots.unit_bytes)]
+            with contextlib.suppress(OSError):  # no room, or a kernel that cannot: pages come as they are touched
+                os.posix_fallocate(self._fd, at, step.nbytes)
+            step[::PAGE_BYTES].max()
         with self._lock:
             self._slots.add_unit(unit)
+
+
+def give_way() -> None:
+    """From now on this thread runs only where no other has anything to do."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -18,7 +18,9 @@ import msgspec
 import numpy as np
 
 import thermocline
+from thermocline.blocks.frame import PAGE_BYTES
 from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.blocks.slab import give_way
 from thermocline.errors import NodeError
 from thermocline.tiers.tier import Piece
 from thermocline.wire import messages as say
@@ -27,8 +29,7 @@ LOG = logging.getLogger("thermocline.node")
 CONNECT_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
 SEND_BUFFER_BYTES = 4 << 20
-POPULATE_BYTES = 64 << 20
-_POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h, which the mmap module does not name
+TOUCH_BYTES = 16 << 20
 
 Taker = Callable[["say.Answer | None"], object]
 """Called in the link's thread with the answer, or with None when the link ends first. More than once if the first was
@@ -114,7 +115,7 @@ class Link:
                     raise OSError("the link has ended")
                 mapped = mmap.mmap(self._fd, self.memory_bytes)
                 self._memory = np.frombuffer(mapped, np.uint8)
-                threading.Thread(target=_populate, args=(mapped, self), name="node memory", daemon=True).start()
+                threading.Thread(target=_touch, args=(self._memory, self), name="node memory", daemon=True).start()
             return self._memory
 
     def hold(self, count: int) -> None:
@@ -212,12 +213,10 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", whole, int(1e6 * (seconds - whole)))
 
 
-def _populate(mapped: mmap.mmap, link: Link) -> None:
+def _touch(memory: Piece, link: Link) -> None:
     """Enter the memory's pages into this process' tables, which would cost every first copy a fault per page."""
-    for start in range(0, len(mapped), POPULATE_BYTES):
+    give_way()
+    for start in range(0, memory.nbytes, TOUCH_BYTES):
         if link.ended:
             return
-        try:
-            mapped.madvise(_POPULATE_READ, start, min(POPULATE_BYTES, len(mapped) - start))
-        except OSError:  # a kernel before 5.14: pages come in as they are touched
-            return
+        memory[start : start + TOUCH_BYTES : PAGE_BYTES].max()

@@ -8,11 +8,14 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from thermocline.blocks.frame import payload_sum
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
+from thermocline.blocks.slots import Slot
 from thermocline.costs.model import Costs
 from thermocline.store.admit import refusal
 from thermocline.store.books import Books
@@ -33,13 +36,15 @@ from thermocline.tiers.tier import (
 
 LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
-PROMOTE_BLOCKS = 16
+PROMOTE_BYTES = 32 * 1024 * 1024
+PROBE_BLOCKS = 16
 PREFETCHES_MAX = 64
 PROBE_SECONDS, PROBE_LOAD_SECONDS_MAX = 10.0, 1.0
 DRAIN_WAIT_SECONDS = 0.05
 DRAIN_WAITS_MAX = 100
 
-Save = Callable[[Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], int], object]
+Lend = Callable[[Layout, int], list[Slot]]
+Adopt = Callable[[Layout, Sequence[BlockKey], Sequence[tuple[Slot, bytes]], int], tuple[Job, list[Slot]]]
 Load = Callable[[str, Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], float], list[Outcome]]
 
 
@@ -66,7 +71,8 @@ class Mover:
         cold: Sequence[Tier],
         shared: SharedTiers,
         load: Load,
-        save: Save,
+        lend: Lend,
+        adopt: Adopt,
         costs: Callable[[], Costs],
     ) -> None:
         self._books = books
@@ -79,7 +85,7 @@ class Mover:
         self._shared = shared
         self._offered = 0  # jobs of shared tiers under way
         self._load = load
-        self._save = save
+        self._slots, self._adopt = lend, adopt
         self._writing: dict[str, set[int]] = {tier.name: set() for tier in cold}
         self._idle = threading.Condition(books.lock)
         self._prefetches: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -324,7 +330,7 @@ class Mover:
             ):
                 return
             self._probed_seconds[name] = now
-            self._prefetches.put(partial(self._probe, name, layout, tuple(keys[-PROMOTE_BLOCKS:])))
+            self._prefetches.put(partial(self._probe, name, layout, tuple(keys[-PROBE_BLOCKS:])))
             self._start()
 
     def _probe(self, name: str, layout: Layout, keys: Sequence[BlockKey]) -> None:
@@ -357,23 +363,48 @@ class Mover:
         job.set_done()
 
     def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> None:
-        """Copy up window by window while that makes progress."""
-        buffer: Piece | None = None
+        """Bring blocks up window by window while that makes progress."""
+        window = max(1, PROMOTE_BYTES // layout.block_bytes)
         start, before = self._warm_blocks(layout, keys), -1
         while before < start < len(keys) and not self._closing and self._books.clock.now() <= deadline:
             source, stop = self._source(layout, keys, start)
-            if source is None:
+            if source is None or not self._bring_up(source, layout, keys[: min(stop, start + window)], start, deadline):
                 break
-            if buffer is None:
-                buffer = aligned_memory(PROMOTE_BLOCKS * layout.block_bytes)
-            stop = min(start + PROMOTE_BLOCKS, stop)
-            pieces = [[row] for row in buffer.reshape(PROMOTE_BLOCKS, -1)[: stop - start]]
-            outcomes = self._load(source, layout, keys[start:stop], pieces, deadline)
-            hits = leading_hits(outcomes)
-            self._save(layout, keys, pieces[:hits], start)
             before, start = start, self._warm_blocks(layout, keys)
             label = (("tier", self._warm.name),)
             self._books.metrics.count("promoted_blocks_total", max(0, start - before), label)
+
+    def _bring_up(self, source: str, layout: Layout, keys: Sequence[BlockKey], start: int, deadline: float) -> bool:
+        """Load keys[start], keys[start + 1], ... straight into slots of the warm tier, and keep what came whole.
+
+        False where there is no room for any. What is there of the path already is not evicted for the rest.
+        """
+        with self._held(layout, keys[:start]):
+            slots = self._slots(layout, len(keys) - start)
+            views = [self._warm.lent(slot, layout.block_bytes)[1] for slot in slots]
+            wanted = keys[start : start + len(slots)]
+            outcomes = self._load(source, layout, wanted, [[view] for view in views], deadline) if slots else []
+            hits = leading_hits(outcomes)
+            whole = [(slot, payload_sum([view])) for slot, view in zip(slots[:hits], views[:hits], strict=True)]
+            _, unused = self._adopt(layout, keys[: start + hits], whole, start)
+            self._warm.take_back([*unused, *slots[hits:]])
+        return bool(slots)
+
+    @contextmanager
+    def _held(self, layout: Layout, keys: Sequence[BlockKey]) -> Iterator[None]:
+        """The warm tier keeps this path meanwhile, as far as it has it."""
+        index, name = self._books.index, self._warm.name
+        with self._books.lock:
+            count = index.covered(layout.id, keys, name)
+            node = index.node(layout.id, keys[count - 1]) if count else NO_NODE
+            if node != NO_NODE:
+                index.pin(node, name)
+        try:
+            yield
+        finally:
+            with self._books.lock:
+                if node != NO_NODE:
+                    index.unpin(node, name)
 
     def _warm_blocks(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
         with self._books.lock:
