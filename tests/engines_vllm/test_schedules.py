@@ -121,6 +121,23 @@ def test_two_requests_of_one_step_load_aside(clients):
     engine.close()
 
 
+def test_what_vllm_has_itself_waits_for_nobody(clients):
+    """A prompt that is in vLLM's own cache needs no answer of the node, is not saved again, and has its receipt."""
+    run_alone(MiniEngine(clients), Request("a", text(100, 1)))
+    engine = MiniEngine(clients)  # it saved nothing, and loads what the other has
+    assert run_alone(engine, Request("b", text(100, 1)))["by_tier"] == {"memory": 96}
+    request = Request("c", text(100, 1))
+    engine.scheduler.arrived(request)
+    assert engine.scheduler.matched("c", 96) == 0, "at once, whatever the node says"
+    engine.scheduler.allocated("c", (), 0)
+    request.num_computed_tokens = 96
+    orders = engine.scheduler.orders({"c": 4}, lambda _: [list(range(1, 8))] * engine.groups)
+    assert not orders.saves
+    assert engine.scheduler.finished("c")["by_tier"] == {"device": 96}
+    engine.drain()
+    engine.close()
+
+
 def test_a_request_of_one_token_has_its_receipt(clients):
     """A request that ends in the step that loaded for it says what was loaded."""
     engine = MiniEngine(clients[:2], at_once=True)

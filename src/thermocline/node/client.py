@@ -8,6 +8,7 @@ at once until a thread in the background has found it well again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import deque
@@ -37,6 +38,8 @@ from thermocline.wire import messages as say
 
 LOG = logging.getLogger("thermocline.node")
 WAIT_SECONDS = 0.05
+WAIT_SHARE, WAIT_SECONDS_MAX = 0.05, 1.0
+"""For a long prompt the node's answer is waited for longer: this share of what computing the prompt would take."""
 NODE_LABEL = (("tier", "node"),)
 LIFE_SECONDS = 1.0
 """The memory of a node that went stays mapped for so long, for loads under way. Longer, and where the node is started
@@ -75,7 +78,7 @@ class NodeCosts:
 class NodeClient:
     """Attaches to the node at `socket` in the background, and again whenever it was away. Any thread may call any verb.
 
-    `wait_seconds` bounds every answer, `save_wait_seconds` how long a save may wait for room to be lent (0: not at
+    `wait_seconds` bounds every answer but those for prompts that take long to compute, `save_wait_seconds` how long a save may wait for room to be lent (0: not at
     all). `role` is what `thermocline ps` calls this client.
     """
 
@@ -94,6 +97,7 @@ class NodeClient:
         self.metrics = Metrics()
         self.receipts = Receipts(receipts_kept, clock=self._clock)
         self.costs = NodeCosts(self._tell)
+        self._token_seconds = 0.0  # what computing costs per token, as the node last said
         self._held: dict[int, _Held] = {}
         self._lease_last = 0
         self._memories: dict[int, Piece] = {}
@@ -121,7 +125,7 @@ class NodeClient:
     def stage(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Staging:
         """Ask for a plan whose blocks all lie in memory, leased. Does not wait: see `Staging`."""
         now = self._clock.now()
-        staging = Staging(layouts, keys, prompt_tokens, self._clock, now + self._wait_seconds, self)
+        staging = Staging(layouts, keys, prompt_tokens, self._clock, now + self._patience(prompt_tokens), self)
         link = self._keeper.link
         if not keys:
             staging.settle(nothing(layouts, keys, prompt_tokens, None))
@@ -135,6 +139,10 @@ class NodeClient:
                 lambda answer: self._staged(link, staging, answer),
             )
         return staging
+
+    def _patience(self, prompt_tokens: int) -> float:
+        """How long an answer is waited for."""
+        return max(self._wait_seconds, min(WAIT_SHARE * self._token_seconds * prompt_tokens, WAIT_SECONDS_MAX))
 
     def match(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Plan:
         """See `Store.match`. Waits for what has to be promoted first, as long as that pays."""
@@ -166,6 +174,8 @@ class NodeClient:
             return
         self._keeper.answered()
         plan = staging.read(answer)
+        if plan.prompt_tokens and 0 < plan.cold_seconds < math.inf:
+            self._token_seconds = plan.cold_seconds / plan.prompt_tokens
         if plan.blocks:
             places = tuple(
                 Places(link.incarnation, answer.deadline, offsets[: plan.blocks], sums[: plan.blocks * SUM_BYTES])

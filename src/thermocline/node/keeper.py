@@ -20,8 +20,8 @@ STEADY_SECONDS = 1.0
 """A link that ended sooner was of no use: the next is not made at once."""
 AWAY_SECONDS_MIN, AWAY_SECONDS_MAX = 0.05, 10.0
 """How long a node that was late is left alone before it is tried again, in the background."""
-WELL_ANSWERS = 32
-"""After so many answers in time a node that was late is trusted as before."""
+WELL_ANSWERS, WELL_SECONDS = 32, 10.0
+"""After so many answers in time, or so long without a late one, a node that was late is trusted as before."""
 HUNG_SECONDS = 30.0
 """A node that is silent for so long is given up: another one may listen there by now."""
 
@@ -46,6 +46,7 @@ class Keeper:
         self._suspected_at = -math.inf
         self._away_seconds = AWAY_SECONDS_MIN
         self._answers = 0
+        self._trusted_since = 0.0
         self._closing = False
         self._said = ""
         self._thread = threading.Thread(target=self._serve, name="node keeper", daemon=True)
@@ -68,6 +69,8 @@ class Keeper:
             if started < self._suspected_at or self.link is None:
                 return
             self._suspected_at = self._clock.now()
+            if self._suspected_at - self._trusted_since > WELL_SECONDS:
+                self._away_seconds = AWAY_SECONDS_MIN
             self._answers = 0
             self.link = None
             self._changed.notify_all()
@@ -117,6 +120,7 @@ class Keeper:
         self._away_seconds, self._answers = AWAY_SECONDS_MIN, 0  # what another life did says nothing of this one
         with self._changed:
             self._any_link = link
+            self._trusted_since = self._clock.now()
             self.link = None if link.ended or self._closing else link
             self._changed.notify_all()
         if self._closing:
@@ -145,6 +149,7 @@ class Keeper:
             return
         if self._clock.now() - asked <= self._wait_seconds and not link.ended:
             with self._changed:
+                self._trusted_since = self._clock.now()
                 self.link = None if self._any_link is not link else link
                 self._changed.notify_all()
 

@@ -90,14 +90,17 @@ class Saves:
         good = min(order.good, len(order.keys))
         self.saved += good
         if order.epoch == self._epoch:
-            now = self._clock.now()
-            for key in order.keys[:good]:
-                self._held[key] = now
-                self._held.move_to_end(key)
-            while len(self._held) > HELD_KEPT:
-                self._held.popitem(last=False)
+            self.present(order.keys[:good], self._clock.now())
         if good < len(order.keys):
             self._refused(order, good)
+
+    def present(self, keys: Sequence[BlockKey], seen: float) -> None:
+        """The node had these at that time."""
+        for key in keys:
+            self._held[key] = seen
+            self._held.move_to_end(key)
+        while len(self._held) > HELD_KEPT:
+            self._held.popitem(last=False)
 
     def absent(self, keys: Sequence[BlockKey], asked: float) -> None:
         """The node, asked at that time, did not have these, whatever is remembered from before."""

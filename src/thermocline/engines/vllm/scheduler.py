@@ -27,6 +27,7 @@ from thermocline.engines.vllm.tracked import Hints, Tracked, read_hints
 from thermocline.errors import LayoutError
 from thermocline.node.client import NodeClient
 from thermocline.node.places import NOWHERE, Places
+from thermocline.node.staging import nothing
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason
 from thermocline.store.receipts import NOTHING, Loaded, account, make_receipt
@@ -142,10 +143,12 @@ class Scheduler:
             self._unstage(tracked)
         if not tracked.may_load:
             return 0
+        tracked.local = computed // self._tokens_per_block
+        if tracked.local >= tracked.loadable:  # vLLM has all of it: there is nothing to wait for
+            return 0
         plan = self._plan(tracked)
         if plan is None:
             return None
-        tracked.local = computed // self._tokens_per_block
         alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and len(self._tracked) == 1
         tracked.at_once = self._may_load_at_once and alone
         return max(0, plan.tokens - computed)
@@ -186,11 +189,21 @@ class Scheduler:
             for part in plan.missing:
                 if part.reason not in _UNANSWERED:
                     self._saves.absent(plan.keys[part.start : part.stop], tracked.asked)
+            self._saves.present(plan.keys[: plan.blocks], tracked.asked)
             tracked.asked = None
             if tracked.first is None:
                 tracked.first = plan
                 tracked.saving.ordered = max(tracked.saving.ordered, plan.blocks)  # they are in memory
         return plan
+
+    def _note_unasked(self, tracked: Tracked) -> None:
+        """What vLLM has itself needs no answer, but a receipt; and an answer that is there is read all the same."""
+        plan = tracked.staging.plan() if tracked.staging is not None else None
+        if plan is not None:
+            self._noted(tracked, plan)
+        elif tracked.first is None and tracked.local:
+            keys = tracked.prompt.grow(tracked.request.all_token_ids, tracked.local)[: tracked.local]
+            tracked.first = nothing(self._layouts[0], keys, tracked.request.num_tokens, None)
 
     def _stage(self, tracked: Tracked) -> None:
         blocks = tracked.loadable
@@ -214,6 +227,7 @@ class Scheduler:
         if tokens:  # from now on vLLM waits for the end of a load, so there must be one
             self._loads.append(self._load_order(request_id, tracked, tokens, pages))
         elif tracked is not None and not tracked.loading:
+            self._note_unasked(tracked)
             self._unstage(tracked)
 
     def _load_order(
