@@ -78,8 +78,8 @@ class NodeCosts:
 class NodeClient:
     """Attaches to the node at `socket` in the background, and again whenever it was away. Any thread may call any verb.
 
-    `wait_seconds` bounds every answer but those for prompts that take long to compute, `save_wait_seconds` how long a save may wait for room to be lent (0: not at
-    all). `role` is what `thermocline ps` calls this client.
+    `wait_seconds` bounds every answer but those for prompts that take long to compute, `save_wait_seconds` how long a
+    save may wait for room to be lent (0: not at all). `role` is what `thermocline ps` calls this client.
     """
 
     def __init__(
