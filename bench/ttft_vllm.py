@@ -1,7 +1,8 @@
 """Time to first token on real vLLM: no cache, vLLM's own prefix hit, and through a node from memory and from disk.
 
 Two servers, one plain and one with the connector, are asked strictly one request at a time and in turns. What the
-connector costs where nothing is ever reused is counted as processor time of all the processes of a server.
+connector costs where nothing is ever reused is counted as processor time of all the processes of a server. The device
+is asked for as many bytes as a hit on disk needs, in the same rounds: no disk tier can be faster than that.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from bench.harness import CLOCK, Progress, Report, check, ratios, spread
 from bench.vllm_server import (
@@ -27,6 +31,9 @@ from bench.vllm_server import (
 from tests.vllm.node import Node
 from thermocline.engines import tiny
 from thermocline.errors import BenchError
+from thermocline.node import ask
+from thermocline.tiers.disk import READER_THREADS
+from thermocline.tiers.segments import READ_BYTES_MAX, aligned_memory
 
 MIB = 1 << 20
 LENGTHS = (4 * BLOCK_TOKENS + 1, 16 * BLOCK_TOKENS + 1, 48 * BLOCK_TOKENS + 1)
@@ -35,7 +42,7 @@ PROMPTS = 2
 """Of each length. What is asked of one prompt is asked of each."""
 MEMORY_ROUNDS, DISK_ROUNDS = 12, 8
 WARM_UPS = 4
-PAIRS = 120
+PAIRS = 300
 PAIR_TOKENS, PAIR_NEW_TOKENS = 8 * BLOCK_TOKENS + 1, 2
 SAME_TOKENS = 16
 REST_SECONDS = 0.03
@@ -44,6 +51,7 @@ SAVES_MAX = 8
 ATTACHED_SECONDS = 30.0
 COLD, MISS, OWN, MEMORY = "no cache", "miss, saved", "vLLM's own prefix hit", "memory"
 DISK, DROPPED = "disk, new processes", "disk, page cache dropped"
+RAW = "raw read of the same bytes"
 ADDED = "CPU time added by the connector, no reuse"
 CPU = "CPU time with / without the connector"
 SHARES = {MEMORY: 1.1, DISK: 1.3}
@@ -51,10 +59,11 @@ SHARES = {MEMORY: 1.1, DISK: 1.3}
 
 @dataclass(slots=True)
 class Seconds:
-    """Seconds of each arm for each length, in rounds, and the hits to which those of an arm are compared."""
+    """Seconds of each arm for each length, in rounds; the hits to which those of an arm are compared, and raw reads."""
 
     arms: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     own: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    raw: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
     partly_saved: list[list[int]] = field(default_factory=list)
 
@@ -63,6 +72,11 @@ class Seconds:
         self.arms.setdefault((arm, length), []).append(answer.seconds)
         if own is not None:
             self.own.setdefault((arm, length), []).append(own.seconds)
+
+    def read(self, arm: str, length: int, seconds: float) -> None:
+        """What the device took for as many bytes as that answer needed."""
+        self.raw.setdefault((arm, length), []).append(seconds)
+        self.arms.setdefault((RAW, length), []).append(seconds)
 
 
 @dataclass(slots=True)
@@ -91,12 +105,13 @@ def run(progress: Progress) -> Report:
             _from_memory(plain, ours, seconds, progress)
             _nothing_reused(plain, ours, node, pairs, 0, progress)
             same = _same_tokens(plain, ours, seconds)
+        device = stack.enter_context(contextlib.closing(Device(disk, _token_bytes(node))))
         node.restart()
         with Server(python, model, folder, transfer=connector(node.socket)) as ours:
             progress("starting a new engine")
             ours.wait()
             _warm(plain, ours)
-            _from_disk(plain, ours, node, seconds, progress)
+            _from_disk(plain, ours, node, device, seconds, progress)
             _nothing_reused(plain, ours, node, pairs, PAIRS // 2, progress)
             same &= _same_tokens(plain, ours, seconds)
     return _report(seconds, pairs, same)
@@ -179,7 +194,45 @@ def _from_memory(plain: Server, ours: Server, seconds: Seconds, progress: Progre
             seconds.add(OWN, length, own)
 
 
-def _from_disk(plain: Server, ours: Server, node: Node, seconds: Seconds, progress: Progress) -> None:
+def _token_bytes(node: Node) -> int:
+    """What the node keeps for each token."""
+    memory = next(tier for tier in ask.status(node.socket).tiers if tier.name == "memory")
+    return memory.used_bytes // memory.blocks // BLOCK_TOKENS
+
+
+class Device:
+    """Direct reads of a file beside the disk tier, as large as the tier's, by as many threads."""
+
+    def __init__(self, folder: Path, token_bytes: int) -> None:
+        self._token_bytes = token_bytes
+        self._nbytes = max(LENGTHS) * token_bytes
+        path = folder / "raw"
+        path.write_bytes(np.random.default_rng(9).bytes(self._nbytes))
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        os.fsync(self._fd)
+        path.unlink()
+        self._threads = ThreadPoolExecutor(READER_THREADS)
+        self._into = aligned_memory(self._nbytes)
+
+    def seconds(self, tokens: int) -> float:
+        """What it takes to read the blocks of so many tokens."""
+        stop = tokens * self._token_bytes
+        parts = [(at, min(READ_BYTES_MAX, stop - at)) for at in range(0, stop, READ_BYTES_MAX)]
+        started = CLOCK.now()
+        assert sum(self._threads.map(self._read, parts)) == stop
+        return CLOCK.now() - started
+
+    def close(self) -> None:
+        """Let go of file and threads."""
+        self._threads.shutdown()
+        os.close(self._fd)
+
+    def _read(self, part: tuple[int, int]) -> int:
+        offset, nbytes = part
+        return os.preadv(self._fd, [self._into[offset : offset + nbytes].data], offset)
+
+
+def _from_disk(plain: Server, ours: Server, node: Node, device: Device, seconds: Seconds, progress: Progress) -> None:
     """As from memory, with a new node in each round: one warm-up, then every prompt once."""
     for at in range(DISK_ROUNDS):
         progress(f"disk: round {at + 1} of {DISK_ROUNDS}")
@@ -192,6 +245,8 @@ def _from_disk(plain: Server, ours: Server, node: Node, seconds: Seconds, progre
         for length, tokens in _prompts():
             own = _ask(plain, tokens, cached=True)
             seconds.add(arm, length, _hit(ours, tokens, seconds), own)
+
+            seconds.read(arm, length, device.seconds(length - 1))
 
 
 def _attach(server: Server) -> None:
@@ -285,7 +340,7 @@ def _report(seconds: Seconds, pairs: Pairs, same: bool) -> Report:  # noqa: FBT0
     node = 100 * statistics.median(ratios(pairs.node, pairs.plain))
     details = {
         "arms": {f"{arm}, {length} tokens": spread(taken) for (arm, length), taken in seconds.arms.items()},
-        "ratios": quotients | {CPU: cpu} | _speedups(seconds),
+        "ratios": quotients | _limits(seconds) | {CPU: cpu} | _speedups(seconds),
         "percent": {ADDED: added},
         "block_tokens": BLOCK_TOKENS,
         "prompts_of_each_length": PROMPTS,
@@ -302,6 +357,15 @@ def _report(seconds: Seconds, pairs: Pairs, same: bool) -> Report:  # noqa: FBT0
         ],
     }
     return Report(checks, details)
+
+
+def _limits(seconds: Seconds) -> dict[str, dict[str, float]]:
+    """A hit on disk over vLLM's own hit and a raw read of the same bytes, one after the other."""
+    found = {}
+    for (arm, length), raw in seconds.raw.items():
+        least = [own + read for own, read in zip(seconds.own[arm, length], raw, strict=True)]
+        found[f"{arm} / ({OWN} + {RAW}), {length} tokens"] = spread(ratios(seconds.arms[arm, length], least))
+    return found
 
 
 def _speedups(seconds: Seconds) -> dict[str, dict[str, float]]:
