@@ -205,9 +205,7 @@ class Settings:
         Kind.SIZE, 10 << 30, "The disk tier's hard limit, logs included.", least=16 << 20, most=1 << 60
     )
     redis_url: str | None = _setting(
-        Kind.TEXT,
-        None,
-        "A Redis or Valkey server that engines share: redis://host:6379/0, rediss://host (TLS), unix:///path.",
+        Kind.TEXT, None, "A Redis or Valkey that engines share: redis://host:6379/0, rediss://host (TLS), unix:///path."
     )
     redis_password_file: Path | None = _setting(
         Kind.PATH, None, "A file whose first line is the password of the Redis server."
@@ -269,11 +267,7 @@ class Settings:
         Kind.PATH, None, "A file to which every receipt is appended as a line of JSON: figures and reasons, no text."
     )
     receipts_bytes: int = _setting(
-        Kind.SIZE,
-        64 << 20,
-        "The size at which the receipts file becomes the older one of two.",
-        least=1 << 16,
-        most=1 << 40,
+        Kind.SIZE, 64 << 20, "At this size the receipts file becomes the older one of two.", least=1 << 16, most=1 << 40
     )
     costs_path: Path | None = _setting(
         Kind.PATH, None, "A small file that keeps what was learned of costs between runs; none measures anew."

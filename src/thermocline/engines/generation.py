@@ -64,7 +64,6 @@ class Result:
     cached_tokens: int
     first_token_seconds: float
     prefill_seconds: float
-    total_seconds: float
     receipt: Receipt | None
     choices: tuple[Choice, ...]
 
@@ -100,11 +99,6 @@ class Generation:
         """True once nobody wants the answer any more."""
         return self._cancelled.is_set()
 
-    @property
-    def receipt(self) -> Receipt | None:
-        """What was loaded and computed for it, and why; None before the first token, and without a store."""
-        return self.account.receipt
-
     def cancel(self) -> None:
         """Stop within a token's time. Returns at once; the last event follows."""
         self._cancelled.set()
@@ -139,7 +133,6 @@ class Generation:
             cached_tokens=account.cached_tokens,
             first_token_seconds=account.first_token - account.submitted,
             prefill_seconds=account.prefill_seconds,
-            total_seconds=account.ended - account.submitted,
             receipt=account.receipt,
             choices=choices,
         )

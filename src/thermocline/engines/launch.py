@@ -15,6 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from thermocline.engines.vllm.config import NOT_THE_NODES
 from thermocline.errors import LaunchError
 from thermocline.settings import DECLARED, PREFIX, Settings, read_key
 
@@ -34,7 +35,6 @@ _MACHINE_SHARE = 4
 _NODE_ONLY = frozenset(
     {"disk_path", "redis_url", "redis_password_file", "redis_ca_file", "receipts_path", "costs_path"}
 )
-_ENGINE_ONLY = frozenset({"model", "host", "port", "api_key_file", "threads", "node_socket"})
 _INSTALL = "see docs/guides/vllm.md: pip install vllm for a GPU, or `make vllm` for the CPU build in .venv-vllm"
 
 
@@ -53,7 +53,7 @@ class Launch:
 
 def node(settings: Settings, socket: Path, ready: Callable[[], bool]) -> Launch:
     """A node on `socket`, with the tiers of the settings."""
-    words = (*_thermocline("node"), "--socket", str(socket), *flags(settings, without=_ENGINE_ONLY))
+    words = (*_thermocline("node"), "--socket", str(socket), *flags(settings, without=NOT_THE_NODES))
     return Launch("node", words, ready, environment=_environment(), start_seconds_max=NODE_START_SECONDS_MAX)
 
 

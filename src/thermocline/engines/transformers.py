@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines.generation import Event, Finish, GenerateRequest, Generation, Result
@@ -85,16 +84,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._warm.wait()
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The transformers model. Use it only while nothing is in flight: it is not the engine's to share."""
-        return self.served.module
-
-    @property
-    def tokenizer(self) -> object:
-        """The transformers tokenizer."""
-        return self.served.tokenizer
 
     @property
     def alive(self) -> bool:
