@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thermocline.blocks.key import TOKENS_PER_KEY, BlockKey, block_keys, root_key
 
@@ -38,7 +40,7 @@ class Prompt:
         """The keys of at least the first `blocks` blocks; `tokens` are all that the text has so far."""
         known, size = len(self.keys), self.tokens_per_block
         if blocks > known:
-            ids = np.array(tokens[known * size : blocks * size], dtype=np.uint32)
+            ids = token_array(tokens[known * size : blocks * size])
             if self._items:
                 self._hash_with_items(ids, known * size)
             else:
@@ -46,7 +48,7 @@ class Prompt:
                 self.keys += block_keys(ids.data, root=root, tokens_per_block=size, extras=self._adapter)
         return self.keys
 
-    def _hash_with_items(self, ids: np.ndarray[tuple[int], np.dtype[np.uint32]], first: int) -> None:
+    def _hash_with_items(self, ids: NDArray[np.uint32], first: int) -> None:
         """Step by step: a step's extras name the items it touches, and where each began."""
         key = self.keys[-1] if self.keys else self.root
         for start in range(0, len(ids), TOKENS_PER_KEY):
@@ -62,6 +64,11 @@ class Prompt:
             for item in self._items
             if item.start < stop and item.stop > start
         ]
+
+
+def token_array(tokens: Sequence[int]) -> NDArray[np.uint32]:
+    """Token ids as the keys are made of. By way of `array`: numpy takes eight times as long to read a list."""
+    return np.frombuffer(array("I", tokens), np.uint32)
 
 
 def prompt_of(request: Any, tokens_per_block: int) -> Prompt | None:  # noqa: ANN401  # vLLM's Request

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from thermocline.blocks.frame import SUM_BYTES
 from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines.vllm.layout import layout_in
 from thermocline.engines.vllm.orders import NULL_PAGE, LoadFailed, LoadOrder, Orders, Report, SaveOrder
-from thermocline.engines.vllm.prompts import prompt_of
+from thermocline.engines.vllm.prompts import prompt_of, token_array
 from thermocline.engines.vllm.saves import Saves
 from thermocline.engines.vllm.tracked import Hints, Tracked, read_hints
 from thermocline.errors import LayoutError
@@ -411,7 +409,7 @@ class Scheduler:
         missing = account(plan, loaded)
         receipt = make_receipt(tracked.id, plan, loaded, tracked.prefill_seconds, missing, self._clock.wall())
         prompt = request.all_token_ids[: request.num_prompt_tokens]
-        self._client.record(receipt, np.array(prompt, dtype=np.uint32), tracked.prompt.root)
+        self._client.record(receipt, token_array(prompt), tracked.prompt.root)
         told: dict[str, object] = {
             "prompt_tokens": receipt.prompt_tokens,
             "loaded_tokens": sum(self._tokens(loaded).values()),
