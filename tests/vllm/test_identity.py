@@ -64,7 +64,7 @@ def report(record_property, capsys):
 def test_arms(start_node, start_vllm, folder, redis_server, report):
     """No connector, vLLM's own hit, memory, disk, a new engine, a second engine, Redis: all answers are equal."""
     redis_server.call("FLUSHALL")
-    plain = start_vllm()
+    plain = start_vllm(*EXACT)
     expected = cold(plain, PROMPTS)
     same(cold(plain, PROMPTS), expected, "no connector, again")
     warm = _own(plain)
@@ -72,24 +72,24 @@ def test_arms(start_node, start_vllm, folder, redis_server, report):
     plain.close()
     redis = {"redis_url": redis_server.url, "redis_gain_min": 0}
     node = start_node(disk_path=folder / "disk", disk_bytes=512 * MIB, **redis)
-    server = start_vllm(node=node.socket)
+    server = start_vllm(*EXACT, node=node.socket)
     same(cold(server, PROMPTS), expected, "connector, nothing kept")
     saved(server, PROMPTS, expected)
     _check(server, expected, warm, "memory", report)
     node.restart()
     _check(server, expected, warm, "disk, node restarted", report, "disk")
-    second = start_vllm(node=node.socket)
+    second = start_vllm(*EXACT, node=node.socket)
     _check(second, expected, warm, "second engine on the same node", report)
     server.close()
     second.close()
-    third = start_vllm(node=node.socket)
+    third = start_vllm(*EXACT, node=node.socket)
     node.restart()
     _check(third, expected, warm, "new engine process, node restarted", report, "disk")
     node.restart(disk_path=folder / "other")
     _check(third, expected, warm, "Redis, node with nothing else", report, "redis")
 
 
-CHUNKED = ("--enable-chunked-prefill", "--max-num-batched-tokens", "256")
+CHUNKED = (*EXACT, "--enable-chunked-prefill", "--max-num-batched-tokens", "256")
 
 
 def test_chunked_prefill(start_node, start_vllm, report):
@@ -167,7 +167,7 @@ def test_preemption(start_node, start_vllm, report):
     same(answers, expected, "preempted")
 
 
-TWO_RANKS = ("--tensor-parallel-size", "2")
+TWO_RANKS = (*EXACT, "--tensor-parallel-size", "2")
 
 
 def test_two_ranks(start_node, start_vllm, report):
