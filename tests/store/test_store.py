@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.store.making import BLOCK_BYTES, GUARD_SECONDS, LAYOUT, ScriptedTier, ask, chain, contents, make_layout, save
 from thermocline.clock import ManualClock
@@ -79,6 +80,18 @@ def test_a_saved_block_is_matched_before_it_is_durable(make_store):
     assert job.done
     assert store.flush(0.0)
     assert cold.written == keys
+    store.check_integrity()
+
+
+def test_pieces_that_cannot_be_read_pin_nothing(make_store):
+    """A save whose pieces are no memory raises, and what it would have hung on can be evicted as before."""
+    store = make_store(blocks=8)
+    keys = chain("prompt", 5)
+    save(store, keys[:4])
+    with pytest.raises(AttributeError):
+        store.save(LAYOUT, keys, [["no piece"]], start=4)
+    save(store, chain("other", 8))
+    assert store.unsaved(LAYOUT, chain("other", 8)) == 8
     store.check_integrity()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -251,7 +251,7 @@ class Store:
             books.saving |= names
             guard = self._hold(layout.id, keys, wanted[0] - 1, NO_NODE) if wanted else NO_NODE
         try:
-            taken, handed = self._take_in(layout, [(keys[at], block_at(at)) for at in wanted], guard)
+            taken, handed = self._take_in(layout, [keys[at] for at in wanted], map(block_at, wanted), guard)
         finally:
             with books.lock:
                 books.saving -= names
@@ -300,16 +300,16 @@ class Store:
             index.unpin(held, warm)
         return node
 
-    def _take_in(self, layout: Layout, wanted: Sequence[tuple[BlockKey, Block]], guard: int) -> tuple[int, int]:
+    def _take_in(self, layout: Layout, names: Sequence[BlockKey], made: Iterable[Block], guard: int) -> tuple[int, int]:
         """Give blocks to the warm tier, evicting as needed; returns how many are in now, and how many it was given.
 
-        Ends the guard's pin.
+        Ends the guard's pin, whatever making the blocks raises.
         """
         books, warm = self._books, self._warm.name
-        names, blocks = [key for key, _ in wanted], [block for _, block in wanted]
         done = handed = 0
         try:
-            for _ in range(EVICT_ROUNDS_MAX if wanted else 0):
+            blocks = list(made)
+            for _ in range(EVICT_ROUNDS_MAX if names else 0):
                 hits = leading_hits(self._warm.save(layout.id, names[done:], blocks[done:]).outcomes)
                 part = slice(done, done + hits)
                 handed = done + hits
@@ -317,9 +317,9 @@ class Store:
                     entered = books.enter(layout.id, names[part], blocks[part], warm, self._clock.now())
                     done += entered
                     guard = self._hold(layout.id, names, done - 1, guard) if entered else guard
-                if entered < hits or done == len(wanted) or not books.evict(warm, len(wanted) - done):
+                if entered < hits or done == len(names) or not books.evict(warm, len(names) - done):
                     break
-                self._mover.hand_down(len(wanted) - done)
+                self._mover.hand_down(len(names) - done)
         finally:
             with books.lock:
                 self._hold(layout.id, names, -1, guard)
