@@ -206,9 +206,9 @@ class Server:
                     return
             code = self._process.poll()
             if code is not None:
-                raise StartError(f"vLLM ended with {code} as it was started", self.log_tail(120))
+                raise StartError(f"vLLM ended with {code} as it was started", self.log_tail(2000))
             if CLOCK.now() > deadline:
-                raise StartError(f"vLLM does not answer after {READY_SECONDS:.0f} s", self.log_tail(120))
+                raise StartError(f"vLLM does not answer after {READY_SECONDS:.0f} s", self.log_tail(2000))
             CLOCK.sleep(0.25)
 
     def _call(self, method: str, path: str, body: object = None) -> tuple[int, str]:
