@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.engines_vllm.mini import BLOCK, MiniEngine, Request
 from tests.node.making import Host, until
+from thermocline.node.staging import Staging
 
 SALTS = count()
 TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
@@ -242,7 +243,7 @@ def test_a_node_that_comes_back_empty_is_filled_again(host, clients):
     engine.close()
 
 
-@pytest.mark.parametrize("verb", ["places", "record", "save"])
+@pytest.mark.parametrize("verb", ["places", "record", "save", "plan"])
 def test_a_client_that_breaks_its_promise_fails_no_request(clients, monkeypatch, verb):
     """Whatever our own parts raise, a request is computed to its end, and nothing is left over."""
 
@@ -251,7 +252,8 @@ def test_a_client_that_breaks_its_promise_fails_no_request(clients, monkeypatch,
 
     engine = MiniEngine(clients)
     run_alone(engine, Request("a", text(100, 1)))
-    monkeypatch.setattr(clients[1 if verb == "save" else 0], verb, broken)
+    owner = Staging if verb == "plan" else clients[1 if verb == "save" else 0]
+    monkeypatch.setattr(owner, verb, broken)
     run_alone(engine, Request("b", text(200, 1)))
     engine.drain()
     engine.close()

@@ -6,8 +6,8 @@ block. The memory is a memfd: another process can map the same pages.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import threading
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from thermocline.blocks.frame import PAGE_BYTES, padded
 from thermocline.blocks.slots import Slot, SlotMap
 
+LOG = logging.getLogger("thermocline.blocks")
 UNIT_BYTES_MIN = 16 * 1024 * 1024
 UNITS_MAX = 64
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -106,19 +107,22 @@ class Slab:
             os.close(self._fd)
 
     def _fault_in_rest(self, units: int) -> None:
-        give_way()
         for unit in range(1, units):
             if self._closing.is_set():
                 return
-            self._fault_in(unit)
+            try:
+                self._fault_in(unit)
+            except OSError as error:  # to touch what there is no room for would end the process
+                there = unit * self._slots.unit_bytes
+                LOG.warning("memory: only %d of %d MiB could be had: %s", there >> 20, self.capacity_bytes >> 20, error)
+                return
 
     def _fault_in(self, unit: int) -> None:
         """Other threads run meanwhile; `mmap.madvise` would hold up all of Python."""
         start = unit * self._slots.unit_bytes
         for at in range(start, start + self._slots.unit_bytes, STEP_BYTES):
             step = self._bytes[at : min(at + STEP_BYTES, start + self._slots.unit_bytes)]
-            with contextlib.suppress(OSError):  # no room, or a kernel that cannot: pages come as they are touched
-                os.posix_fallocate(self._fd, at, step.nbytes)
+            os.posix_fallocate(self._fd, at, step.nbytes)
             step[::PAGE_BYTES].max()
         with self._lock:
             self._slots.add_unit(unit)

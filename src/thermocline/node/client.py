@@ -39,7 +39,8 @@ from thermocline.wire import messages as say
 LOG = logging.getLogger("thermocline.node")
 WAIT_SECONDS = 0.05
 WAIT_SHARE, WAIT_SECONDS_MAX = 0.05, 1.0
-"""For a long prompt the node's answer is waited for longer: this share of what computing the prompt would take."""
+"""For a long prompt the node's answer is waited for longer: this share of what computing the prompt would take, as far
+as the node has told that."""
 NODE_LABEL = (("tier", "node"),)
 LIFE_SECONDS = 1.0
 """The memory of a node that went stays mapped for so long, for loads under way. Longer, and where the node is started
@@ -97,7 +98,7 @@ class NodeClient:
         self.metrics = Metrics()
         self.receipts = Receipts(receipts_kept, clock=self._clock)
         self.costs = NodeCosts(self._tell)
-        self._token_seconds = 0.0  # what computing costs per token, as the node last said
+        self._computing = (1, 0.0)  # so many tokens take so many seconds to compute, as the node last said
         self._held: dict[int, _Held] = {}
         self._lease_last = 0
         self._memories: dict[int, Piece] = {}
@@ -142,7 +143,8 @@ class NodeClient:
 
     def _patience(self, prompt_tokens: int) -> float:
         """How long an answer is waited for."""
-        return max(self._wait_seconds, min(WAIT_SHARE * self._token_seconds * prompt_tokens, WAIT_SECONDS_MAX))
+        tokens, seconds = self._computing
+        return max(self._wait_seconds, min(WAIT_SHARE * seconds * min(1.0, prompt_tokens / tokens), WAIT_SECONDS_MAX))
 
     def match(self, layouts: Sequence[Layout], keys: Sequence[BlockKey], *, prompt_tokens: int) -> Plan:
         """See `Store.match`. Waits for what has to be promoted first, as long as that pays."""
@@ -175,7 +177,9 @@ class NodeClient:
         self._keeper.answered()
         plan = staging.read(answer)
         if plan.prompt_tokens and 0 < plan.cold_seconds < math.inf:
-            self._token_seconds = plan.cold_seconds / plan.prompt_tokens
+            self._computing = (plan.prompt_tokens, plan.cold_seconds)
+        if not plan.blocks and staging.is_overdue(self._wait_seconds):
+            self._keeper.suspect(staging.started)  # to wait so long pays only where it brings something
         if plan.blocks:
             places = tuple(
                 Places(link.incarnation, answer.deadline, offsets[: plan.blocks], sums[: plan.blocks * SUM_BYTES])

@@ -20,7 +20,6 @@ import numpy as np
 import thermocline
 from thermocline.blocks.frame import PAGE_BYTES
 from thermocline.blocks.layout import Layout, LayoutId
-from thermocline.blocks.slab import give_way
 from thermocline.errors import NodeError
 from thermocline.tiers.tier import Piece
 from thermocline.wire import messages as say
@@ -215,7 +214,6 @@ def _timeval(seconds: float) -> bytes:
 
 def _touch(memory: Piece, link: Link) -> None:
     """Enter the memory's pages into this process' tables, which would cost every first copy a fault per page."""
-    give_way()
     for start in range(0, memory.nbytes, TOUCH_BYTES):
         if link.ended:
             return

@@ -46,7 +46,7 @@ class Staging:
         "_lock",
         "_plan",
         "_prompt_tokens",
-        "_started",
+        "started",
     )
 
     def __init__(
@@ -60,7 +60,7 @@ class Staging:
     ) -> None:
         self._layouts, self._keys, self._prompt_tokens = layouts, keys, prompt_tokens
         self._clock, self._deadline, self._asker = clock, deadline, asker
-        self._started = clock.now()
+        self.started = clock.now()
         self._lock = threading.Lock()
         self._came = threading.Event()
         self._plan: Plan | None = None
@@ -80,7 +80,7 @@ class Staging:
             and self.settle(self.nothing(Reason.LATE, "the node did not answer in time"))
             and not self._extended  # a node that has said what it is at is well, only its disk may be slow
         ):
-            self._asker.late(self._started)
+            self._asker.late(self.started)
         return self._plan
 
     def wait(self, seconds: float) -> bool:
@@ -107,6 +107,10 @@ class Staging:
         """The node is at it, and will answer by then."""
         with self._lock:
             self._deadline, self._extended = max(self._deadline, deadline), True
+
+    def is_overdue(self, seconds: float) -> bool:
+        """Whether the node let so much time pass and said nothing."""
+        return not self._extended and self._clock.now() - self.started > seconds
 
     def settle(self, plan: Plan) -> bool:
         """This is the plan. False where another was first, or nobody wants it any more: its lease is the caller's."""

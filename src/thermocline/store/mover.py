@@ -8,14 +8,11 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from thermocline.blocks.frame import payload_sum
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout, LayoutId
-from thermocline.blocks.slots import Slot
 from thermocline.costs.model import Costs
 from thermocline.store.admit import refusal
 from thermocline.store.books import Books
@@ -36,15 +33,14 @@ from thermocline.tiers.tier import (
 
 LOG = logging.getLogger("thermocline.store")
 DOWN_ROUNDS_MAX = 4
-PROMOTE_BYTES = 32 * 1024 * 1024
+WINDOW_BYTES = 16 * 1024 * 1024
 PROBE_BLOCKS = 16
 PREFETCHES_MAX = 64
 PROBE_SECONDS, PROBE_LOAD_SECONDS_MAX = 10.0, 1.0
 DRAIN_WAIT_SECONDS = 0.05
 DRAIN_WAITS_MAX = 100
 
-Lend = Callable[[Layout, int], list[Slot]]
-Adopt = Callable[[Layout, Sequence[BlockKey], Sequence[tuple[Slot, bytes]], int], tuple[Job, list[Slot]]]
+Save = Callable[[Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], int], object]
 Load = Callable[[str, Layout, Sequence[BlockKey], Sequence[Sequence[Piece]], float], list[Outcome]]
 
 
@@ -71,8 +67,7 @@ class Mover:
         cold: Sequence[Tier],
         shared: SharedTiers,
         load: Load,
-        lend: Lend,
-        adopt: Adopt,
+        save: Save,
         costs: Callable[[], Costs],
     ) -> None:
         self._books = books
@@ -85,7 +80,8 @@ class Mover:
         self._shared = shared
         self._offered = 0  # jobs of shared tiers under way
         self._load = load
-        self._slots, self._adopt = lend, adopt
+        self._save = save
+        self._window: Piece | None = None
         self._writing: dict[str, set[int]] = {tier.name: set() for tier in cold}
         self._idle = threading.Condition(books.lock)
         self._prefetches: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -334,10 +330,11 @@ class Mover:
             self._start()
 
     def _probe(self, name: str, layout: Layout, keys: Sequence[BlockKey]) -> None:
-        buffer = aligned_memory(len(keys) * layout.block_bytes)
-        pieces = [[row] for row in buffer.reshape(len(keys), -1)]
+        rows = self._rows(layout)
+        part = keys[-len(rows) :]
         try:
-            self._load(name, layout, keys, pieces, self._books.clock.now() + PROBE_LOAD_SECONDS_MAX)
+            pieces = [[row] for row in rows[: len(part)]]
+            self._load(name, layout, part, pieces, self._books.clock.now() + PROBE_LOAD_SECONDS_MAX)
         except Exception:  # the next prefetch wants this thread
             LOG.exception("a probe failed")
 
@@ -363,48 +360,28 @@ class Mover:
         job.set_done()
 
     def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> None:
-        """Bring blocks up window by window while that makes progress."""
-        window = max(1, PROMOTE_BYTES // layout.block_bytes)
+        """Copy up window by window while that makes progress. Room is made for what has arrived, not before."""
+        rows = self._rows(layout)
         start, before = self._warm_blocks(layout, keys), -1
         while before < start < len(keys) and not self._closing and self._books.clock.now() <= deadline:
             source, stop = self._source(layout, keys, start)
-            if source is None or not self._bring_up(source, layout, keys[: min(stop, start + window)], start, deadline):
+            if source is None:
                 break
+            stop = min(start + len(rows), stop)
+            pieces = [[row] for row in rows[: stop - start]]
+            outcomes = self._load(source, layout, keys[start:stop], pieces, deadline)
+            hits = leading_hits(outcomes)
+            self._save(layout, keys, pieces[:hits], start)
             before, start = start, self._warm_blocks(layout, keys)
             label = (("tier", self._warm.name),)
             self._books.metrics.count("promoted_blocks_total", max(0, start - before), label)
 
-    def _bring_up(self, source: str, layout: Layout, keys: Sequence[BlockKey], start: int, deadline: float) -> bool:
-        """Load keys[start], keys[start + 1], ... straight into slots of the warm tier, and keep what came whole.
-
-        False where there is no room for any. What is there of the path already is not evicted for the rest.
-        """
-        with self._held(layout, keys[:start]):
-            slots = self._slots(layout, len(keys) - start)
-            views = [self._warm.lent(slot, layout.block_bytes)[1] for slot in slots]
-            wanted = keys[start : start + len(slots)]
-            outcomes = self._load(source, layout, wanted, [[view] for view in views], deadline) if slots else []
-            hits = leading_hits(outcomes)
-            whole = [(slot, payload_sum([view])) for slot, view in zip(slots[:hits], views[:hits], strict=True)]
-            _, unused = self._adopt(layout, keys[: start + hits], whole, start)
-            self._warm.take_back([*unused, *slots[hits:]])
-        return bool(slots)
-
-    @contextmanager
-    def _held(self, layout: Layout, keys: Sequence[BlockKey]) -> Iterator[None]:
-        """The warm tier keeps this path meanwhile, as far as it has it."""
-        index, name = self._books.index, self._warm.name
-        with self._books.lock:
-            count = index.covered(layout.id, keys, name)
-            node = index.node(layout.id, keys[count - 1]) if count else NO_NODE
-            if node != NO_NODE:
-                index.pin(node, name)
-        try:
-            yield
-        finally:
-            with self._books.lock:
-                if node != NO_NODE:
-                    index.unpin(node, name)
+    def _rows(self, layout: Layout) -> Piece:
+        """Memory for a window of blocks, a row each. Kept: fresh memory costs as much as reading into it."""
+        window = max(1, WINDOW_BYTES // layout.block_bytes)
+        if self._window is None or self._window.nbytes < window * layout.block_bytes:
+            self._window = aligned_memory(window * layout.block_bytes)
+        return self._window[: window * layout.block_bytes].reshape(window, -1)
 
     def _warm_blocks(self, layout: Layout, keys: Sequence[BlockKey]) -> int:
         with self._books.lock:

@@ -86,9 +86,7 @@ class Store:
             shared=shared,
         )
         self._shared = SharedTiers(self._books, warm, shared, lambda: self.costs)
-        self._mover = Mover(
-            self._books, warm, cold, self._shared, self._load_from, self.lend, self._adopt_at, lambda: self.costs
-        )
+        self._mover = Mover(self._books, warm, cold, self._shared, self._load_from, self._save_at, lambda: self.costs)
         for tier in cold:
             self._books.restore(tier)
 
@@ -268,6 +266,9 @@ class Store:
         job = self._mover.write_down(layout, keys, [keys[at] for at in wanted[:taken]], Job(outcomes))
         return job, wanted[:handed]
 
+    def _save_at(self, layout: Layout, keys: Sequence[BlockKey], blocks: Sequence[Sequence[Piece]], start: int) -> Job:
+        return self.save(layout, keys, blocks, start=start)
+
     def _sort_out(
         self, layout: Layout, keys: Sequence[BlockKey], start: int, stop: int
     ) -> tuple[list[int], list[Outcome]]:
@@ -399,11 +400,6 @@ class Store:
         )
         used = set(handed)
         return job, [slot for at, (slot, _) in enumerate(lent, start) if at not in used]
-
-    def _adopt_at(
-        self, layout: Layout, keys: Sequence[BlockKey], lent: Sequence[tuple[Slot, bytes]], start: int
-    ) -> tuple[Job, list[Slot]]:
-        return self.adopt(layout, keys, lent, start=start)
 
     def _adopted(
         self, layout: Layout, keys: Sequence[BlockKey], start: int, lent: Sequence[tuple[Slot, bytes]], at: int

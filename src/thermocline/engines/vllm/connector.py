@@ -191,13 +191,13 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # as 
             self._worker.begin(kv_connector_metadata.orders)
 
     def start_load_kv(self, forward_context: Anything, **_: Anything) -> None:  # noqa: ARG002  # vLLM's signature
-        """Start this step's loads. All are asynchronous, so the step does not wait for them."""
+        """Do the loads that this step computes on, and start the others."""
         if self._worker is not None:
             self._worker.begin(self._orders)
             self._worker.start_loads(self._orders)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: no step computes on a load of its own."""
+        """Nothing: what a step computes on was loaded before it began."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Anything, attn_metadata: Anything, **_: Anything) -> None:
         """Nothing: whole blocks are saved at the end of a step."""

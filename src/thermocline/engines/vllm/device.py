@@ -23,7 +23,7 @@ from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout
 from thermocline.engines.vllm.layout import Span
 from thermocline.node.client import NodeClient
-from thermocline.node.committer import Part, Save
+from thermocline.node.committer import Lent, Part, Save
 from thermocline.node.places import Places
 from thermocline.store.receipt import Missing
 from thermocline.store.receipts import Loaded
@@ -310,6 +310,16 @@ class DevicePages:
             bay = None
         if bay is None:
             return 0
+        try:
+            self._copies.put(self._queued(save, ids, at, lent, bay))
+        except BaseException:  # what it may still write into a slot, the sum of that slot's next block tells
+            self._save_bays.put(bay)
+            self._client.give_back(lent)
+            raise
+        return len(lent)
+
+    def _queued(self, save: Save, ids: torch.Tensor, at: int, lent: Sequence[Lent], bay: _Bay) -> _Copy:
+        """Copies that the device has been told of."""
         direct = self._registered is not None and self._registered.holds(
             lent[0].link.incarnation, lambda: self._client.memory_of(lent[0].link.incarnation)
         )
@@ -323,8 +333,7 @@ class DevicePages:
             else:
                 bay.host[: len(lent)].copy_(bay.device[: len(lent)], non_blocking=True)
             arrived = self._saving.mark()
-        self._copies.put(_Copy(arrived, save.part(at, lent), bay, direct))
-        return len(lent)
+        return _Copy(arrived, save.part(at, lent), bay, direct)
 
     def relabel(self, layout: Layout) -> None:
         """See `GroupPages.relabel`."""

@@ -15,7 +15,7 @@ from thermocline.tiers.tier import Job, Piece
 
 
 class GroupPages(Protocol):
-    """How blocks are moved. `load` is called by one thread, `save` and `begin_step` by the model's."""
+    """How blocks are moved. `save` is called by the model's thread; `load` by that too, or by one of its own."""
 
     layout: Layout
 

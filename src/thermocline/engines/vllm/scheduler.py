@@ -17,6 +17,7 @@ from typing import Any
 from thermocline.blocks.frame import SUM_BYTES
 from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock, SystemClock
+from thermocline.engines.vllm.guard import guarded
 from thermocline.engines.vllm.layout import layout_in
 from thermocline.engines.vllm.orders import NULL_PAGE, LoadFailed, LoadOrder, Orders, Report, SaveOrder
 from thermocline.engines.vllm.prompts import prompt_of, token_array
@@ -194,6 +195,7 @@ class Scheduler:
                 tracked.saving.ordered = max(tracked.saving.ordered, plan.blocks)  # they are in memory
         return plan
 
+    @guarded(lambda: None)
     def _note_unasked(self, tracked: Tracked) -> None:
         """What vLLM has itself needs no answer, but a receipt; and an answer that is there is read all the same."""
         plan = tracked.staging.plan() if tracked.staging is not None else None
