@@ -383,3 +383,40 @@ def test_a_slow_disk_is_no_sick_node(make_host, monkeypatch):
     assert (plan.blocks, plan.missing[0].reason) == (0, Reason.LATE)
     assert client.up
     go.set()
+
+
+@pytest.fixture
+def slow(host, monkeypatch):
+    """A client of a node that takes twice as long as is usual, and what the client suspected it of."""
+    client = host.client(wait_seconds=0.1)
+    keep(client, PATH)
+    until(lambda: fetch(client, PATH)[0] == 12, "the client to know what computing costs")
+    match, suspected = host.store.match, []
+    monkeypatch.setattr(host.store, "match", lambda *asked, **more: CLOCK.sleep(0.2) or match(*asked, **more))
+    monkeypatch.setattr(client._keeper, "suspect", suspected.append)
+    return client, suspected
+
+
+def test_a_slow_answer_is_waited_for_where_that_is_worth_it(slow):
+    """For a prompt that takes minutes to compute a hit may come later than is usual, and the node stays in use."""
+    client, suspected = slow
+    assert fetch(client, PATH) == (12, {"memory": 12})
+    assert not suspected
+
+
+def test_a_slow_answer_that_brings_nothing_is_one_too_many(slow):
+    """A node that took longer than is usual and has nothing is left alone: no request pays for that again and again."""
+    client, suspected = slow
+    assert fetch(client, chain("stranger", 12))[0] == 0
+    assert len(suspected) == 1
+
+
+def test_patience_is_never_more_than_was_measured(host):
+    """What a short prompt costs to compute says nothing about a long one: the node is not waited for any longer."""
+    client = host.client(wait_seconds=0.001)
+    client._computing = (100, 2.0)
+    assert client._patience(100) == client._patience(100_000) == pytest.approx(0.1)
+    assert client._patience(50) == pytest.approx(0.05)
+    client._computing = (100, 1000.0)
+    assert client._patience(100) == 1.0
+    assert client._patience(1) == pytest.approx(0.5)

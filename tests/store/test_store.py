@@ -10,6 +10,7 @@ import pytest
 
 from tests.store.making import BLOCK_BYTES, GUARD_SECONDS, LAYOUT, ScriptedTier, ask, chain, contents, make_layout, save
 from thermocline.clock import ManualClock
+from thermocline.store import mover
 from thermocline.store.store import Store
 from thermocline.tiers.memory import MemoryTier
 from thermocline.tiers.tier import Outcome
@@ -200,8 +201,9 @@ def test_many_threads_at_once_keep_everything_in_order(make_store, make_disk):
 # -- promotion ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prefetch_brings_a_path_into_memory(make_store, make_disk, clock):
+def test_a_prefetch_brings_a_path_into_memory(make_store, make_disk, clock, monkeypatch):
     """Prefetch copies what only disk holds into memory, in several windows, and the next load is from memory alone."""
+    monkeypatch.setattr(mover, "WINDOW_BYTES", 16 * BLOCK_BYTES)
     keys = chain("prompt", 40)
     store = make_store(make_disk())
     save(store, keys)
@@ -212,6 +214,31 @@ def test_a_prefetch_brings_a_path_into_memory(make_store, make_disk, clock):
     assert job.outcomes == [Outcome.HIT] * 40
     assert ask(store, keys).by_tier == {"memory": 40}
     assert store.metrics.value("promoted_blocks_total", (("tier", "memory"),)) == 40
+    store.check_integrity()
+
+
+def test_a_prefetch_is_not_held_up_by_what_is_lent(make_store, make_disk, clock):
+    """With all lent that ever is, promotion goes on; and what arrives is summed where no client can write."""
+    keys = chain("prompt", 8)
+    store = make_store(make_disk())
+    save(store, keys)
+    store.close()
+    store = make_store(make_disk())
+    lent = store.lend(LAYOUT, 1 << 20)
+    assert store._warm.lendable(BLOCK_BYTES) == 0
+    shared, load, private = store._warm._slab._bytes, store._mover._load, []
+
+    def seen(name, layout, keys, into, deadline):
+        private.extend(not np.shares_memory(piece, shared) for block in into for piece in block)
+        return load(name, layout, keys, into, deadline)
+
+    store._mover._load = seen
+    job = store.prefetch([LAYOUT], keys, clock.now() + 10)
+    assert job.wait(GUARD_SECONDS)
+    assert job.outcomes == [Outcome.HIT] * 8
+    assert private
+    assert all(private)
+    store.take_back(lent)
     store.check_integrity()
 
 
