@@ -12,6 +12,9 @@ from tests.vllm.server import CLOCK, EXACT
 pytestmark = pytest.mark.vllm_long
 PROMPTS = all_prompts()
 LOADABLE = sum(map(loadable, PROMPTS))
+ROUNDING = 1e-5
+"""What a float32 log-probability differs by where the same sums are made in another order. In bf16, vLLM's own hits are
+0.03 off."""
 
 
 def _own(server):
@@ -36,7 +39,7 @@ def _check(server, expected, warm, arm, report, tier="memory"):
         f"{arm}: tokens equal {len(PROMPTS)}/{len(PROMPTS)}, {found}, all of {LOADABLE}; log-probabilities at most "
         f"{away:.6f} from cold (vLLM's own hit: {own:.6f}), {bits}/{len(PROMPTS)} bit-equal to vLLM's own hit"
     )
-    assert away <= own
+    assert away <= own + ROUNDING
     assert found.by_tier[tier] > 0
 
 
