@@ -7,7 +7,8 @@ on, and in what is saved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Container, Sequence
+from collections import deque
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from types import SimpleNamespace
@@ -52,9 +53,17 @@ class Request:
     all_token_ids: list[int] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
     state: str = "waiting"
+    placeholders: int = 0  # tokens that steps under way will bring
+    under_way: int = 0  # tokens that steps under way compute
+    last_step: int = 0
+    life: int = 0  # how often it was preempted
 
     def __post_init__(self) -> None:
         self.all_token_ids = list(self.prompt)
+
+    def text(self, length: int) -> Sequence[int]:
+        """Its first tokens, as workers know them: also those that the scheduler is still to be told of."""
+        return [*self.all_token_ids, *((at + self.life) % 7 for at in range(self.num_tokens, length))][:length]
 
     @property
     def num_tokens(self) -> int:
@@ -110,23 +119,57 @@ class Rank:
         return np.concatenate(self.pages[group].view(page))
 
 
+@dataclass(eq=False)
+class Part:
+    """What a step computes of one request, which was as it is told here when the step was scheduled."""
+
+    request: Request
+    first: int
+    count: int
+    pages: list[list[int]]
+    life: int
+    samples: bool
+
+
+@dataclass(eq=False)
+class Step:
+    """A step that was scheduled, and of which nothing has happened yet."""
+
+    orders: Orders
+    parts: dict[str, Part]
+
+
 class MiniEngine:
     """One engine on a real node: a scheduler's half, and a worker's half for each rank.
 
     Group 1, if there is one, has a sliding window of `window` blocks: what has left it is on no page any more.
+
+    `ahead`: workers get to a step when the next one is scheduled already, which is as late as vLLM's queue of two lets
+    them. The token that a step brings is a placeholder until then. Pages of a request that ends or is preempted go to
+    others when the steps scheduled so far are over; those that left the window, once the steps before are.
     """
 
     def __init__(
-        self, clients: Sequence[NodeClient], *, groups: int = 1, window: int = 2, at_once: bool = False
+        self,
+        clients: Sequence[NodeClient],
+        *,
+        groups: int = 1,
+        window: int = 2,
+        at_once: bool = False,
+        ahead: bool = False,
     ) -> None:
+        assert not (at_once and ahead), "see `may_load_at_once` in connector.py"
         self.client, *workers = clients
-        self.groups, self.window = groups, window
+        self.groups, self.window, self.ahead = groups, window, ahead
         self.ranks = [Rank(client, rank, len(workers), groups) for rank, client in enumerate(workers)]
         self.scheduler = Scheduler(self.client, tokens_per_block=BLOCK, save_blocks_max=16, may_load_at_once=at_once)
         self.scheduler.attach([[pages.layout for pages in rank.pages] for rank in self.ranks])
         self.requests: dict[str, Request] = {}
         self.receipts: dict[str, Any] = {}
         self.free = [list(range(1, PAGES)) for _ in range(groups)]
+        self.steps: deque[Step] = deque()
+        self.scheduled = self.over = 0
+        self.fenced: deque[tuple[int, list[list[int]]]] = deque()
         self.flying: dict[int, set[BlockKey]] = {}
         self.counted: dict[int, int] = {}
         self.remaining: dict[str, int] = {}
@@ -135,6 +178,7 @@ class MiniEngine:
         self.loaded_blocks = self.failed_loads = 0
         self.damage_next_load = False
         self.finishing: set[str] = set()
+        self.aborted: list[Request] = []
 
     # -- what a test does ----------------------------------------------------------------------------------------------
 
@@ -145,37 +189,16 @@ class MiniEngine:
 
     def step(self, chunk: int) -> None:
         """One step of the engine: every request that can run computes at most `chunk` tokens."""
-        for request in list(self.requests.values()):
-            if request.state == "waiting" and request.num_computed_tokens == 0:
-                self._admit(request)
-        scheduled = {
-            request.request_id: min(chunk, request.num_tokens - request.num_computed_tokens)
-            for request in self.requests.values()
-            if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens)
-        }
-        for request_id, count in scheduled.items():
-            request = self.requests[request_id]
-            request.state = "running"
-            self._grow(request, request.num_computed_tokens + count)
-        orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
-        self._check_orders(orders)
-        spoilt = self._load_at_once(orders)
-        for request_id, count in scheduled.items():
-            self._compute(self.requests[request_id], count, spoilt=request_id in spoilt)
-        self._work(orders, spoilt)
-        self.scheduler.step_over()
-        for request_id, good in spoilt.items():
-            self.failed_loads += 1
-            self.requests[request_id].num_computed_tokens = good * BLOCK
-        for request in [self.requests[request_id] for request_id in scheduled if request_id in self.requests]:
-            if request.num_computed_tokens == request.num_tokens:
-                request.all_token_ids.append(len(request.all_token_ids) % 7)
+        self.steps.append(self._schedule(chunk))
+        if len(self.steps) > self.ahead:
+            self._work(self.steps.popleft())
 
     def preempt(self, request: Request) -> None:
         """Its pages go to others; it will run again from the start."""
         if request.state == "running":
             self._free(request)
-            request.state, request.num_computed_tokens = "waiting", 0
+            request.state, request.num_computed_tokens, request.placeholders = "waiting", 0, 0
+            request.life += 1  # what steps under way bring is dropped
 
     def finish(self, request: Request) -> None:
         """It is over, or its client has gone."""
@@ -197,18 +220,44 @@ class MiniEngine:
 
         def idle() -> bool:
             self.step(1)
-            return not self.remaining and not self.flying and not self.requests
+            return not self.remaining and not self.flying and not self.requests and not self.fenced
 
         until(idle, "everything under way to be over")
         self.scheduler.check_idle()
-        assert not self.client._held, "leases are left"
+        until(lambda: not self.client._held, "all leases to be released")
         assert all(len(free) == PAGES - 1 for free in self.free)
 
     def close(self) -> None:
         for rank in self.ranks:
             rank.worker.close()
 
-    # -- the engine ----------------------------------------------------------------------------------------------------
+    # -- the scheduler -------------------------------------------------------------------------------------------------
+
+    def _schedule(self, chunk: int) -> Step:
+        for request in list(self.requests.values()):
+            if request.state == "waiting" and request.num_computed_tokens == 0:
+                self._admit(request)
+        self.scheduled += 1
+        parts = {
+            request.request_id: self._part(request, chunk)
+            for request in self.requests.values()
+            if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens)
+        }
+        scheduled = {request_id: part.count for request_id, part in parts.items()}
+        orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
+        self._check_orders(orders)
+        for part in parts.values():
+            part.request.num_computed_tokens += part.count
+            part.request.under_way += part.count
+            part.request.placeholders += part.samples
+        return Step(orders, parts)
+
+    def _part(self, request: Request, chunk: int) -> Part:
+        first, known = request.num_computed_tokens, request.num_tokens + request.placeholders
+        count = min(chunk, known - first)
+        request.state, request.last_step = "running", self.scheduled
+        self._grow(request, first + count, processed=max(0, first - request.under_way))
+        return Part(request, first, count, [list(each) for each in request.pages], request.life, first + count == known)
 
     def _admit(self, request: Request) -> None:
         matched = guarded(lambda: 0)(self.scheduler.matched)
@@ -224,37 +273,69 @@ class MiniEngine:
             request.state = "running"
             request.pages = [[] for _ in range(self.groups)]
             return
+        if min(map(len, self.free)) < PAGES // 2:
+            return
         request.pages = [[] for _ in range(self.groups)]
-        self._grow(request, tokens, computed=tokens)
+        self._grow(request, tokens, processed=tokens)
         self.scheduler.allocated(request.request_id, tuple(request.pages), tokens)
         assert sum(self.scheduler.sources(request.request_id).values()) == tokens
         at_once = self.scheduler.loads_at_once(request.request_id)
         request.state, request.num_computed_tokens = "running" if at_once else "loading", tokens
 
-    def _grow(self, request: Request, tokens: int, *, computed: int | None = None) -> None:
-        """Pages for so many tokens. First those go that have left the window, as vLLM does."""
-        computed = request.num_computed_tokens if computed is None else computed
+    def _grow(self, request: Request, tokens: int, *, processed: int) -> None:
+        """Pages for so many tokens. First those go that have left the window of what is computed next, as in vLLM."""
         for group, pages in enumerate(request.pages):
-            gone = max(0, computed // BLOCK - self.window) if group else 0
+            gone = max(0, processed // BLOCK - self.window) if group else 0
             for at in range(min(gone, len(pages))):
                 if pages[at] != NULL_PAGE:
                     self.free[group].append(pages[at])
                     pages[at] = NULL_PAGE
             while len(pages) < -(-tokens // BLOCK):
-                pages.append(NULL_PAGE if len(pages) < gone else self.free[group].pop(0))
+                pages.append(NULL_PAGE if len(pages) < gone else self.free[group].pop())
 
     def _free(self, request: Request) -> None:
-        for group, pages in enumerate(request.pages):
-            self.free[group] += [page for page in pages if page != NULL_PAGE]
+        """Its pages go to others: at once, or when all steps are over that were scheduled so far."""
+        fence = self.scheduled if request.last_step > self.over else 0
+        self.fenced.append((fence, request.pages))
         request.pages = []
+        self._unfence()
+
+    def _unfence(self) -> None:
+        for entry in [entry for entry in self.fenced if entry[0] <= self.over]:
+            self.fenced.remove(entry)
+            for group, pages in enumerate(entry[1]):
+                self.free[group] += [page for page in pages if page != NULL_PAGE]
 
     def _keys(self, request: Request, blocks: int) -> Sequence[BlockKey]:
         prompt = prompt_of(request, BLOCK)
         assert prompt is not None
-        return prompt.grow(request.all_token_ids, blocks)[:blocks]
+        return prompt.grow(request.text(blocks * BLOCK), blocks)[:blocks]
 
-    def _load_at_once(self, orders: Orders) -> dict[str, int]:
+    # -- the workers ---------------------------------------------------------------------------------------------------
+
+    def _work(self, step: Step) -> None:
+        """All that the workers do in a step, and what vLLM's scheduler makes of their result."""
+        spoilt = self._load_at_once(step)
+        for request_id, part in step.parts.items():
+            self._compute(part, spoilt=request_id in spoilt)
+        report, finished = self._carry_out(step, spoilt)
+        for request in self.aborted:
+            self.finish(request)
+        self.aborted.clear()
+        self.over += 1
+        self._unfence()
+        self._computed(step, spoilt)
+        self._reported(report)
+        failed = self.failed & set(finished)
+        self.failed -= failed
+        self.scheduler.loads_over(finished, failed)
+        for request_id in finished:
+            self._loaded(request_id, failed=request_id in failed)
+        self.scheduler.step_over()
+
+    def _load_at_once(self, step: Step) -> dict[str, int]:
         """Start the loads. Which requests of this step compute on bad pages, and how many blocks before are good."""
+        orders = step.orders
         self._before_loads(orders)
         bad: set[int] = set()
         for rank in self.ranks:
@@ -263,20 +344,19 @@ class MiniEngine:
             bad |= rank.worker.take_bad_pages()
         spoilt = {}
         for load in (load for load in orders.loads if load.at_once):
-            pages = self.requests[load.request].pages[0]
+            pages = step.parts[load.request].pages[0]
             if bad.isdisjoint(pages):
                 self.loaded_blocks += len(load.pages[0])
             else:
                 spoilt[load.request] = next(at for at, page in enumerate(pages) if page in bad)
         return spoilt
 
-    def _compute(self, request: Request, count: int, *, spoilt: bool = False) -> None:
+    def _compute(self, part: Part, *, spoilt: bool = False) -> None:
         """Check all that is computed on, then write every block that becomes full: garbage, behind bad pages."""
-        before = request.num_computed_tokens // BLOCK
-        after = (request.num_computed_tokens + count) // BLOCK
-        keys = self._keys(request, after)
+        before, after = part.first // BLOCK, (part.first + part.count) // BLOCK
+        keys = self._keys(part.request, after)
         for rank in self.ranks:
-            for group, pages in enumerate(request.pages):
+            for group, pages in enumerate(part.pages):
                 layout = rank.worker._base[group]
                 for at in range(before):
                     if pages[at] != NULL_PAGE and not spoilt:
@@ -285,7 +365,6 @@ class MiniEngine:
                 for at in range(before, after):
                     whole = content(layout, keys[at])
                     rank.write(group, pages[at], np.full_like(whole, 0x3F) if spoilt else whole)
-        request.num_computed_tokens += count
 
     def _check_orders(self, orders: Orders) -> None:
         """No key is on its way twice."""
@@ -299,32 +378,43 @@ class MiniEngine:
             self.flying[order.number] = keys
             self.counted[order.number] = 0
 
-    def _work(self, orders: Orders, spoilt: Collection[str]) -> None:
-        """What vLLM's workers do with orders, and how it joins what they report."""
+    def _carry_out(self, step: Step, spoilt: Container[str]) -> tuple[Report, list[str]]:
+        """The saves of a step; what workers report, joined as by vLLM, and the loads that are over on all of them."""
         report = Report()
         finished: list[str] = []
         for rank in self.ranks:
-            self._check_saves(rank, orders, spoilt)
-            rank.worker.save(orders)
-            over, failed = rank.worker.ended_loads(orders)
+            self._check_saves(rank, step, spoilt)
+            rank.worker.save(step.orders)
+            over, failed = rank.worker.ended_loads(step.orders)
             assert failed <= over
             self.failed |= failed
             finished += [request_id for request_id in over if self._over_on_all(request_id)]
             report = report.joined(rank.worker.report() or Report())
-        for request_id in self.finishing - set(spoilt):  # vLLM ends requests before it hands on what workers report
-            request = self.requests.get(request_id)
-            if request is not None and request.num_computed_tokens >= request.num_prompt_tokens:
-                self.finish(request)
+        return report, finished
+
+    def _computed(self, step: Step, spoilt: dict[str, int]) -> None:
+        """The tokens of a step are there. VLLM ends requests before it hands on what workers report."""
+        for request_id, part in step.parts.items():
+            request = part.request
+            request.under_way -= part.count
+            if self.requests.get(request_id) is not request or part.life != request.life:
+                continue
+            if request_id in spoilt:
+                self.failed_loads += 1
+                request.num_computed_tokens = spoilt[request_id] * BLOCK
+                request.placeholders = 0
+            elif part.samples:
+                request.all_token_ids = list(request.text(request.num_tokens + 1))
+                request.placeholders -= 1
+                if request_id in self.finishing:
+                    self.finish(request)
+
+    def _reported(self, report: Report) -> None:
         for saved in report.saved:
             self.counted[saved.number] += saved.ranks
             if self.counted[saved.number] == len(self.ranks):
                 del self.flying[saved.number], self.counted[saved.number]
         self.scheduler.reported(report)
-        failed_now = self.failed & set(finished)
-        self.failed -= failed_now
-        self.scheduler.loads_over(finished, failed_now)
-        for request_id in finished:
-            self._loaded(request_id, failed=request_id in failed_now)
 
     def _over_on_all(self, request_id: str) -> bool:
         self.remaining[request_id] -= 1
@@ -347,10 +437,10 @@ class MiniEngine:
             memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
             memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
 
-    def _check_saves(self, rank: Rank, orders: Orders, spoilt: Container[str]) -> None:
+    def _check_saves(self, rank: Rank, step: Step, spoilt: Container[str]) -> None:
         """What is saved is what belongs under its key. Of what was spoilt nothing is saved: loads would tell."""
-        for order in (order for order in orders.saves if order.chain not in spoilt):
-            keys = self._keys(self.requests[order.chain], order.start + len(order.pages[0]))[order.start :]
+        for order in (order for order in step.orders.saves if order.chain not in spoilt):
+            keys = self._keys(step.parts[order.chain].request, order.start + len(order.pages[0]))[order.start :]
             for group, pages in enumerate(order.pages):
                 layout = rank.worker._base[group]
                 for key, page in zip(keys, pages, strict=True):

@@ -17,7 +17,7 @@ TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
 
 ARRIVE = st.tuples(st.just("arrive"), st.sampled_from([5, 3 * BLOCK + 5, 8 * BLOCK]), st.integers(0, 1))
 STEP = st.tuples(st.just("step"), st.sampled_from([1, BLOCK - 1, 2 * BLOCK, 12 * BLOCK]))
-OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "finish", "damage")]
+OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "abort", "damage")]
 OPS = st.one_of(ARRIVE, ARRIVE, STEP, STEP, STEP, STEP, *OTHERS)
 
 
@@ -26,14 +26,15 @@ def text(length, branch):
     return [token + (1000 * branch if at >= 3 * BLOCK else 0) for at, token in enumerate(TRUNK[:length])]
 
 
-@pytest.mark.parametrize(("groups", "at_once"), [(1, False), (2, False), (1, True)])
-def test_any_schedule(clients, groups, at_once):
+@pytest.mark.parametrize(("groups", "how"), [(1, ""), (2, ""), (1, "at_once"), (1, "ahead"), (2, "ahead")])
+def test_any_schedule(clients, caplog, groups, how):
     """However requests come, run, are preempted, fail to load and end: no wrong byte, no key twice, no lease left."""
 
     @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(ops=st.lists(OPS, min_size=40, max_size=100))
     def run(ops):
-        engine = MiniEngine(clients[:2] if at_once else clients, groups=groups, at_once=at_once)
+        some = clients[:2] if how == "at_once" else clients
+        engine = MiniEngine(some, groups=groups, at_once=how == "at_once", ahead=how == "ahead")
         salt = f"example {next(SALTS)}"
         try:
             _play(engine, salt, ops)
@@ -43,6 +44,7 @@ def test_any_schedule(clients, groups, at_once):
         finally:
             engine.close()
         assert answers[1]["loaded_tokens"] == 96, "it saves and loads as before"
+        assert not [record for record in caplog.records if record.exc_info], "a hook failed"
 
     run()
 
@@ -61,6 +63,8 @@ def _play(engine, salt, ops):
             engine.preempt(alive[arguments[0] % len(alive)])
         elif alive and op == "finish":
             engine.finish(alive[arguments[0] % len(alive)])
+        elif alive and op == "abort":
+            engine.aborted.append(alive[arguments[0] % len(alive)])
 
 
 def run_alone(engine, request, *, new_tokens=1):
