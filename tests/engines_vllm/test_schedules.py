@@ -15,9 +15,9 @@ from thermocline.node.staging import Staging
 SALTS = count()
 TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
 
-ARRIVE = st.tuples(st.just("arrive"), st.sampled_from([5, 3 * BLOCK + 5, 8 * BLOCK]), st.integers(0, 1))
-STEP = st.tuples(st.just("step"), st.sampled_from([1, BLOCK - 1, 2 * BLOCK, 12 * BLOCK]))
-OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "abort", "damage")]
+ARRIVE = st.tuples(st.just("arrive"), st.sampled_from([BLOCK - 3, 4 * BLOCK - 3, 8 * BLOCK]), st.integers(0, 1))
+STEP = st.tuples(st.just("step"), st.sampled_from([1, BLOCK - 1, 2 * BLOCK, 12 * BLOCK]), st.integers(1, 3))
+OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "abort", "damage", "anew")]
 OPS = st.one_of(ARRIVE, ARRIVE, STEP, STEP, STEP, STEP, *OTHERS)
 
 
@@ -56,9 +56,12 @@ def _play(engine, salt, ops):
         if op == "arrive" and len(alive) < 4:
             engine.arrive(Request(f"r{next(names)}", text(*arguments), salt))
         elif op == "step":
-            engine.step(*arguments)
+            for _ in range(arguments[1]):
+                engine.step(arguments[0])
         elif op == "damage" and arguments == [0]:
             engine.damage_next_load = True
+        elif op == "anew":  # prompts from now on begin as none before
+            salt += " anew"
         elif alive and op == "preempt":
             engine.preempt(alive[arguments[0] % len(alive)])
         elif alive and op == "finish":
