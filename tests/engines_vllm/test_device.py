@@ -12,7 +12,7 @@ from tests.node.making import PATIENT
 from tests.store.making import make_layout
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.engines.vllm import device
-from thermocline.engines.vllm.device import Blocks, DevicePages, Registered
+from thermocline.engines.vllm.device import Blocks, DevicePages, HostLane, Registered
 from thermocline.engines.vllm.layout import Span
 from thermocline.node.client import NodeClient
 from thermocline.node.server import NodeServer
@@ -161,3 +161,33 @@ def test_a_save_without_room_says_so(client, spans):
     kept = [outcome is Outcome.HIT for outcome in job.outcomes]
     assert kept == sorted(kept, reverse=True)
     assert set(job.outcomes) <= {Outcome.HIT, Outcome.LATE}
+
+
+def test_a_load_writes_behind_what_is_still_to_be_saved(client, spans, monkeypatch):
+    """A page that is saved and then given to a load is gathered before it is written, whatever the device is at."""
+    log = []
+
+    class Mark:
+        def synchronize(self):
+            pass
+
+    class Logged(HostLane):
+        def mark(self):
+            log.append(Mark())
+            return log[-1]
+
+        def behind(self, mark):
+            log.append(("behind", mark))
+
+    monkeypatch.setattr(device, "lane_for", lambda _: Logged())
+    for verb in ("gather", "scatter"):
+        whole = getattr(Blocks, verb)
+        monkeypatch.setattr(Blocks, verb, lambda *all_, verb=verb, whole=whole: (log.append(verb), whole(*all_)))
+    layout, keys = _layout(spans), _keys(1)
+    with contextlib.closing(_pages(client, layout, spans, _filled(spans))) as pages:
+        assert pages.save(keys, [0], 0).wait(10)
+        plan = client.match([layout], keys, prompt_tokens=TOKENS + 1)
+        assert pages.load(client.places(plan, 0), [0]).blocks == 1
+    client.release(plan.lease)
+    gathered = log[log.index("gather") + 1]
+    assert log.index(("behind", gathered)) == log.index("scatter") - 1

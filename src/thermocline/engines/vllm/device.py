@@ -52,6 +52,9 @@ class Lane(Protocol):
     def before_engine(self) -> None:
         """What the engine queues from now on comes after what is queued here."""
 
+    def behind(self, mark: Mark) -> None:
+        """What is queued from now on comes after that point of another queue."""
+
     def enter(self) -> AbstractContextManager[object]:
         """Within it, copies and kernels are queued here."""
 
@@ -74,6 +77,11 @@ class CudaLane:
         """See `Lane.before_engine`."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
+    def behind(self, mark: Mark) -> None:
+        """See `Lane.behind`."""
+        if isinstance(mark, torch.cuda.Event):  # else it was reached before anything was queued
+            self._stream.wait_event(mark)
+
     def enter(self) -> AbstractContextManager[object]:
         """See `Lane.enter`."""
         return torch.cuda.stream(self._stream)
@@ -91,6 +99,9 @@ class HostLane:
         """Nothing is queued."""
 
     def before_engine(self) -> None:
+        """Nothing is queued."""
+
+    def behind(self, mark: Mark) -> None:
         """Nothing is queued."""
 
     def enter(self) -> AbstractContextManager[object]:
@@ -240,6 +251,7 @@ class DevicePages:
         self._registered = registered
         self._blocks = Blocks(spans, regions)
         self._loading, self._saving = lane_for(self._blocks.device), lane_for(self._blocks.device)
+        self._gathered: Mark = _HERE
         self._window = max(1, BAY_BYTES // layout.block_bytes)
         self._load_bays = [self._bay() for _ in range(BAYS)]
         self._save_bays: queue.SimpleQueue[_Bay] = queue.SimpleQueue()
@@ -257,7 +269,11 @@ class DevicePages:
     # -- load ----------------------------------------------------------------------------------------------------------
 
     def load(self, places: Places, pages: Sequence[int]) -> Loaded:
-        """See `GroupPages.load`. Only what was verified in the bay is sent; while it travels the next bay is filled."""
+        """See `GroupPages.load`. Only what was verified in the bay is sent; while it travels the next bay is filled.
+
+        Pages that have left a sliding window are given to a load while a step under way still saves what was in them:
+        nothing is written into pages before what was to be saved until now is gathered.
+        """
         done, seconds = 0, 0.0
         missing: tuple[Missing, ...] = ()
         for number, at in enumerate(range(0, len(pages), self._window)):
@@ -280,6 +296,7 @@ class DevicePages:
         with self._loading.enter():
             ids = self._blocks.ids(pages)
             bay.device[: len(pages)].copy_(bay.host[: len(pages)], non_blocking=True)
+            self._loading.behind(self._gathered)
             self._blocks.scatter(ids, bay.device)
             bay.free = self._loading.mark()
 
@@ -327,6 +344,7 @@ class DevicePages:
         with self._saving.enter():
             self._blocks.gather(ids[at : at + len(lent)], bay.device)
             self._saving.before_engine()
+            self._gathered = self._saving.mark()
             if direct:
                 for slot, row in zip(lent, bay.device, strict=False):
                     torch.from_numpy(slot.view).view(row.dtype).copy_(row, non_blocking=True)
