@@ -234,15 +234,15 @@ class MiniEngine:
     # -- the scheduler -------------------------------------------------------------------------------------------------
 
     def _schedule(self, chunk: int) -> Step:
-        for request in list(self.requests.values()):
-            if request.state == "waiting" and request.num_computed_tokens == 0:
-                self._admit(request)
+        """First what runs goes on, then what waits begins, also in pages that this has just left."""
         self.scheduled += 1
-        parts = {
-            request.request_id: self._part(request, chunk)
-            for request in self.requests.values()
-            if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens)
-        }
+        running = [request for request in self.requests.values() if request.state == "running"]
+        parts = {request.request_id: self._part(request, chunk) for request in running}
+        for request in [request for request in self.requests.values() if request.state == "waiting"]:
+            if not request.num_computed_tokens:
+                self._admit(request)
+            if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens):
+                parts[request.request_id] = self._part(request, chunk)
         scheduled = {request_id: part.count for request_id, part in parts.items()}
         orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
         self._check_orders(orders)

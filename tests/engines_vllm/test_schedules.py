@@ -99,6 +99,26 @@ def test_a_second_request_loads_what_the_first_one_left(clients):
     ]
 
 
+def test_what_left_a_window_is_saved_before_others_load_into_its_pages(clients):
+    """A load may be given pages that a step under way still saves: that is saved as it was, and then loaded over."""
+    engine = MiniEngine(clients, groups=2, ahead=True)
+    run_alone(engine, Request("a", text(128, 1)))
+    for name in "bcd":  # more than is saved in one step
+        engine.arrive(Request(name, text(128, 1), name))
+    staged = [engine.scheduler._tracked[name].staging for name in "bcd"]
+    until(lambda: all(staging.done for staging in staged), "the node's answers")
+    engine.step(8 * BLOCK)
+    engine.step(8 * BLOCK)
+    saved = {page for order in engine.steps[-1].orders.saves for page in order.pages[1]}
+    engine.arrive(Request("e", text(128, 1)))
+    until(lambda: engine.scheduler._tracked["e"].staging.done, "the node's answer")
+    engine.step(8 * BLOCK)
+    (load,) = engine.steps[-1].orders.loads
+    assert saved & set(load.pages[1])
+    engine.drain()
+    engine.close()
+
+
 def test_an_idle_engine_loads_in_the_step_that_computes(clients):
     """One rank with one group that nobody else uses needs no step for a load; others, and busy ones, load aside."""
     for ranks, groups, busy in ((1, 1, False), (1, 1, True), (2, 1, False), (1, 2, False)):
