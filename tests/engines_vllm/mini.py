@@ -212,6 +212,10 @@ class MiniEngine:
         else:
             self._free(request)
 
+    def abort(self, request: Request) -> None:
+        """Its client goes while the next step is computed: it ends before vLLM hears of the result."""
+        self.aborted.append(request)
+
     def drain(self) -> None:
         """End all requests, and step until nothing is under way."""
         for request in list(self.requests.values()):

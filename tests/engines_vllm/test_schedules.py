@@ -18,6 +18,7 @@ TRUNK = [7 * at % 1000 for at in range(12 * BLOCK)]
 ARRIVE = st.tuples(st.just("arrive"), st.sampled_from([BLOCK - 3, 4 * BLOCK - 3, 8 * BLOCK]), st.integers(0, 1))
 STEP = st.tuples(st.just("step"), st.sampled_from([1, BLOCK - 1, 2 * BLOCK, 12 * BLOCK]), st.integers(1, 3))
 OTHERS = [st.tuples(st.just(op), st.integers(0, 3)) for op in ("preempt", "finish", "abort", "damage", "anew")]
+OTHERS.append(st.tuples(st.just("reset"), st.integers(0, 7)))
 OPS = st.one_of(ARRIVE, ARRIVE, STEP, STEP, STEP, STEP, *OTHERS)
 
 
@@ -60,14 +61,12 @@ def _play(engine, salt, ops):
                 engine.step(arguments[0])
         elif op == "damage" and arguments == [0]:
             engine.damage_next_load = True
+        elif op == "reset" and arguments == [0]:
+            engine.scheduler.reset()
         elif op == "anew":  # prompts from now on begin as none before
             salt += " anew"
-        elif alive and op == "preempt":
-            engine.preempt(alive[arguments[0] % len(alive)])
-        elif alive and op == "finish":
-            engine.finish(alive[arguments[0] % len(alive)])
-        elif alive and op == "abort":
-            engine.aborted.append(alive[arguments[0] % len(alive)])
+        elif alive and op in {"preempt", "finish", "abort"}:
+            getattr(engine, op)(alive[arguments[0] % len(alive)])
 
 
 def run_alone(engine, request, *, new_tokens=1):
