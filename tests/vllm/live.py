@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from tests.vllm.arms import cold, loaded
 from tests.vllm.node import Node
 from tests.vllm.prompts import prompt
-from tests.vllm.server import Answer, Server
+from tests.vllm.server import CLOCK, Answer, Server
+from thermocline.node import ask
 
 TOKENS = 8
+ATTACHED_SECONDS = 30.0
 PROMPTS = [prompt(600 + at, count) for at, count in enumerate((1025, 900, 737))]
 
 
@@ -53,6 +55,13 @@ class Live:
     def after(self) -> None:
         """Nothing wrong stayed in vLLM's own cache: what it answers from there is right."""
         self.ask("vLLM's own cache, afterwards", from_store=False)
+
+    def attached(self) -> None:
+        """Wait until the engine has found its node again."""
+        deadline = CLOCK.now() + ATTACHED_SECONDS
+        while sum(client.role.startswith("vllm") for client in ask.status(self.node.socket).clients) < 2:
+            assert CLOCK.now() < deadline, "the engine does not find its node again"
+            CLOCK.sleep(0.05)
 
     def said(self) -> str:
         """What the fault cost: the median and the largest difference to the same prompt a moment before, uncached."""

@@ -202,6 +202,7 @@ def test_frames_corrupted(live, disk, note, rng):
         live.node.restart()  # what is in memory now was good before
         for path in disk.glob("*.segment"):
             _flip_file(path, rng)
+        live.attached()
         yield
 
     _ten_times(live, trouble, note)
@@ -233,6 +234,7 @@ def test_index_damaged(live, disk, note, rng):
         log = disk / "index.log"
         log.write_bytes(bytes(byte ^ (rng.random() < 0.002) for byte in log.read_bytes()))
         live.node.start()
+        live.attached()
         yield
 
     _ten_times(live, trouble, note)
