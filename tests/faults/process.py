@@ -62,8 +62,20 @@ class Process:
             self._process = None
 
     def freeze(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections and bytes, and nobody answers."""
+        """SIGSTOP: the kernel goes on accepting connections and bytes, and nobody answers.
+
+        The signal stops the others only once one thread has taken it, which lasts on a busy machine.
+        """
         os.kill(self.pid, signal.SIGSTOP)
+        while not all(self._stopped(task) for task in Path(f"/proc/{self.pid}/task").iterdir()):
+            CLOCK.sleep(0.0005)
+
+    @staticmethod
+    def _stopped(task: Path) -> bool:
+        try:
+            return (task / "stat").read_text().rpartition(")")[2].split()[0] in "TtXZ"
+        except OSError:  # it has ended meanwhile
+            return True
 
     def thaw(self) -> None:
         """SIGCONT: it answers what has piled up."""
