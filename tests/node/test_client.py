@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conformance.faulty import flip, where
 from tests.node.making import CLOCK, GUARD_SECONDS, LAYOUT, MIB, PATIENT, Host, fetch, keep, tokens, until
 from tests.store.making import BLOCK_BYTES, chain, content, contents, make_layout
 from thermocline.engines.reuse import _window
@@ -365,6 +366,17 @@ def test_a_damaged_slot_is_found_and_dropped(host):
     host.check()
     keep(client, PATH)
     assert fetch(client, PATH)[0] == 12
+
+
+def test_damage_on_disk_is_the_reason(make_host):
+    """What does not verify on its way up is CORRUPT in the receipt, not late, and what lies before it is loaded."""
+    host = make_host(disk=True)
+    keep(host.client(), PATH)
+    host.restart()
+    segment, offset, _ = where(host.store._books.tier("disk"), LAYOUT.id, PATH[5])
+    flip(segment, offset + 4096)
+    plan = host.client().match([LAYOUT], PATH, prompt_tokens=tokens(PATH))
+    assert (plan.blocks, plan.missing[0].start, plan.missing[0].reason) == (5, 5, Reason.CORRUPT)
 
 
 def test_a_slow_disk_is_no_sick_node(make_host, monkeypatch):

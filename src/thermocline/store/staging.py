@@ -45,6 +45,15 @@ def _arrived(store: Store, plan: Plan) -> Plan:
     if held == plan.blocks:
         return replace(plan, lease=lease)
     runs = tuple(Run(run.start, min(run.stop, held), run.tier, run.seconds) for run in plan.runs if run.start < held)
-    why = Missing(held, plan.blocks, Reason.LATE, "it was not in memory by the time computing it would have taken")
+    why = _why_not(store, plan, held)
     rest = tuple(part for part in plan.missing if part.stop > plan.blocks)
     return replace(plan, runs=runs, lease=lease, missing=merged((why, *rest)))
+
+
+def _why_not(store: Store, plan: Plan, held: int) -> Missing:
+    """Why nothing came behind the blocks that are held: it turned out to be gone, or damaged, or it takes too long."""
+    gaps = store.missing(plan.layouts, plan.keys[: plan.blocks])
+    lost = next((gap for gap in gaps if gap.start <= held < gap.stop), None)
+    if lost is not None:
+        return Missing(held, plan.blocks, lost.reason, lost.detail)
+    return Missing(held, plan.blocks, Reason.LATE, "it was not in memory by the time computing it would have taken")

@@ -125,6 +125,13 @@ class Store:
             match_seconds=seconds,
         )
 
+    def missing(self, layouts: Sequence[Layout], keys: Sequence[BlockKey]) -> Sequence[Missing]:
+        """Why the store's own tiers lack what they lack of a path, now. Asks no shared tier."""
+        with self._books.lock:
+            held = self._books.covered(layouts, keys)
+            matched = max((tier.blocks for tier in held), default=0)
+            return self._books.explain(layouts, keys, matched, held, self._clock.now())
+
     def _probe(self, layout: Layout, keys: Sequence[BlockKey], planned: int, held: Sequence[Covered]) -> None:
         """Have tiers tried in the background that were declined, or set aside for long enough: no request waits."""
         for tier in held:
