@@ -280,9 +280,11 @@ def test_a_client_that_breaks_its_promise_fails_no_request(clients, monkeypatch,
     run_alone(engine, Request("a", text(100, 1)))
     owner = Staging if verb == "plan" else clients[1 if verb == "save" else 0]
     monkeypatch.setattr(owner, verb, broken)
-    run_alone(engine, Request("b", text(200, 1)))
+    request = Request("b", text(200, 1))
+    run_alone(engine, request)
     engine.drain()
     engine.close()
+    assert request.num_tokens == request.num_prompt_tokens + 1
 
 
 def test_what_is_lent_is_shared_by_all_groups(folder):

@@ -201,14 +201,19 @@ def test_many_threads_at_once_keep_everything_in_order(make_store, make_disk):
 # -- promotion ---------------------------------------------------------------------------------------------------------
 
 
+def _only_on_disk(make_store, make_disk, keys):
+    """A store that was started anew: what was saved lies on disk."""
+    store = make_store(make_disk())
+    save(store, keys)
+    store.close()
+    return make_store(make_disk())
+
+
 def test_a_prefetch_brings_a_path_into_memory(make_store, make_disk, clock, monkeypatch):
     """Prefetch copies what only disk holds into memory, in several windows, and the next load is from memory alone."""
     monkeypatch.setattr(mover, "WINDOW_BYTES", 16 * BLOCK_BYTES)
     keys = chain("prompt", 40)
-    store = make_store(make_disk())
-    save(store, keys)
-    store.close()
-    store = make_store(make_disk())
+    store = _only_on_disk(make_store, make_disk, keys)
     job = store.prefetch([LAYOUT], keys, clock.now() + 10)
     assert job.wait(GUARD_SECONDS)
     assert job.outcomes == [Outcome.HIT] * 40
@@ -220,10 +225,7 @@ def test_a_prefetch_brings_a_path_into_memory(make_store, make_disk, clock, monk
 def test_a_prefetch_is_not_held_up_by_what_is_lent(make_store, make_disk, clock):
     """With all lent that ever is, promotion goes on; and what arrives is summed where no client can write."""
     keys = chain("prompt", 8)
-    store = make_store(make_disk())
-    save(store, keys)
-    store.close()
-    store = make_store(make_disk())
+    store = _only_on_disk(make_store, make_disk, keys)
     lent = store.lend(LAYOUT, 1 << 20)
     assert store._warm.lendable(BLOCK_BYTES) == 0
     shared, load, private = store._warm._slab._bytes, store._mover._load, []
@@ -254,10 +256,7 @@ def test_a_prefetch_says_what_it_could_not_bring(make_store, clock):
 def test_a_prefetch_whose_time_is_up_does_nothing(make_store, make_disk, clock):
     """Behind its deadline a prefetch reads nothing and says so."""
     keys = chain("prompt", 4)
-    store = make_store(make_disk())
-    save(store, keys)
-    store.close()
-    store = make_store(make_disk())
+    store = _only_on_disk(make_store, make_disk, keys)
     job = store.prefetch([LAYOUT], keys, clock.now() - 1)
     assert job.wait(GUARD_SECONDS)
     assert job.outcomes == [Outcome.MISS] * 4
@@ -267,10 +266,7 @@ def test_a_prefetch_whose_time_is_up_does_nothing(make_store, make_disk, clock):
 def test_saving_what_came_from_disk_promotes_it(make_store, make_disk):
     """A prompt loaded from disk is in memory after the engine saved it, and is not written to disk again."""
     keys = chain("prompt", 6)
-    store = make_store(make_disk())
-    save(store, keys)
-    store.close()
-    store = make_store(make_disk())
+    store = _only_on_disk(make_store, make_disk, keys)
     assert ask(store, keys).by_tier == {"disk": 6}
     assert store.unsaved(LAYOUT, keys) == 0
     save(store, keys)

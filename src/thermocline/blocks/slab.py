@@ -126,8 +126,3 @@ class Slab:
             step[::PAGE_BYTES].max()
         with self._lock:
             self._slots.add_unit(unit)
-
-
-def give_way() -> None:
-    """From now on this thread runs only where no other has anything to do."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

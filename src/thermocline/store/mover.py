@@ -361,14 +361,13 @@ class Mover:
 
     def _promote_one(self, layout: Layout, keys: Sequence[BlockKey], deadline: float) -> None:
         """Copy up window by window while that makes progress. Room is made for what has arrived, not before."""
-        rows = self._rows(layout)
         start, before = self._warm_blocks(layout, keys), -1
         while before < start < len(keys) and not self._closing and self._books.clock.now() <= deadline:
             source, stop = self._source(layout, keys, start)
             if source is None:
                 break
-            stop = min(start + len(rows), stop)
-            pieces = [[row] for row in rows[: stop - start]]
+            pieces = [[row] for row in self._rows(layout)[: stop - start]]
+            stop = start + len(pieces)
             outcomes = self._load(source, layout, keys[start:stop], pieces, deadline)
             hits = leading_hits(outcomes)
             self._save(layout, keys, pieces[:hits], start)

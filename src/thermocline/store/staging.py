@@ -45,12 +45,12 @@ def _arrived(store: Store, plan: Plan) -> Plan:
     if held == plan.blocks:
         return replace(plan, lease=lease)
     runs = tuple(Run(run.start, min(run.stop, held), run.tier, run.seconds) for run in plan.runs if run.start < held)
-    why = _why_not(store, plan, held)
+    why = _why_no_more(store, plan, held)
     rest = tuple(part for part in plan.missing if part.stop > plan.blocks)
     return replace(plan, runs=runs, lease=lease, missing=merged((why, *rest)))
 
 
-def _why_not(store: Store, plan: Plan, held: int) -> Missing:
+def _why_no_more(store: Store, plan: Plan, held: int) -> Missing:
     """Why nothing came behind the blocks that are held: it turned out to be gone, or damaged, or it takes too long."""
     gaps = store.missing(plan.layouts, plan.keys[: plan.blocks])
     lost = next((gap for gap in gaps if gap.start <= held < gap.stop), None)

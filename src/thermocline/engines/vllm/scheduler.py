@@ -359,9 +359,8 @@ class Scheduler:
         self._running.add(tracked.id)
         if tracked.started is None:
             tracked.started = now
-            if (
-                not tracked.loaded.blocks and tracked.local and not tracked.loading
-            ):  # vLLM had its beginning, and we had no more
+            alone = tracked.local and not tracked.loading  # vLLM had its beginning, and we had no more
+            if alone and not tracked.loaded.blocks:
                 tracked.loaded = Loaded(tracked.local, {DEVICE: tracked.local}, tracked.loaded.missing, 0.0)
 
     def _stopped(self, tracked: Tracked) -> None:
