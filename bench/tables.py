@@ -95,7 +95,8 @@ def demo() -> str:
     chapters = found["chapters"]
     lines = ["```text", "$ make demo"]
     for at, chapter in enumerate(chapters, 1):
-        lines += [f"{at}. {chapter['title']}", f"   {'ok' if chapter['ok'] else 'FAILED'}    {chapter['verdict']}"]
+        mark = "FAILED" if not chapter["ok"] else "ok" if chapter["details"].get("shown", True) else "--"
+        lines += [f"{at}. {chapter['title']}", f"   {mark}    {chapter['verdict']}"]
     seconds = f"{len(chapters)} chapters in {found['seconds']:.0f} s"
     return "\n".join([*lines, "```", "", f"{seconds}, on {_where(found['machine'], found['date'])}.", ""])
 

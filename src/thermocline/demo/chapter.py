@@ -25,3 +25,8 @@ class Chapter(msgspec.Struct, frozen=True):
     name: str = ""
     title: str = ""
     seconds: float = 0.0
+
+    @property
+    def shown(self) -> bool:
+        """False where what the chapter needs is not installed."""
+        return bool(self.details.get("shown", True))

@@ -47,9 +47,12 @@ class Screen:
         for line in text.splitlines():
             self.say("| " + line, style="dim")
 
-    def verdict(self, text: str, *, ok: bool) -> None:
-        """What the chapter has shown."""
-        self.say(("ok    " if ok else "FAILED  ") + text, style="bold green" if ok else "bold red")
+    def verdict(self, text: str, *, ok: bool, shown: bool = True) -> None:
+        """What the chapter has shown, or why it has shown nothing."""
+        mark, style = ("ok", "bold green") if ok else ("FAILED", "bold red")
+        if ok and not shown:
+            mark, style = "--", "bold yellow"
+        self.say(f"{mark}    {text}", style=style)
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
         """Rows under headers; the columns `right` are aligned to the right."""

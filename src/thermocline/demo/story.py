@@ -80,7 +80,7 @@ def _played(screen: Screen, clock: Clock, chapters: Chapters) -> Iterator[Chapte
         started = clock.now()
         with tempfile.TemporaryDirectory(prefix="thermocline-demo-", ignore_cleanup_errors=True) as folder:
             told = chapter(screen, Path(folder))
-        screen.verdict(told.verdict, ok=told.ok)
+        screen.verdict(told.verdict, ok=told.ok, shown=told.shown)
         yield msgspec.structs.replace(told, name=name, title=title, seconds=round(clock.now() - started, 1))
 
 
@@ -107,5 +107,7 @@ def _end(screen: Screen, told: list[Chapter], seconds: float) -> None:
     rows = [[chapter.claim.claim, chapter.claim.figure, chapter.claim.command] for chapter in told]
     screen.table(["playbook claim", "our figure", "command"], rows)
     failed = [chapter.title for chapter in told if not chapter.ok]
-    shown = "every chapter showed what it promises" if not failed else f"not as promised: {'; '.join(failed)}"
-    screen.say(f"{shown}, in {seconds:.0f} s. `thermocline bench list` measures each figure with limit and interval.")
+    count = sum(chapter.shown for chapter in told)
+    all_good = f"{count} of {len(told)} chapters were shown, and kept what they promise"
+    told_of = f"not as promised: {'; '.join(failed)}" if failed else all_good
+    screen.say(f"{told_of}, in {seconds:.0f} s. `thermocline bench list` measures each figure with limit and interval.")
