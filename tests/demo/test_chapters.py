@@ -64,7 +64,7 @@ def test_installed_engine_ends_the_wait(tmp_path):
 
 
 def test_vllm_missing(tmp_path, capsys):
-    """Where vLLM is not installed, its chapter says so, how to install it, and counts neither as failed nor as shown."""
+    """Where vLLM is not installed, its chapter says so and how to install it: neither failed nor shown."""
     told = vllm.play(_screen(), tmp_path, None)
     assert told.ok
     assert "make vllm" in told.verdict
