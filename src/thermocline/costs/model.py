@@ -165,11 +165,16 @@ class Fit:
 
     def predict(self, terms: Sequence[float]) -> float:
         """Seconds for these terms."""
+        return _dot(self.weights, terms)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Seconds per unit of each term. Valid until the next observation."""
         weights = self._weights
         if weights is None:
             with self._lock:
                 weights = self._fitted()
-        return _dot(weights, terms)
+        return weights
 
     def _fitted(self) -> tuple[float, ...]:
         if self._weights is None:

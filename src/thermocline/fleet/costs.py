@@ -1,0 +1,138 @@
+"""What one instance takes, learned from the first tokens that it gave.
+
+    seconds = a + b * n + c * n * (cached + n / 2) + streams * d + host * e + disk * f + peer * g
+
+n tokens are computed behind `cached` known ones while `streams` answers are being written; host, disk and peer tokens
+are loaded first. It is the fit of `costs/model.py`, which the tiers use, with more terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from thermocline.costs.model import PREFILL_PRIOR, Fit
+from thermocline.fleet.instance import Ask, Choice, Tier
+
+Terms = tuple[float, float, float, float, float, float, float]
+STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR = 1e-3, 1e-5, 5e-5, 5e-5
+PRIOR: Terms = (*PREFILL_PRIOR, STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR)
+LOADED_FROM = {Tier.HOST: 4, Tier.DISK: 5, Tier.PEER: 6}
+OPEN_OBSERVATIONS = 8
+CLAMP = 3.0
+"""After the first few, no observation counts as further from its prediction than this factor."""
+EVERY_SECONDS = 0.1
+EAGER_OBSERVATIONS = 32
+"""A fit costs some 0.2 ms: later ones are made ten times a second at most."""
+TOGETHER = 0.1
+"""First tokens that come within so much of a stretch's length after it are of the same step."""
+WAIT_FADING = 0.95
+WAIT_FACTOR_BOUNDS = (0.2, 5.0)
+WAIT_PRIOR_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class Stretch:
+    """A stretch of an instance's time that went into the prefills of one step: what a fit can learn from.
+
+    First tokens that come together were computed together. The time since the ones before is what they took, all at
+    once; each request's own time to first token would count the others' as well.
+    """
+
+    started: float
+    ended: float
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(PRIOR))
+    unfinished: int = 0
+    closed: bool = False
+
+
+class InstanceCosts:
+    """Learned costs of one instance. A new one starts from what `like` has learned, or from a rough prior."""
+
+    def __init__(self, like: InstanceCosts | None = None) -> None:
+        prior = PRIOR
+        if like is not None:
+            learned = like.weights
+            prior = tuple(max(weight, known * 1e-3) for weight, known in zip(learned, PRIOR, strict=True))  # type: ignore[assignment]  # as many as there are
+        self._fit = Fit(prior, _TYPICAL)
+        self._learned_at = -EVERY_SECONDS
+        self._open: Stretch | None = None
+        self._waited = self._predicted = WAIT_PRIOR_SECONDS
+        self.wait_factor = 1.0
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """a to g of the formula above."""
+        return self._fit.weights
+
+    @property
+    def observations(self) -> int:
+        """How many stretches were learned from."""
+        return self._fit.observations
+
+    def first_token(self, arrived: float, now: float) -> Stretch:
+        """The stretch that a first token at `now` belongs to. `finished` wants it back."""
+        stretch = self._open
+        if stretch is not None and now - stretch.ended <= TOGETHER * (stretch.ended - stretch.started):
+            stretch.ended = max(now, stretch.ended)
+        else:
+            if stretch is not None:
+                self._close(stretch)
+            started = arrived if stretch is None else max(arrived, stretch.ended)
+            stretch = self._open = Stretch(started, now)
+        stretch.unfinished += 1
+        return stretch
+
+    def finished(self, stretch: Stretch, terms: Sequence[float], *, idle: bool) -> None:
+        """A request of this stretch is over, and this is what it was made of. `idle`: nothing else waits there."""
+        stretch.sums = [total + term for total, term in zip(stretch.sums, terms, strict=True)]
+        stretch.unfinished -= 1
+        if stretch.closed:
+            self._learn(stretch)
+        elif idle and not stretch.unfinished:
+            self._close(stretch)
+
+    def waited(self, predicted_seconds: float, actual_seconds: float) -> None:
+        """A request waited for those before it: batching and other routers make that shorter or longer than booked."""
+        self._predicted = self._predicted * WAIT_FADING + predicted_seconds
+        self._waited = self._waited * WAIT_FADING + max(0.0, actual_seconds)
+        low, high = WAIT_FACTOR_BOUNDS
+        self.wait_factor = min(max(self._waited / self._predicted, low), high)
+
+    def _close(self, stretch: Stretch) -> None:
+        stretch.closed = True
+        self._learn(stretch)
+
+    def _learn(self, stretch: Stretch) -> None:
+        observations = self._fit.observations
+        soon = observations >= EAGER_OBSERVATIONS and stretch.ended - self._learned_at < EVERY_SECONDS
+        if stretch.unfinished or stretch.sums[1] <= 0 or soon:
+            return
+        seconds = stretch.ended - stretch.started
+        if observations >= OPEN_OBSERVATIONS:
+            predicted = self._fit.predict(stretch.sums)
+            seconds = min(max(seconds, predicted / CLAMP), predicted * CLAMP)
+        self._fit.observe(stretch.sums, seconds)
+        self._learned_at = stretch.ended
+
+
+def terms_of(ask: Ask, choice: Choice, streams: int, cached_tokens: int) -> Terms:
+    """What a request was made of, with `cached_tokens` of its prompt not computed."""
+    new = max(ask.prompt_tokens - cached_tokens, 1)
+    loaded = [0.0, 0.0, 0.0]
+    at = LOADED_FROM.get(Tier(choice.tier))
+    if at is not None:
+        loaded[at - 4] = float(min(choice.loaded_tokens, cached_tokens))
+    return (1.0, float(new), new * (cached_tokens + new / 2), float(streams), loaded[0], loaded[1], loaded[2])
+
+
+_TYPICAL: tuple[Terms, ...] = (
+    (1.0, 64.0, 64 * 32.0, 0.0, 0.0, 0.0, 0.0),
+    (1.0, 2048.0, 2048 * 1024.0, 0.0, 0.0, 0.0, 0.0),
+    (1.0, 16384.0, 16384 * 24576.0, 0.0, 0.0, 0.0, 0.0),
+    (1.0, 256.0, 256 * 128.0, 64.0, 0.0, 0.0, 0.0),
+    (1.0, 64.0, 64 * 8192.0, 0.0, 8192.0, 0.0, 0.0),
+    (1.0, 64.0, 64 * 8192.0, 0.0, 0.0, 8192.0, 0.0),
+    (1.0, 64.0, 64 * 8192.0, 0.0, 0.0, 0.0, 8192.0),
+)
+"""Where the prior speaks: prefills of three sizes, many streams, and a load from each tier."""
