@@ -248,7 +248,10 @@ class MiniEngine:
             if request.state == "running" or (request.state == "waiting" and request.num_computed_tokens):
                 parts[request.request_id] = self._part(request, chunk)
         scheduled = {request_id: part.count for request_id, part in parts.items()}
-        orders = self.scheduler.orders(scheduled, lambda request_id: tuple(self.requests[request_id].pages))
+        early = self.scheduled % 2 == 0
+        orders = self.scheduler.orders(
+            scheduled, lambda request_id: tuple(self.requests[request_id].pages), early=early
+        )
         self._check_orders(orders)
         for part in parts.values():
             part.request.num_computed_tokens += part.count
@@ -344,6 +347,8 @@ class MiniEngine:
         bad: set[int] = set()
         for rank in self.ranks:
             rank.worker.begin(orders)
+            if not orders.early:  # vLLM may write into new pages now
+                self._fill_with_garbage(rank, orders)
             rank.worker.start_loads(orders)
             bad |= rank.worker.take_bad_pages()
         spoilt = {}
@@ -432,14 +437,18 @@ class MiniEngine:
         for load in orders.loads:
             if not load.at_once:
                 self.remaining[load.request] = len(self.ranks)
-            for rank, group in product(self.ranks, range(self.groups)):
-                for page in load.pages[group]:
-                    rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
+        for rank in self.ranks:
+            self._fill_with_garbage(rank, orders)
         place = orders.loads[0].places[-1][0] if orders.loads and self.damage_next_load else NOWHERE
         if place.offsets:
             self.damage_next_load = False
             memory = self.ranks[-1].pages[0]._client._memories[place.incarnation]
             memory[place.offsets[len(place.offsets) // 2] + 3] ^= 1
+
+    def _fill_with_garbage(self, rank: Rank, orders: Orders) -> None:
+        for load, group in product(orders.loads, range(self.groups)):
+            for page in load.pages[group]:
+                rank.write(group, page, np.full(LAYERS * LAYER_BYTES, 0x3F, np.uint8))
 
     def _check_saves(self, rank: Rank, step: Step, spoilt: Container[str]) -> None:
         """What is saved is what belongs under its key. Of what was spoilt nothing is saved: loads would tell."""

@@ -276,7 +276,10 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # as 
         if self._scheduler is None:
             return StepOrders(Orders())
         state = scheduler_output.kv_connector_block_state
-        return StepOrders(self._scheduler.orders(scheduler_output.num_scheduled_tokens, state.get_block_ids))
+        early = not (scheduler_output.new_block_ids_to_zero or scheduler_output.kv_cache_block_copies)
+        return StepOrders(
+            self._scheduler.orders(scheduler_output.num_scheduled_tokens, state.get_block_ids, early=early)
+        )
 
     @guarded(lambda: None)
     def update_connector_output(self, connector_output: Anything) -> None:

@@ -44,7 +44,8 @@ class Orders:
     """All orders of one step. `over` names chains that nobody needs any more.
 
     With another `epoch` than before, what was saved until now is not to be mixed with what is saved from now on. In an
-    `idle` step nothing is computed, so a worker may wait a little for its loads.
+    `idle` step nothing is computed, so a worker may wait a little for its loads. `early`: vLLM itself writes nothing into
+    pages before this step computes, so loads may begin while it still prepares the step.
     """
 
     loads: tuple[LoadOrder, ...] = ()
@@ -52,6 +53,7 @@ class Orders:
     over: tuple[str, ...] = ()
     epoch: bytes = b""
     idle: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

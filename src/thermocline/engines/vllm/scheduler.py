@@ -12,9 +12,11 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from thermocline.blocks.frame import SUM_BYTES
+from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines.vllm.guard import guarded
@@ -28,7 +30,7 @@ from thermocline.node.client import NodeClient
 from thermocline.node.places import NOWHERE, Places
 from thermocline.node.staging import nothing
 from thermocline.store.plan import Plan
-from thermocline.store.receipt import Missing, Reason
+from thermocline.store.receipt import Missing, Reason, Receipt
 from thermocline.store.receipts import NOTHING, Loaded, account, make_receipt
 
 LOG = logging.getLogger("thermocline.vllm")
@@ -86,6 +88,7 @@ class Scheduler:
         self._steps: deque[_Step] = deque(maxlen=64)
         self._epoch = b""
         self._wait_left = IDLE_WAIT_SECONDS
+        self._later: list[Callable[[], object]] = []
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def attach(self, layouts: Sequence[Sequence[Layout]]) -> None:
@@ -217,7 +220,13 @@ class Scheduler:
     def _unstage(self, tracked: Tracked) -> None:
         staging, tracked.staging = tracked.staging, None
         if staging is not None:
-            staging.cancel()
+            self._later.append(staging.cancel)
+
+    def _tell_what_waits(self) -> None:
+        """Tell the node what no request waits for. VLLM has a step after the last request's end, too."""
+        later, self._later = self._later, []
+        for tell in later:
+            _tried(tell)
 
     # -- it is loaded --------------------------------------------------------------------------------------------------
 
@@ -281,6 +290,10 @@ class Scheduler:
             if tracked.is_first:  # a receipt tells of the first load, not of one after a preemption
                 tracked.loaded = tracked.under_way
             self._unstage(tracked)
+            if (
+                request_id not in self._tracked and not tracked.at_once
+            ):  # its client has gone: there may be no next step
+                self._tell_what_waits()
 
     def _give_up(self, tracked: Tracked) -> None:
         """A load failed. What it was to bring is computed and saved anew: the node may have lost it."""
@@ -317,8 +330,11 @@ class Scheduler:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def orders(self, scheduled: Mapping[str, int], pages_of: PagesOf) -> Orders:
-        """Everything for the workers in this step, in which so many tokens of each scheduled request are computed."""
+    def orders(self, scheduled: Mapping[str, int], pages_of: PagesOf, *, early: bool = False) -> Orders:
+        """Everything for the workers in this step, in which so many tokens of each scheduled request are computed.
+
+        See `Orders.early`.
+        """
         now, room = self._clock.now(), self._save_blocks_max
         saves: list[SaveOrder] = []
         prefilled: list[Tracked] = []
@@ -337,8 +353,9 @@ class Scheduler:
         chunk = None if any(load.at_once for load in self._loads) else self._chunk(scheduled)
         self._steps.append(_Step(now, chunk, prefilled))
         self._wait_left = IDLE_WAIT_SECONDS
-        made = Orders(tuple(self._loads), tuple(saves), tuple(self._over), self._epoch, not scheduled)
+        made = Orders(tuple(self._loads), tuple(saves), tuple(self._over), self._epoch, not scheduled, early)
         self._loads, self._over = [], []
+        self._tell_what_waits()
         return made
 
     def _save_orders(self, tracked: Tracked, computed: int, room: int, pages_of: PagesOf) -> Sequence[SaveOrder]:
@@ -409,8 +426,7 @@ class Scheduler:
         loaded, request = tracked.loaded, tracked.request
         missing = account(plan, loaded)
         receipt = make_receipt(tracked.id, plan, loaded, tracked.prefill_seconds, missing, self._clock.wall())
-        prompt = request.all_token_ids[: request.num_prompt_tokens]
-        self._client.record(receipt, token_array(prompt), tracked.prompt.root)
+        self._later.append(partial(self._record, receipt, request, tracked.prompt.root))
         told: dict[str, object] = {
             "prompt_tokens": receipt.prompt_tokens,
             "loaded_tokens": sum(self._tokens(loaded).values()),
@@ -424,6 +440,9 @@ class Scheduler:
         if tracked.hints.session:
             told["session"] = tracked.hints.session
         return told
+
+    def _record(self, receipt: Receipt, request: Any, root: BlockKey) -> None:  # noqa: ANN401  # vLLM's Request
+        self._client.record(receipt, token_array(request.all_token_ids[: request.num_prompt_tokens]), root)
 
     def reset(self) -> None:
         """Nothing that was saved before is loaded by this engine any more: its weights may be others from now on.
@@ -455,6 +474,11 @@ class Scheduler:
         assert not self._loads, "a load was not ordered"
         assert not self._saves.flying, "a key is on its way"
         assert not self._running, "a request runs"
+
+
+@guarded(lambda: None)
+def _tried(tell: Callable[[], object]) -> None:
+    tell()
 
 
 def _picked(places: Places, wanted: Sequence[int]) -> Places:

@@ -61,6 +61,8 @@ class Worker:
         self._chains: dict[str, list[BlockKey]] = {}
         self._orders: queue.SimpleQueue[LoadOrder | None] = queue.SimpleQueue()
         self._under_way: set[str] = set()
+        self._early: set[str] = set()
+        self._early_done: dict[str, LoadFailed | None] = {}
         self._done = threading.Condition()
         self._finished: set[str] = set()
         self._short: set[str] = set()
@@ -80,11 +82,15 @@ class Worker:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def begin(self, orders: Orders) -> None:
-        """A step begins: from here on what is saved is of its epoch."""
+        """A step begins: from here on what is saved is of its epoch. What it computes on may be loaded from now on."""
         if orders.epoch != self._epoch:
             self._epoch = orders.epoch
             for pages, layout in zip(self._pages, self._base, strict=True):
                 pages.relabel(layout_in(orders.epoch, layout))
+        for order in orders.loads if orders.early else ():
+            if order.at_once and order.request not in self._early:
+                self._early.add(order.request)
+                self._orders.put(order)
 
     def start_loads(self, orders: Orders) -> None:
         """Load what this step computes on; start what else is to be loaded: `ended_loads` tells when that is over."""
@@ -98,11 +104,13 @@ class Worker:
             self._orders.put(order)
 
     def _load_at_once(self, order: LoadOrder) -> None:
-        try:
-            failed = self._load(order)
-        except Exception:  # vLLM computes on these pages next: they are told to be bad, whatever happened
-            LOG.exception("a load failed")
-            failed = LoadFailed(order.request, self.rank, 0, 0, str(Reason.LATE), "the worker failed")
+        if order.request in self._early:
+            self._early.discard(order.request)
+            with self._done:
+                self._done.wait_for(lambda: order.request in self._early_done)
+                failed = self._early_done.pop(order.request)
+        else:
+            failed = self._try_load(order)
         with self._done:
             self._at_once.append(order.request)
             if failed is not None:
@@ -161,14 +169,24 @@ class Worker:
 
     def _load_all(self) -> None:
         while (order := self._orders.get()) is not None:
-            failed = self._load(order)
+            failed = self._try_load(order)
             with self._done:
-                self._under_way.discard(order.request)
-                self._finished.add(order.request)
-                if failed is not None:
-                    self._short.add(order.request)
-                    self._failed.append(failed)
+                if order.at_once:
+                    self._early_done[order.request] = failed
+                else:
+                    self._under_way.discard(order.request)
+                    self._finished.add(order.request)
+                    if failed is not None:
+                        self._short.add(order.request)
+                        self._failed.append(failed)
                 self._done.notify_all()
+
+    def _try_load(self, order: LoadOrder) -> LoadFailed | None:
+        try:
+            return self._load(order)
+        except Exception:  # vLLM waits for the end of this load, or computes on its pages next
+            LOG.exception("a load failed")
+            return LoadFailed(order.request, self.rank, 0, 0, str(Reason.LATE), "the worker failed")
 
     def _load(self, order: LoadOrder) -> LoadFailed | None:
         for group, ids in enumerate(order.pages):
