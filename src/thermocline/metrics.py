@@ -6,6 +6,7 @@ Every metric is declared once, in the table below; counting an undeclared one is
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,16 +14,18 @@ Labels = tuple[tuple[str, str], ...]
 """Label names and values, in the declared order. Values come from small closed sets: never a key, prompt or user."""
 
 PREFIX = "thermocline_"
+BOUNDS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+"""Of the histograms. One more bucket holds what is longer."""
 SERIES_MAX = 4096
 """More series than this are not made: what would start another one is counted in `series_refused_total`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One declaration: `name` without the prefix, as `count` and `gauge` take it."""
+    """One declaration: `name` without the prefix, as `count`, `gauge` and `observe` take it."""
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     doc: str
     labels: tuple[str, ...] = ()
 
@@ -57,6 +60,18 @@ _TABLE = (
     Metric("tier_capacity_bytes", "gauge", "The tier's hard limit.", ("tier",)),
     Metric("leases", "gauge", "Plans that protect their blocks now."),
     Metric("receipts_dropped_total", "counter", "Receipts that could not be written to `receipts_path`."),
+    Metric("routed_total", "counter", "Requests that an instance answered.", ("instance",)),
+    Metric("tries_failed_total", "counter", "Tries that came to nothing.", ("instance", "trouble")),
+    Metric("retries_total", "counter", "Requests that were tried elsewhere."),
+    Metric("decisions_missed_total", "counter", "Requests routed without a decision, as none was made in time."),
+    Metric("first_byte_seconds", "histogram", "Seconds from choosing an instance to its answer's first byte."),
+    Metric("answer_seconds", "histogram", "Seconds from a whole request to a whole answer."),
+    Metric("routed_cached_tokens_total", "counter", "Prompt tokens that instances say they did not compute."),
+    Metric("predicted_cached_tokens_total", "counter", "Of the same requests: what was predicted."),
+    Metric("instance_up", "gauge", "1 while an instance may be asked.", ("instance",)),
+    Metric("instance_in_flight", "gauge", "Requests that an instance is answering.", ("instance",)),
+    Metric("client_connections", "gauge", "Connections of clients."),
+    Metric("held_body_bytes", "gauge", "Bytes of request bodies held."),
     Metric("series_refused_total", "counter", "Counts not shown because there are too many series."),
 )
 DECLARED = {metric.name: metric for metric in _TABLE}
@@ -66,10 +81,11 @@ DECLARED = {metric.name: metric for metric in _TABLE}
 class Metrics:
     """The counters of one store or server. Any thread may count; none waits for a scrape."""
 
-    __slots__ = ("_lock", "_series")
+    __slots__ = ("_histograms", "_lock", "_series")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._histograms: dict[str, list[float]] = {}
         self._series: dict[tuple[str, Labels], float] = {}
 
     def count(self, name: str, value: float = 1.0, labels: Labels = ()) -> None:
@@ -83,6 +99,16 @@ class Metrics:
         with self._lock:
             self._series[self._find(name, labels)] = value
 
+    def observe(self, name: str, value: float) -> None:
+        """Add one value to a histogram. Histograms have no labels."""
+        with self._lock:
+            buckets = self._histograms.get(name)
+            if buckets is None:
+                assert DECLARED[name].kind == "histogram"
+                buckets = self._histograms[name] = [0.0] * (len(BOUNDS_SECONDS) + 2)
+            buckets[bisect_left(BOUNDS_SECONDS, value)] += 1
+            buckets[-1] += value
+
     def value(self, name: str, labels: Labels = ()) -> float:
         """What was counted so far; 0.0 for what never was."""
         return self._series.get((name, labels), 0.0)
@@ -91,6 +117,7 @@ class Metrics:
         """Everything counted so far, in the Prometheus text format."""
         with self._lock:
             series = sorted(self._series.items())
+            histograms = {name: tuple(buckets) for name, buckets in sorted(self._histograms.items())}
         lines: list[str] = []
         shown = ""
         for (name, labels), value in series:
@@ -99,6 +126,8 @@ class Metrics:
                 metric = DECLARED[name]
                 lines += [f"# HELP {PREFIX}{name} {metric.doc}", f"# TYPE {PREFIX}{name} {metric.kind}"]
             lines.append(f"{PREFIX}{name}{_braces(labels)} {value:.17g}")
+        for name, buckets in histograms.items():
+            lines += _histogram(DECLARED[name], buckets)
         return "\n".join(lines) + "\n" if lines else ""
 
     def _find(self, name: str, labels: Labels) -> tuple[str, Labels]:
@@ -109,6 +138,15 @@ class Metrics:
         if tuple(label for label, _ in labels) != metric.labels:
             raise KeyError(f"{name} has the labels {metric.labels}, not {labels}")
         return series if len(self._series) < SERIES_MAX else ("series_refused_total", ())
+
+
+def _histogram(metric: Metric, buckets: tuple[float, ...]) -> list[str]:
+    name, below = PREFIX + metric.name, 0.0
+    lines = [f"# HELP {name} {metric.doc}", f"# TYPE {name} {metric.kind}"]
+    for bound, count in zip([*map(str, BOUNDS_SECONDS), "+Inf"], buckets, strict=False):
+        below += count
+        lines.append(f'{name}_bucket{{le="{bound}"}} {below:.17g}')
+    return [*lines, f"{name}_sum {buckets[-1]:.17g}", f"{name}_count {below:.17g}"]
 
 
 def _braces(labels: Labels) -> str:

@@ -1,0 +1,159 @@
+"""The operator's door: a Unix socket that only this user can open. Instances come and go here, and decisions are read.
+
+It is `wire.http.Server` with routes of its own; the public door knows none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import msgspec
+from msgspec import Struct
+
+from thermocline.errors import RequestError, SettingsError, ThermoclineError
+from thermocline.fleet.instance import Instance
+from thermocline.gateway.proxy import Gateway
+from thermocline.gateway.standing import Standing, State
+from thermocline.wire import openai
+from thermocline.wire.http import Limits, Server
+from thermocline.wire.routes import Request, Response, Routes
+
+LISTED = 100
+LISTED_MAX = 10_000
+
+
+class Listed(Struct, frozen=True):
+    """One instance, as the admin socket shows it."""
+
+    slot: int
+    name: str
+    url: str
+    state: State
+    in_flight: int
+    ramp: float
+    """The share of its share that it takes: below 1.0 while it starts slowly."""
+    failures: int
+
+
+def admin(gateway: Gateway) -> Server:
+    """The server behind the admin socket."""
+    doors = _Doors(gateway)
+    table = {
+        ("GET", "/instances"): doors.instances,
+        ("POST", "/instances"): doors.add,
+        ("POST", "/drain/*"): doors.drain,
+        ("DELETE", "/instances/*"): doors.remove,
+        ("GET", "/decisions"): doors.decisions,
+        ("GET", "/decisions/*"): doors.decision,
+        ("GET", "/metrics"): doors.metrics,
+    }
+    return Server(Routes(table), _refusal, limits=Limits(body_bytes_max=64 << 10, connections_max=16))
+
+
+def admin_socket(path: Path) -> socket.socket:
+    """A bound socket that nobody else can open. What an ended gateway left behind is replaced.
+
+    Raises ThermoclineError where it cannot be had, or another gateway listens there.
+    """
+    try:
+        _clear(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.umask(before)
+    except OSError as error:
+        msg = f"cannot listen on {path}: {error.strerror or error}"
+        raise ThermoclineError(msg, hint="choose another path for the admin socket, of at most 107 bytes") from None
+    return sock
+
+
+def _clear(path: Path) -> None:
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return  # what is no socket stays, and bind says that the name is taken
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            msg = f"another gateway listens on {path}"
+            raise ThermoclineError(msg, hint="give each gateway an admin socket of its own")
+    path.unlink()
+
+
+class _Doors:
+    """The handlers."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def instances(self, _: Request) -> Response:
+        return _json(self._listed(tuple(self._gateway.standings)))
+
+    async def add(self, request: Request) -> Response:
+        try:
+            instance = msgspec.json.decode(request.body, type=Instance)
+            added = self._gateway.standings.add(instance)
+        except (msgspec.MsgspecError, UnicodeDecodeError, SettingsError) as error:
+            msg = f"this is no instance: {error}"
+            hint = getattr(error, "hint", "") or 'send {"name": "...", "url": "http://host:port"}'
+            raise RequestError(msg, hint=hint) from None
+        return _json(self._listed([added]), 201)
+
+    async def drain(self, request: Request) -> Response:
+        standing = self._named(request)
+        standing.draining = True
+        self._gateway.standings.changed()
+        return _json(self._listed([standing]))
+
+    async def remove(self, request: Request) -> Response:
+        standing = self._named(request)
+        self._gateway.standings.remove(standing)
+        return _json(self._listed([standing]))
+
+    async def decisions(self, request: Request) -> Response:
+        text = parse_qs(request.query).get("limit", [str(LISTED)])[0]
+        limit = min(int(text), LISTED_MAX) if text.isascii() and text.isdecimal() and len(text) < 9 else LISTED
+        return _json(self._gateway.decisions.latest(limit))
+
+    async def decision(self, request: Request) -> Response:
+        record = self._gateway.decisions.get(request.rest)
+        if record is None:
+            msg = f"nothing is known of the request {request.rest}"
+            hint = "the header x-thermocline-request names it; old ones are forgotten"
+            raise RequestError(msg, hint=hint, status=404, code="not_found")
+        return _json(record)
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._gateway.metrics_text().encode(), content_type="text/plain; version=0.0.4")
+
+    def _named(self, request: Request) -> Standing:
+        found = self._gateway.standings.named(request.rest)
+        if found is None:
+            msg = f"no instance is called {request.rest}"
+            raise RequestError(msg, hint="GET /instances lists them", status=404, code="not_found")
+        return found
+
+    def _listed(self, standings: Sequence[Standing]) -> list[Listed]:
+        now = self._gateway.clock.now()
+        return [
+            Listed(
+                each.slot, each.instance.name, each.instance.url, each.state(now), each.in_flight, each.ramp(now),
+                each.breaker.failures,
+            )
+            for each in standings
+        ]  # fmt: skip
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status)
+
+
+def _refusal(error: RequestError) -> Response:
+    return Response(openai.error_body(error), error.status)
