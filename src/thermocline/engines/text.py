@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from thermocline.clock import SystemClock
 from thermocline.errors import RequestError
+from thermocline.tokens.template import Template, template_source
+from thermocline.tokens.tokenizer import Tokenizer
 
 Tokens = NDArray[np.uint32]
 
@@ -19,40 +21,35 @@ PENDING_TOKENS_MAX = 8
 
 
 class Text:
-    """A tokenizer, as the API needs it. Safe to use from several threads."""
+    """A model's tokenizer and chat template, as the API needs them. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401  # transformers' tokenizers have no common type
         self._tokenizer = tokenizer
-        self._fast = getattr(tokenizer, "backend_tokenizer", None)
-        if self._fast is not None:
-            self._fast.no_truncation()
-            self._fast.no_padding()
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast = None if fast is None else Tokenizer(fast)
+        source = template_source(getattr(tokenizer, "chat_template", None))
+        self._template = Template(source, tokenizer.special_tokens_map, clock=SystemClock()) if source else None
 
     def encode(self, text: str, *, special: bool = True) -> Tokens:
         """Token ids; `special` adds what the model expects around a text, such as a token for its beginning."""
         if self._fast is not None:
-            return np.array(self._fast.encode(text, add_special_tokens=special).ids, np.uint32)
+            return np.frombuffer(self._fast.encode(text, special=special), np.uint32)
         return np.array(self._tokenizer.encode(text, add_special_tokens=special), np.uint32)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tokens:
         """Token ids of a conversation, in the form the model's own template gives it, up to where the answer begins.
 
-        The template runs in transformers' sandbox. Raises RequestError where there is none, or where it refuses.
+        Raises RequestError where there is no template, or where it refuses.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if self._template is None:
             msg = "this model has no chat template"
             raise RequestError(msg, hint="use /v1/completions, or serve a chat model", param="messages")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            msg = f"the model's chat template refuses these messages: {error}"
-            raise RequestError(msg, hint="check the roles and their order", param="messages") from None
-        return self.encode(text, special=False)
+        return self.encode(self._template.render(messages), special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens; incomplete characters become replacement characters."""
         if self._fast is not None:
-            return str(self._fast.decode(tokens, skip_special_tokens=True))
+            return self._fast.decode(tokens)
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_text(self, token: int) -> str:
