@@ -44,8 +44,8 @@ class Orders:
     """All orders of one step. `over` names chains that nobody needs any more.
 
     With another `epoch` than before, what was saved until now is not to be mixed with what is saved from now on. In an
-    `idle` step nothing is computed, so a worker may wait a little for its loads. `early`: vLLM itself writes nothing into
-    pages before this step computes, so loads may begin while it still prepares the step.
+    `idle` step nothing is computed, so a worker may wait a little for its loads. `early`: until this step computes vLLM
+    writes nothing into pages itself, so loads may begin while it still prepares the step.
     """
 
     loads: tuple[LoadOrder, ...] = ()
