@@ -118,7 +118,7 @@ $(BASE): pyproject.toml | $(BIN)/python
 $(ENGINE): pyproject.toml $(BASE)
 	$(call say,installing the engine: CPU torch $(TORCH) and transformers)
 	@exec 9>$(VENV)/.lock; flock 9; rm -f $@.failed; $(BIN)/python -m pip --version; $(call install_torch,$(BIN))
-	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,bench]'
+	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,fleet,bench]'
 	@touch $@
 
 define install_torch

@@ -278,6 +278,17 @@ class Settings:
     load_seconds_max: float = _setting(
         Kind.DURATION, 10.0, "The deadline of any load; what is late is computed.", least=0.001, most=3600
     )
+    events_endpoint: str | None = _setting(
+        Kind.TEXT,
+        None,
+        "Where KV events go, for a router: tcp://127.0.0.1:5557 or ipc:///path connects, @tcp://127.0.0.1:5557 listens.",
+    )
+    events_replay_endpoint: str | None = _setting(
+        Kind.TEXT, None, "Where a router may ask for KV events that it missed: an address to listen on."
+    )
+    events_name: str | None = _setting(
+        Kind.TEXT, None, "What KV events call this instance or node: by default its URL, or the machine's name."
+    )
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
