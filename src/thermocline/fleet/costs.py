@@ -8,6 +8,7 @@ are loaded first. It is the fit of `costs/model.py`, which the tiers use, with m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,9 +27,8 @@ EAGER_OBSERVATIONS = 32
 """A fit costs some 0.2 ms: later ones are made ten times a second at most."""
 TOGETHER = 0.1
 """First tokens that come within so much of a stretch's length after it are of the same step."""
-WAIT_FADING = 0.95
-WAIT_FACTOR_BOUNDS = (0.2, 5.0)
-WAIT_PRIOR_SECONDS = 0.05
+WAIT_LEARNING = 0.05
+WAIT_FACTOR_MAX = 4.0
 
 
 @dataclass(slots=True)
@@ -57,12 +57,12 @@ class InstanceCosts:
         self._fit = Fit(prior, _TYPICAL)
         self._learned_at = -EVERY_SECONDS
         self._open: Stretch | None = None
-        self._waited = self._predicted = WAIT_PRIOR_SECONDS
+        self._wait_log = 0.0
         self.wait_factor = 1.0
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """a to g of the formula above."""
+        """From a to g of the formula above."""
         return self._fit.weights
 
     @property
@@ -92,12 +92,15 @@ class InstanceCosts:
         elif idle and not stretch.unfinished:
             self._close(stretch)
 
-    def waited(self, predicted_seconds: float, actual_seconds: float) -> None:
-        """A request waited for those before it: batching and other routers make that shorter or longer than booked."""
-        self._predicted = self._predicted * WAIT_FADING + predicted_seconds
-        self._waited = self._waited * WAIT_FADING + max(0.0, actual_seconds)
-        low, high = WAIT_FACTOR_BOUNDS
-        self.wait_factor = min(max(self._waited / self._predicted, low), high)
+    def waited(self, predicted_seconds: float, own_seconds: float, actual_seconds: float) -> None:
+        """A request waited for those before it: batching and other routers make that shorter or longer than booked.
+
+        `own_seconds` it took itself. A short wait, or one that was predicted when little was known, says nothing.
+        """
+        if predicted_seconds > own_seconds and self._fit.observations >= OPEN_OBSERVATIONS:
+            ratio = min(max(actual_seconds / predicted_seconds, 1 / WAIT_FACTOR_MAX), WAIT_FACTOR_MAX)
+            self._wait_log += WAIT_LEARNING * (math.log(ratio) - self._wait_log)
+            self.wait_factor = math.exp(self._wait_log)
 
     def _close(self, stretch: Stretch) -> None:
         stretch.closed = True

@@ -1,0 +1,233 @@
+"""A fleet without bytes: instances with a queue and an LRU cache of block names, in simulated time.
+
+Each instance computes one prompt after the other; what a decision knows of caches is what lies in them at that moment.
+"""
+
+import heapq
+import itertools
+import json
+import lzma
+import statistics
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from thermocline.fleet.books import Fleet
+from thermocline.fleet.instance import Ask, Instance, Overlaps
+from thermocline.fleet.router import choose
+
+A100 = (0.028, 9.7e-5, 8.8e-10)
+"""Llama 3.1 70B on 8 x A100: seconds of n tokens are a + b n + c n^2, fitted to aiconfigurator's tables."""
+
+ANSWER_TOKENS = 13
+
+
+@dataclass(frozen=True)
+class Request:
+    at: float
+    tokens: int
+    blocks: Sequence[int]
+    session: str | None = None
+    output_seconds: float = 0.0
+
+
+@dataclass
+class Served:
+    request: Request
+    slot: int
+    predicted_seconds: float
+    seconds: float
+    cached_tokens: int
+    reasons: tuple[str, ...]
+    regret_seconds: float | None
+
+
+class Cache:
+    """An LRU cache of blocks; a request touches its blocks tail first, so that parents outlive children."""
+
+    def __init__(self, blocks_max: int):
+        self.blocks_max = blocks_max
+        self.blocks: OrderedDict[int, None] = OrderedDict()
+
+    def leading(self, blocks: Sequence[int]) -> int:
+        held = self.blocks
+        for at, block in enumerate(blocks):
+            if block not in held:
+                return at
+        return len(blocks)
+
+    def touch(self, blocks: Sequence[int]) -> None:
+        held = self.blocks
+        for block in reversed(blocks):
+            held[block] = None
+            held.move_to_end(block)
+        while len(held) > self.blocks_max:
+            held.popitem(last=False)
+
+
+@dataclass
+class World:
+    """`costs` are the instances' true ones; the fleet has to learn them."""
+
+    slots: int
+    cache_blocks: int
+    block_tokens: int
+    policy: str
+    costs: tuple[float, float, float] = A100
+    decode_seconds: float = 0.0
+    slowness: Sequence[float] = ()
+    fleet: Fleet = field(default_factory=Fleet)
+    served: list[Served] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.caches = [Cache(self.cache_blocks) for _ in range(self.slots)]
+        self.queues = [[] for _ in range(self.slots)]
+        self.events: list[tuple[float, int, object, tuple]] = []
+        self.number = itertools.count()
+        self.after = None
+        self.now = 0.0
+        for slot in range(self.slots):
+            self.fleet.join(Instance(f"i{slot}", capacity_tokens=self.cache_blocks * self.block_tokens))
+
+    def at(self, seconds, call, *arguments):
+        heapq.heappush(self.events, (seconds, next(self.number), call, arguments))
+
+    def run(self, requests: Iterator[Request] | Sequence[Request] = ()) -> "World":
+        for request in requests:
+            self.at(request.at, self.arrive, request)
+        while self.events:
+            self.now, _, call, arguments = heapq.heappop(self.events)
+            call(*arguments)
+        self.fleet.check_integrity()
+        return self
+
+    def arrive(self, request: Request) -> None:
+        held = [cache.leading(request.blocks) * self.block_tokens for cache in self.caches]
+        held = [min(tokens, request.tokens - 1) for tokens in held]
+        ask = Ask(request.tokens, Overlaps(held), request.session)
+        booking = choose(ask, self.fleet, self.policy, self.now)
+        queue = self.queues[booking.choice.instance]
+        queue.append((request, booking))
+        if len(queue) == 1:
+            self.begin(booking.choice.instance)
+
+    def begin(self, slot: int) -> None:
+        request, booking = self.queues[slot][0]
+        cached = min(self.caches[slot].leading(request.blocks) * self.block_tokens, request.tokens - 1)
+        fixed, linear, square = self.costs
+        seconds = fixed + linear * (request.tokens - cached) + square * (request.tokens**2 - cached**2)
+        slower = self.slowness[slot] if self.slowness else 1.0
+        self.at(self.now + seconds * slower, self.first_token, slot, cached)
+
+    def first_token(self, slot: int, cached: int) -> None:
+        request, booking = self.queues[slot].pop(0)
+        self.caches[slot].touch(request.blocks)
+        self.fleet.first_token(booking, self.now)
+        self.at(self.now + request.output_seconds, self.finish, request, booking, self.now, cached)
+        if self.queues[slot]:
+            self.begin(slot)
+
+    def finish(self, request: Request, booking, first_at: float, cached: int) -> None:
+        outcome = self.fleet.finished(booking, self.now, cached)
+        choice = booking.choice
+        seconds = first_at - booking.arrived
+        served = Served(
+            request, choice.instance, choice.seconds, seconds, cached, choice.reasons, outcome.regret_seconds
+        )
+        self.served.append(served)
+        if self.after is not None:
+            self.after(request)
+
+    # -- what it came to
+
+    @property
+    def hit_rate(self) -> float:
+        return sum(each.cached_tokens for each in self.served) / sum(each.request.tokens for each in self.served)
+
+    @property
+    def mean_seconds(self) -> float:
+        return statistics.fmean(each.seconds for each in self.served)
+
+    def share(self, slot: int) -> float:
+        return sum(each.slot == slot for each in self.served) / len(self.served)
+
+    @property
+    def shares(self) -> list[float]:
+        return [self.share(slot) for slot in range(self.slots)]
+
+    def imbalance(self) -> float:
+        return max(self.shares) * self.slots
+
+
+def mooncake(name: str, count: int | None = None) -> list[Request]:
+    path = traces() / f"mooncake_{name}.jsonl.xz"
+    with lzma.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, count)]
+    uses: dict[int, int] = {}
+    for row in rows:
+        for block in row["hash_ids"]:
+            uses[block] = uses.get(block, 0) + 1
+    common = max(20, 0.005 * len(rows))
+    return [
+        Request(
+            row["timestamp"] / 1000,
+            row["input_length"],
+            row["hash_ids"],
+            str(next((block for block in row["hash_ids"] if uses[block] < common), row["hash_ids"][-1])),
+        )
+        for row in rows
+    ]
+
+
+def traces() -> Path:
+    path = Path(__file__).resolve().parents[3] / "shared" / "traces"
+    if not path.is_dir():
+        pytest.skip("the public traces are not beside this checkout")
+    return path
+
+
+class MultiTurn:
+    """Conversations that share a system prompt, `concurrency` turns at a time, first come first served.
+
+    routers.md, section 9: the sizes are those of its tokenizer. Answers take a while that nobody knows beforehand, so
+    turns come in another order every round.
+    """
+
+    def __init__(self, world: World, seed: int, *, conversations=24, turns=4, concurrency=8, system=311):
+        self.world, self.turns, self.system = world, turns, system
+        self.random = Random(seed)
+        self.queue = [(conversation, 1, system) for conversation in range(conversations)]
+        self.running: dict[int, tuple[int, int]] = {}
+        self.ideal_tokens = 0
+        world.after = self.done
+        for _ in range(min(concurrency, conversations)):
+            self.next()
+
+    def next(self) -> None:
+        if not self.queue:
+            return
+        conversation, number, before = self.queue.pop(0)
+        size = self.world.block_tokens
+        tokens = before + self.random.randint(340, 374)
+        shared = self.system // size
+        blocks = [*range(shared), *(1_000 * (conversation + 1) + at for at in range(tokens // size - shared))]
+        seconds = self.random.uniform(0.2, 2.0) * self.world.costs[1] * 357
+        request = Request(self.world.now, tokens, blocks, None, seconds)
+        self.ideal_tokens += (before - ANSWER_TOKENS * (number > 1)) // size * size if number > 1 or self.running else 0
+        self.running[id(request)] = conversation, number
+        self.world.at(request.at, self.world.arrive, request)
+
+    def done(self, request: Request) -> None:
+        conversation, number = self.running[id(request)]
+        if number < self.turns:
+            self.queue.append((conversation, number + 1, request.tokens + ANSWER_TOKENS))
+        self.next()
+
+    @property
+    def of_ideal(self) -> float:
+        """Cached tokens over those that a single endless cache would have had."""
+        return sum(each.cached_tokens for each in self.world.served) / self.ideal_tokens
