@@ -66,7 +66,7 @@ def test_what_is_counted_is_declared():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
-        and node.func.attr in {"count", "gauge"}
+        and node.func.attr in {"count", "gauge", "observe"}
         and ast.unparse(node.func.value).endswith("metrics")
         and isinstance(node.args[0], ast.Constant)
     }

@@ -24,7 +24,7 @@ from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Request, Response, Routes
 
 LISTED = 100
-LISTED_MAX = 10_000
+LIMIT_DIGITS_MAX = 6
 
 
 class Listed(Struct, frozen=True):
@@ -119,8 +119,10 @@ class _Doors:
 
     async def decisions(self, request: Request) -> Response:
         text = parse_qs(request.query).get("limit", [str(LISTED)])[0]
-        limit = min(int(text), LISTED_MAX) if text.isascii() and text.isdecimal() and len(text) < 9 else LISTED
-        return _json(self._gateway.decisions.latest(limit))
+        if not text.isascii() or not text.isdecimal() or len(text) > LIMIT_DIGITS_MAX:
+            msg = f"limit is not a number of at most {LIMIT_DIGITS_MAX} digits"
+            raise RequestError(msg, hint="write ?limit=100", param="limit")
+        return _json(self._gateway.decisions.latest(int(text)))
 
     async def decision(self, request: Request) -> Response:
         record = self._gateway.decisions.get(request.rest)

@@ -60,11 +60,6 @@ HEAD, BODY, BUSY, CLOSING = Phase
 class Client(asyncio.Protocol):
     """One client."""
 
-    __slots__ = (
-        "_body", "_exchange", "_gateway", "_headers", "_held_bytes", "_parser", "_phase", "_received_bytes", "_route",
-        "_seen", "_tenant", "_transport", "_url", "_whole", "deadline", "keep_alive", "paused",
-    )  # fmt: skip
-
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._transport: asyncio.Transport
@@ -265,7 +260,7 @@ class Client(asyncio.Protocol):
         self._body = []
         if route.method == "POST":
             front = read_front(body)
-            if self._tenant is not None:
+            if self._tenant is not None and self._tenant.salt:
                 refuse_salt(front)
         told = seen.get(b"x-request-id", b"")
         if _ID.fullmatch(told):

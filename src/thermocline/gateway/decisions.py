@@ -31,7 +31,7 @@ class Record(Struct, frozen=True, gc=False):
     status: int
     seconds: float
     usage: Usage | None
-    tries: list[Try]
+    tries: tuple[Try, ...]
 
 
 class Decisions:

@@ -50,12 +50,6 @@ class Ask(msgspec.Struct):
 class Exchange:
     """One request, from when it is whole to the last byte of its answer."""
 
-    __slots__ = (
-        "_before", "_begun", "_chosen", "_decision", "_first_byte", "_gateway", "_last", "_link", "_over", "_standing",
-        "_started", "_status", "_task", "_total_deadline", "_tried", "_try_started", "_tries", "ask", "client",
-        "deadline",
-    )  # fmt: skip
-
     def __init__(self, gateway: Gateway, client: Client, ask: Ask, now: float) -> None:
         self._gateway, self.client, self.ask = gateway, client, ask
         self._started = now
@@ -218,6 +212,7 @@ class Exchange:
         if self._chosen:
             gateway.chooser.finished(self._decision, now, usage)
         self._standing.in_flight -= 1
+        self._standing.routed += 1
         if self._status in BUSY:
             gateway.standings.failed(self._standing, now, self._try_started)
         else:
@@ -300,7 +295,8 @@ class Exchange:
         self._standing.in_flight -= 1
         if trouble is not Trouble.CLIENT_LEFT:
             gateway.standings.failed(self._standing, now, self._try_started)
-        gateway.count_trouble(self._standing, trouble)
+        labels = (("instance", self._standing.instance.name), ("trouble", trouble.value))
+        gateway.metrics.count("tries_failed_total", labels=labels)
         self._note(trouble)
         self._tried |= {self._decision.instance}
         self._decision = self._link = None
@@ -346,7 +342,9 @@ class Exchange:
         model = front.model if isinstance(front.model, str) else None
         tenant = self.ask.tenant.name if self.ask.tenant else None
         seconds = gateway.clock.now() - self._started
-        gateway.over(Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, self._tries))
+        gateway.over(
+            Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, tuple(self._tries))
+        )
 
 
 def _no_answer(trouble: Trouble) -> RequestError:

@@ -33,11 +33,6 @@ def without_delay(transport: asyncio.BaseTransport) -> None:
 class Link(asyncio.Protocol):
     """One connection. It carries one exchange at a time, and is given back to its instance between them."""
 
-    __slots__ = (
-        "_complete", "_framed", "_head_complete", "_headers", "_keep_alive", "_parser", "_passing", "_pending",
-        "_standing", "_status", "exchange", "fresh", "idle_since", "transport",
-    )  # fmt: skip
-
     def __init__(self, standing: Standing) -> None:
         self._standing = standing
         self.transport: asyncio.Transport

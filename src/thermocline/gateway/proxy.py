@@ -25,9 +25,9 @@ from thermocline.gateway.client import Client
 from thermocline.gateway.decisions import Decisions, Record
 from thermocline.gateway.routes import ROUTES, Kind, Route, openapi
 from thermocline.gateway.rules import Rules
-from thermocline.gateway.seam import Chooser, Trouble
-from thermocline.gateway.standing import Standing, Standings, State
-from thermocline.metrics import Labels, Metrics
+from thermocline.gateway.seam import Chooser
+from thermocline.gateway.standing import Standings, State
+from thermocline.metrics import Metrics
 from thermocline.settings import is_loopback
 from thermocline.wire.http import Limits
 
@@ -72,7 +72,8 @@ class Gateway:
         self._gone = asyncio.Event()
         self._listeners: list[asyncio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._labels: dict[tuple[str, int], Labels] = {}
+        self._answers: dict[tuple[str, int], int] = {}
+        self._prompt_tokens = self._cached_tokens = self._predicted_tokens = self._output_tokens = 0
         self._name, self._count = secrets.token_hex(4), 0
 
     # -- its life ------------------------------------------------------------------------------------------------------
@@ -185,49 +186,49 @@ class Gateway:
         up = not self.stopping and self.standings.any_up(self.clock.now())
         return (b'{"status":"ok"}', 200, JSON) if up else (b'{"status":"no instance"}', 503, JSON)
 
-    def metrics_text(self) -> str:
-        """Everything counted, in the Prometheus text format."""
-        now = self.clock.now()
-        for standing in self.standings:
-            label = (("instance", standing.instance.name),)
-            self.metrics.gauge("instance_up", float(standing.state(now) is State.UP), label)
-            self.metrics.gauge("instance_in_flight", standing.in_flight, label)
-        self.metrics.gauge("requests_in_flight", self.in_flight)
-        self.metrics.gauge("client_connections", len(self._clients))
-        self.metrics.gauge("held_body_bytes", self.held_bytes)
-        return self.metrics.text()
-
     # -- what is counted -----------------------------------------------------------------------------------------------
 
     def count(self, route: Route | None, status: int) -> None:
         """An answer was written."""
-        path = route.path if route is not None else "unknown"
-        labels = self._labels.get((path, status))
-        if labels is None:
-            labels = self._labels[path, status] = (("route", path), ("status", str(status)))
-        self.metrics.count("requests_total", labels=labels)
-
-    def count_trouble(self, standing: Standing, trouble: Trouble) -> None:
-        """A try failed."""
-        labels = (("instance", standing.instance.name), ("trouble", trouble.value))
-        self.metrics.count("tries_failed_total", labels=labels)
+        key = (route.path if route is not None else "unknown", status)
+        self._answers[key] = self._answers.get(key, 0) + 1
 
     def over(self, record: Record) -> None:
         """A request is over, however it ended."""
         self.in_flight -= 1
         self.decisions.keep(record)
-        metrics, last = self.metrics, record.tries[-1] if record.tries else None
-        if last is None or last.first_byte_seconds is None:
+        if not record.tries or record.tries[-1].first_byte_seconds is None:
             return
-        metrics.count("routed_total", labels=(("instance", last.instance),))
+        last, usage, metrics = record.tries[-1], record.usage, self.metrics
         metrics.observe("first_byte_seconds", last.first_byte_seconds)
         metrics.observe("answer_seconds", record.seconds)
-        usage = record.usage
         if usage is not None:
-            metrics.count("prompt_tokens_total", usage.prompt_tokens or 0)
-            metrics.count("routed_cached_tokens_total", usage.cached_tokens or 0)
-            metrics.count("predicted_cached_tokens_total", last.cached_tokens)
-            metrics.count("generated_tokens_total", usage.output_tokens or 0)
+            self._prompt_tokens += usage.prompt_tokens or 0
+            self._cached_tokens += usage.cached_tokens or 0
+            self._predicted_tokens += last.cached_tokens
+            self._output_tokens += usage.output_tokens or 0
+
+    def metrics_text(self) -> str:
+        """Everything counted, in the Prometheus text format. What requests counted in plain numbers is added now."""
+        now, metrics = self.clock.now(), self.metrics
+        for (path, status), count in self._answers.items():
+            metrics.count("requests_total", count, (("route", path), ("status", str(status))))
+        self._answers.clear()
+        metrics.count("prompt_tokens_total", self._prompt_tokens)
+        metrics.count("routed_cached_tokens_total", self._cached_tokens)
+        metrics.count("predicted_cached_tokens_total", self._predicted_tokens)
+        metrics.count("generated_tokens_total", self._output_tokens)
+        self._prompt_tokens = self._cached_tokens = self._predicted_tokens = self._output_tokens = 0
+        for standing in self.standings:
+            label = (("instance", standing.instance.name),)
+            metrics.count("routed_total", standing.routed, label)
+            standing.routed = 0
+            metrics.gauge("instance_up", float(standing.state(now) is State.UP), label)
+            metrics.gauge("instance_in_flight", standing.in_flight, label)
+        metrics.gauge("requests_in_flight", self.in_flight)
+        metrics.gauge("client_connections", len(self._clients))
+        metrics.gauge("held_body_bytes", self.held_bytes)
+        return metrics.text()
 
 
 def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:

@@ -41,11 +41,6 @@ class State(enum.StrEnum):
 class Standing:
     """One instance."""
 
-    __slots__ = (
-        "_links", "_since", "_turn", "address", "breaker", "draining", "failed_checks", "healthy", "host", "in_flight",
-        "instance", "label", "rules", "slot",
-    )  # fmt: skip
-
     def __init__(self, slot: int, instance: Instance, rules: Rules, since: float) -> None:
         self.slot, self.instance, self.rules = slot, instance, rules
         self.address = _address(instance)
@@ -53,7 +48,7 @@ class Standing:
         self.label = instance.name.encode()
         self.breaker = Breaker()
         self.healthy, self.draining = True, False
-        self.failed_checks = self.in_flight = 0
+        self.failed_checks = self.in_flight = self.routed = 0
         self._links: list[Link] = []
         self._since, self._turn = since, 1.0
 
