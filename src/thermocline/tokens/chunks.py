@@ -29,9 +29,9 @@ def chunk_keys(prompt: bytes, seed: int) -> list[int]:
     return [key := digest(prompt[start:end], key) for start, end in pairwise(ends)]
 
 
-def chunk_seed(root: bytes, *frame: bytes) -> int:
-    """Where a chain begins: other salts (by their root key), models or tools share nothing."""
-    return xxhash.xxh3_64_intdigest(b"".join(len(part).to_bytes(4, "little") + part for part in (root, *frame)))
+def chunk_seed(*parts: bytes) -> int:
+    """Where a chain begins. Texts with other parts, such as a salt or a model, share nothing."""
+    return xxhash.xxh3_64_intdigest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
 
 
 class BytesPerToken:

@@ -22,7 +22,6 @@ TOKENS_MAX = 1 << 22
 _NOTHING = frozenset({b"", b"null", b"false", b"[]", b"{}", b'""'})
 
 _Name = Annotated[str, Meta(max_length=NAME_CHARACTERS_MAX)]
-_Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 32)]], Meta(min_length=1, max_length=TOKENS_MAX)]
 
 
@@ -38,14 +37,7 @@ class Kind(enum.Enum):
 
 class _Body(Struct, frozen=True):
     model: _Name | None = None
-    stream: bool | None = None
     cache_salt: _Name | None = None
-    user: _Name | None = None
-    prompt_cache_key: _Name | None = None
-    previous_response_id: _Name | None = None
-    max_tokens: _Count | None = None
-    max_completion_tokens: _Count | None = None
-    max_output_tokens: _Count | None = None
     messages: Raw = Raw()
     prompt: Raw = Raw()
     input: Raw = Raw()
@@ -80,18 +72,15 @@ _PATHS = {
 class Prompt:
     """One request's prompt. `raw` is its JSON, `frame` that of the tools and instructions which stand before it.
 
-    `exact` is False where a field of the body changes the prompt in a way that only the engine knows. `session` is what
-    the client says of the conversation it belongs to: evidence, and a secret, so keep a digest of it only.
+    `exact` is False where a field of the body changes the prompt in a way that only the engine knows. `salt` is the
+    client's `cache_salt`.
     """
 
     kind: Kind
     raw: bytes = field(repr=False)
     frame: tuple[bytes, ...] = field(repr=False)
     model: str | None
-    stream: bool
     salt: str | None = field(repr=False)
-    session: str | None = field(repr=False)
-    output_tokens_max: int | None
     exact: bool
     special: bool
     add_generation_prompt: bool
@@ -102,14 +91,14 @@ class Prompt:
         """What tokenising grows with: some 0.4 ms per 1,000."""
         return len(self.raw) + sum(map(len, self.frame))
 
-    def chunks(self, root: bytes) -> list[int]:
+    def chunks(self, *apart: bytes) -> list[int]:
         """Keys without a tokenizer (see `chunks`). A conversation's next turn begins with those of this one.
 
-        Reads the JSON as it was sent: a client that writes an earlier message in another way the next time, with other
-        spaces or another order of fields, starts anew.
+        Those of another model or `apart` (a salt) have none in common. Reads the JSON as it was sent: a client that
+        writes an earlier message in another way the next time, such as with other spaces, starts anew.
         """
         inner = self.raw[:-1].rstrip() if self.raw[-1:] in {b"]", b'"'} else self.raw
-        return chunk_keys(inner, chunk_seed(root, (self.model or "").encode(), *self.frame))
+        return chunk_keys(inner, chunk_seed((self.model or "").encode(), *self.frame, *apart))
 
     def text(self) -> str:
         """The first text of /v1/completions; several go to one instance, and share what they share anyway.
@@ -148,10 +137,7 @@ def prompt_of(path: str, body: bytes) -> Prompt | None:
         raw=raw,
         frame=tuple(_present(part) for part in (found.tools, found.instructions, found.chat_template_kwargs)),
         model=found.model,
-        stream=bool(found.stream),
         salt=found.cache_salt or None,
-        session=found.prompt_cache_key or found.previous_response_id or found.user or None,
-        output_tokens_max=found.max_completion_tokens or found.max_tokens or found.max_output_tokens,
         exact=kind is not Kind.OTHER and not any(_present(getattr(found, name)) for name in _FOREIGN),
         special=not chat if found.add_special_tokens is None else found.add_special_tokens,
         add_generation_prompt=found.add_generation_prompt is not False,

@@ -1,64 +1,52 @@
-"""A request's prompt to token ids and keys, with one model's tokenizer and template."""
+"""A request's prompt to token ids, with one model's tokenizer and template."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic
 
 import msgspec
 
 from thermocline.clock import Clock
 from thermocline.errors import RequestError
 from thermocline.tokens.chat import messages_of, tools_of
-from thermocline.tokens.memo import Hash, Keyed, Memo
+from thermocline.tokens.memo import C, Grow, Memo, Read
 from thermocline.tokens.prompt import Kind, Prompt
-from thermocline.tokens.template import Template, load_template
-from thermocline.tokens.tokenizer import Tokenizer, load_tokenizer, special_names
-
-MEMO_BYTES = 64 << 20
+from thermocline.tokens.template import load_template
+from thermocline.tokens.tokenizer import load_tokenizer
 
 
-class Reader:
-    """Reads prompts as the model's engine will. Safe to use from several threads."""
+class Reader(Generic[C]):
+    """Reads prompts as the model's engine will. Safe to use from several threads.
 
-    def __init__(
-        self, tokenizer: Tokenizer, template: Template | None, hash_tokens: Hash, *, memo_bytes: int = MEMO_BYTES
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.memo = Memo(tokenizer, hash_tokens, memo_bytes)
-        self._hash = hash_tokens
+    `path` is a model's folder: tokenizer.json, tokenizer_config.json, and the chat template in either form. Raises
+    ModelError where there is no tokenizer, RequestError where the template is none.
+    """
 
-    @classmethod
-    def load(cls, path: Path, hash_tokens: Hash, *, clock: Clock, memo_bytes: int = MEMO_BYTES) -> Reader:
-        """From a model's folder: tokenizer.json, tokenizer_config.json, and the chat template in either place.
+    def __init__(self, path: Path, *, clock: Clock, memo_bytes: int) -> None:
+        self.tokenizer, config = load_tokenizer(path)
+        self.template = load_template(path if path.is_dir() else path.parent, config, clock=clock)
+        self.memo: Memo[C] = Memo(self.tokenizer, memo_bytes)
 
-        Raises ModelError where there is no tokenizer, RequestError where the template is none.
-        """
-        tokenizer, config = load_tokenizer(path)
-        folder = path if path.is_dir() else path.parent
-        template = load_template(folder, config, special_names(config), clock=clock)
-        return cls(tokenizer, template, hash_tokens, memo_bytes=memo_bytes)
-
-    def read(self, prompt: Prompt, *, root: bytes, extras: Sequence[bytes] = ()) -> Keyed | None:
-        """The ids and keys under that root (see `root_key`), as the engine will have them.
+    def read(self, prompt: Prompt, grow: Grow[C], *, apart: tuple[bytes, ...] = ()) -> Read[C] | None:
+        """The ids as the engine will have them, and the chain that `grow` makes of them (see `Memo.read`).
 
         None where only the engine knows: other kinds of requests, images, a template of the request's own, and what
-        the template refuses. Such a prompt still has chunk keys. Takes milliseconds where `cost_bytes` is in the tens
-        of thousands and the conversation is new: call it in a thread then.
+        the template refuses. Such a prompt still has chunk keys. A conversation's first turn takes some 0.4 ms per
+        1,000 of `cost_bytes`: in a thread, where that is long.
         """
-        if not prompt.exact:
-            return None
         try:
-            if prompt.kind is Kind.TOKENS:
+            if prompt.exact and prompt.kind is Kind.TOKENS:
                 tokens = prompt.ids()
-                return Keyed(tokens, list(self._hash(tokens, root, extras)))
-            text = prompt.text() if prompt.kind is Kind.TEXT else self._chat_text(prompt)
+                return Read(tokens, grow(None, tokens, 0))
+            text = self._text(prompt) if prompt.exact else None
         except (msgspec.MsgspecError, RequestError, RecursionError):
             return None
-        return None if text is None else self.memo.read(text, root=root, special=prompt.special, extras=extras)
+        return None if text is None else self.memo.read(text, grow, special=prompt.special, apart=apart)
 
-    def _chat_text(self, prompt: Prompt) -> str | None:
+    def _text(self, prompt: Prompt) -> str | None:
+        if prompt.kind is Kind.TEXT:
+            return prompt.text()
         template = self.template
         if template is None:
             return None

@@ -19,9 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thermocline.clock import Clock
 from thermocline.errors import RequestError
-from thermocline.tokens.tokenizer import TEMPLATE_FILE, TEXT_CHARACTERS_MAX, read_json
+from thermocline.tokens.tokenizer import TEXT_CHARACTERS_MAX, read_json, special_names
 
 SECONDS_MAX = 1.0
+TEMPLATE_FILE = "chat_template.jinja"
 PROCESSOR_FILE = "chat_template.json"
 _TICK = "thermocline_tick"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -107,9 +108,7 @@ class Template:
         return "".join(pieces)
 
 
-def load_template(
-    folder: Path, config: Mapping[str, Any], names: Mapping[str, str], *, clock: Clock
-) -> Template | None:
+def load_template(folder: Path, config: Mapping[str, Any], *, clock: Clock) -> Template | None:
     """The template in a model's folder: a file of its own, or in the tokenizer's configuration; None without one.
 
     Raises ModelError for a file that cannot be read, RequestError for one that is no template.
@@ -117,7 +116,7 @@ def load_template(
     file = folder / TEMPLATE_FILE
     found = file.read_text("utf-8") if file.is_file() else read_json(folder / PROCESSOR_FILE).get("chat_template")
     source = template_source(found or config.get("chat_template"))
-    return Template(source, names, clock=clock) if source else None
+    return Template(source, special_names(config), clock=clock) if source else None
 
 
 def template_source(found: object) -> str | dict[str, str] | None:

@@ -6,6 +6,7 @@ import json
 import re
 from array import array
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from thermocline.errors import ModelError
 
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 CUT_EVERY_CHARACTERS = 256
 TEXT_CHARACTERS_MAX = 32 << 20
 
@@ -124,7 +124,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return Tokenizer(tokenizer, begin=begin, end=end), config
 
 
-def special_names(config: dict[str, Any]) -> dict[str, str]:
+def special_names(config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that a configuration names (`bos_token`, `eos_token`...), as templates are told them."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
