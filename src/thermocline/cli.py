@@ -126,9 +126,16 @@ def node(
     settings = _load_settings(config_path, flags)
     from thermocline.build import store_from
     from thermocline.node import daemon, paths
+    from thermocline.node.announce import open_announcer
 
-    path = Path(socket) if socket else settings.node_socket or paths.socket_path()
-    daemon.run(lambda: store_from(settings), path, settings.lease_seconds, idle_exit_seconds=idle_exit, as_json=as_json)
+    daemon.run(
+        lambda: store_from(settings),
+        Path(socket) if socket else settings.node_socket or paths.socket_path(),
+        settings.lease_seconds,
+        idle_exit_seconds=idle_exit,
+        as_json=as_json,
+        announce=lambda store: open_announcer(settings, store),
+    )
 
 
 @app.command(cls=_VerbWithSettings)
@@ -158,6 +165,21 @@ def up(
 
     path = Path(socket) if socket else settings.node_socket or paths.socket_path()
     up(settings, path, engine, instances, more, as_json=as_json)
+
+
+@app.command(cls=_VerbWithSettings)
+@_json_flag
+def route(config_path: str | None, as_json: bool, **flags: str | None) -> None:
+    """Stand in front of instances, and send each request where its first token comes soonest.
+
+    Passes OpenAI's HTTP API through to what --instances names. Listens until Ctrl-C or SIGTERM, then lets requests in
+    flight finish. --json announces the address as JSON.
+    """
+    settings = _load_settings(config_path, flags)
+    from thermocline.gateway.serve import serve
+    from thermocline.node import paths
+
+    serve(settings, settings.admin_socket or paths.socket_path(f"gateway-{settings.port}"), as_json=as_json)
 
 
 @app.command("vllm-config", cls=_VerbWithSettings)

@@ -59,6 +59,7 @@ _TABLE = (
     Metric("tier_used_bytes", "gauge", "Bytes used, headers and logs included.", ("tier",)),
     Metric("tier_capacity_bytes", "gauge", "The tier's hard limit.", ("tier",)),
     Metric("leases", "gauge", "Plans that protect their blocks now."),
+    Metric("event_batches_total", "counter", "Batches of KV events for routers, by outcome.", ("outcome",)),
     Metric("receipts_dropped_total", "counter", "Receipts that could not be written to `receipts_path`."),
     Metric("routed_total", "counter", "Requests that an instance answered.", ("instance",)),
     Metric("tries_failed_total", "counter", "Tries that came to nothing.", ("instance", "trouble")),

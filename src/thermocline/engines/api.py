@@ -32,9 +32,11 @@ from thermocline.engines.sampling import GREEDY, Sampling
 from thermocline.engines.text import Tokens
 from thermocline.engines.transformers import Engine
 from thermocline.errors import RequestError, ThermoclineError
+from thermocline.node.announce import Announcer, open_announcer
 from thermocline.node.client import NodeClient
 from thermocline.settings import Settings, is_loopback, read_key
 from thermocline.store.receipt import ExcerptedReceipt, Receipt
+from thermocline.store.store import Store
 from thermocline.store.verbs import StoreVerbs
 from thermocline.wire import openai
 from thermocline.wire.http import Limits, Server
@@ -61,17 +63,21 @@ def serve(settings: Settings, *, as_json: bool = False) -> None:
     ThermoclineError for a port in use, a disk path that cannot be used, or a model that cannot be served.
     """
     sock = _bound_socket(settings)
-    with contextlib.closing(sock), contextlib.closing(_store(settings)) as store:
+    with contextlib.closing(sock), contextlib.closing(_store(settings)) as store, contextlib.ExitStack() as opened:
         model = load_model(
             settings.model,
             tokens_per_block=settings.tokens_per_block,
             threads=settings.threads,
             progress=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201  # progress of a long start
         )
-        engine = Engine(model, store, requests_max=settings.requests_max, kv_bytes_max=settings.memory_bytes)
-        with contextlib.closing(engine):
-            _settle_memory()
-            _run(_serve_until_signal(engine, settings, sock, as_json=as_json))
+        announcer = _announcer(settings, store, _url(sock))
+        if announcer is not None:
+            opened.callback(announcer.close)
+        requests_max, kv_bytes_max = settings.requests_max, settings.memory_bytes
+        engine = Engine(model, store, requests_max=requests_max, kv_bytes_max=kv_bytes_max, announcer=announcer)
+        opened.callback(engine.close)
+        _settle_memory()
+        _run(_serve_until_signal(engine, settings, sock, as_json=as_json))
 
 
 def _store(settings: Settings) -> StoreVerbs:
@@ -81,6 +87,11 @@ def _store(settings: Settings) -> StoreVerbs:
     client = NodeClient(settings.node_socket, role="transformers", receipts_kept=settings.receipts_kept)
     client.wait_up(NODE_SECONDS)
     return client
+
+
+def _announcer(settings: Settings, store: StoreVerbs, url: str) -> Announcer | None:
+    """What tells routers of our own tiers, if asked for. Those of a node are the node's to tell."""
+    return open_announcer(settings, store, name=url) if isinstance(store, Store) else None
 
 
 def _settle_memory() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from thermocline.engines.kv import Kv
 from thermocline.engines.pages import MemoryPages
 from thermocline.engines.text import Tokens
 from thermocline.metrics import Metrics
+from thermocline.node.announce import Announcer
 from thermocline.store.plan import Plan, Run
 from thermocline.store.receipt import Missing, Receipt
 from thermocline.store.receipts import NOTHING, Loaded
@@ -36,8 +38,15 @@ class Reuse:
     """
 
     def __init__(
-        self, store: StoreVerbs | None, layout: Layout, staging: MemoryPages, request: GenerateRequest, metrics: Metrics
+        self,
+        store: StoreVerbs | None,
+        layout: Layout,
+        staging: MemoryPages,
+        request: GenerateRequest,
+        metrics: Metrics,
+        announcer: Announcer | None = None,
     ) -> None:
+        self._announcer = None if request.salt else announcer  # what is salted is told by its keys alone
         self._store, self._layout, self._staging = store, layout, staging
         self._request, self._metrics = request, metrics
         self._root = root_key(request.salt)
@@ -105,15 +114,29 @@ class Reuse:
         at: int | None = self._tried("asking", lambda: store.unsaved(self._layout, self._keys))
         while at is not None and at < len(self._keys):
             start = at
-            at = self._tried("saving", lambda: self._save_window(store, kv, start))  # noqa: B023  # called at once
+            at = self._tried("saving", lambda: self._save_window(store, kv, tokens, start))  # noqa: B023  # called at once
             yield
 
-    def _save_window(self, store: StoreVerbs, kv: Kv, start: int) -> int | None:
+    def _save_window(self, store: StoreVerbs, kv: Kv, tokens: Tokens, start: int) -> int | None:
         """Save as many blocks as the staging memory holds; where to go on, or None if the store takes no more."""
         stop = min(len(self._keys), start + len(self._staging))
         kv.read(start, self._staging.rows[: stop - start])
-        job = store.save(self._layout, self._keys[:stop], self._staging.view(range(stop - start)), start=start)
+        with self._told(tokens, start, stop):
+            job = store.save(self._layout, self._keys[:stop], self._staging.view(range(stop - start)), start=start)
         return stop if {Outcome.HIT, Outcome.PENDING}.issuperset(job.outcomes) else None
+
+    @contextmanager
+    def _told(self, tokens: Tokens, start: int, stop: int) -> Iterator[None]:
+        """KV events of blocks [start, stop) that are saved meanwhile say their tokens too."""
+        if self._announcer is None:
+            yield
+            return
+        size = self._layout.tokens_per_block
+        self._announcer.text(self._keys[start:stop], tokens[start * size : stop * size].tobytes())
+        try:
+            yield
+        finally:
+            self._announcer.text_over()
 
     # -- both ----------------------------------------------------------------------------------------------------------
 

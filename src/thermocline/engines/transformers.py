@@ -27,6 +27,7 @@ from thermocline.engines.sampling import NotFiniteError, Sampler, Sampling
 from thermocline.engines.text import Text, TextStream, Tokens
 from thermocline.errors import ModelError, RequestError, ThermoclineError
 from thermocline.metrics import Metrics
+from thermocline.node.announce import Announcer
 from thermocline.store.verbs import PrefillCosts, StoreVerbs
 
 LOG = logging.getLogger("thermocline.engine")
@@ -54,6 +55,7 @@ class Engine:
     """Computes with a model, and with a store if there is one. Any thread may submit; close it before the store.
 
     `requests_max` bounds the requests in flight, `kv_bytes_max` the memory they compute in: what does not fit waits.
+    `announcer` tells routers what the store holds.
     """
 
     def __init__(
@@ -65,9 +67,13 @@ class Engine:
         requests_max: int = REQUESTS_MAX,
         kv_bytes_max: int = KV_BYTES_MAX,
         clock: Clock | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         self.served = model
         self.store = store
+        self._announcer = announcer
+        if announcer is not None:
+            announcer.declare(model.layout)
         self.metrics = metrics or (store.metrics if store else Metrics())
         self.text = Text(model.tokenizer)
         self._clock = clock or SystemClock()
@@ -255,7 +261,7 @@ class Engine:
         """The life of a request, one step per turn."""
         request, account = generation.request, generation.account
         self.metrics.count("prompt_tokens_total", len(request.tokens))
-        reuse = Reuse(self.store, self.served.layout, self._staging, request, self.metrics)
+        reuse = Reuse(self.store, self.served.layout, self._staging, request, self.metrics, self._announcer)
         reuse.load(kv)
         account.cached_tokens = kv.length
         yield

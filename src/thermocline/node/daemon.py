@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from thermocline.clock import Clock, SystemClock
+from thermocline.node.announce import Announcer
 from thermocline.node.paths import checked
 from thermocline.node.server import NodeServer
 from thermocline.store.store import Store
@@ -30,11 +31,12 @@ def run(
     idle_exit_seconds: float | None = None,
     as_json: bool = False,
     clock: Clock | None = None,
+    announce: Callable[[Store], Announcer | None] = lambda _: None,
 ) -> None:
     """Serve the store that `open_store` gives until SIGINT or SIGTERM, or until nobody was there for some time.
 
-    Announces the socket on stdout once clients can connect. Raises what opening the store raises, and NodeError where
-    the socket cannot be had.
+    Announces the socket on stdout once clients can connect. `announce` gives what tells routers of the store's blocks.
+    Raises what opening the store and announcing raise, and NodeError where the socket cannot be had.
     """
     checked(path)
     clock = clock or SystemClock()
@@ -43,8 +45,12 @@ def run(
     sys.setswitchinterval(SWITCH_SECONDS)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with contextlib.closing(open_store()) as store:
-        with contextlib.closing(NodeServer(store, path, lease_seconds=lease_seconds, clock=clock)) as server:
+    with contextlib.closing(open_store()) as store, contextlib.ExitStack() as opened:
+        announcer = announce(store)
+        if announcer is not None:
+            opened.callback(announcer.close)
+        server = NodeServer(store, path, lease_seconds=lease_seconds, clock=clock, announcer=announcer)
+        with contextlib.closing(server):
             _announce(server, as_json=as_json)
             while not stop.wait(LOOK_SECONDS):
                 if idle_exit_seconds is not None and server.idle_seconds() > idle_exit_seconds:

@@ -15,8 +15,10 @@ from pathlib import Path
 import msgspec
 
 import thermocline
+from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import NodeError
+from thermocline.node.announce import Announcer
 from thermocline.node.paths import checked
 from thermocline.node.session import Session
 from thermocline.store.store import Store
@@ -39,8 +41,17 @@ _CREDENTIALS = struct.Struct("3i")
 class NodeServer:
     """Serves one store. The socket is there when this returns; close the server before the store."""
 
-    def __init__(self, store: Store, path: Path, *, lease_seconds: float, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        path: Path,
+        *,
+        lease_seconds: float,
+        clock: Clock | None = None,
+        announcer: Announcer | None = None,
+    ) -> None:
         """Raises NodeError where another node listens at `path` already, or nobody can."""
+        self._announcer = announcer
         self._store, self.path = store, checked(path)
         self._clock = clock or SystemClock()
         self._lease_seconds = lease_seconds
@@ -97,6 +108,11 @@ class NodeServer:
         """See `Reports.metrics`."""
         self._store.measure()
         return self._store.metrics.text().encode()
+
+    def declared(self, layout: Layout) -> None:
+        """See `Reports.declared`: blocks of this layout are announced, where any are."""
+        if self._announcer is not None:
+            self._announcer.declare(layout)
 
     def _status(self) -> NodeStatus:
         store = self._store

@@ -46,6 +46,9 @@ class Reports(Protocol):
     def metrics(self) -> bytes:
         """The Prometheus text."""
 
+    def declared(self, layout: Layout) -> None:
+        """A client computes blocks of this layout."""
+
 
 class Session:
     """Serves one connection in a thread of its own. What the client held is given back when the connection ends.
@@ -173,6 +176,7 @@ class Session:
         if layout.block_bytes <= 0 or layout.tokens_per_block <= 0:
             raise MessageError("a layout of nothing")
         self._layouts[said.number] = layout
+        self._reports.declared(layout)
 
     def _stage(self, asked: say.Stage) -> None:
         layouts, now = self._known(asked.layouts), self._clock.now()

@@ -24,6 +24,7 @@ from thermocline.store.index import NO_NODE, Index
 from thermocline.store.leases import Leases
 from thermocline.store.plan import Covered, Plan
 from thermocline.store.receipt import Missing, Reason
+from thermocline.store.watch import Watch
 from thermocline.tiers.tier import Block, Outcome, SharedTier, Tier
 
 LOG = logging.getLogger("thermocline.store")
@@ -63,6 +64,7 @@ class Books:
         self.index = Index(list(self.tiers), policy)
         self.ghosts = Ghosts()
         self.leases = Leases(self.index, lease_seconds)
+        self.watch: Watch | None = None
         self.saving: set[tuple[LayoutId, BlockKey]] = set()
         # One for each verb: a disk that still takes writes may hang in every read, and a full one may still be read.
         self._breakers: dict[tuple[str, Verb], Breaker] = {}
@@ -143,15 +145,21 @@ class Books:
     def enter(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str, used: float) -> int:
         """Enter stored blocks, parents first. Returns how many; what lost its parent meanwhile is removed again."""
         with self.lock:
+            count = len(keys)
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True)):
                 if self.index.add(layout, key, block.parent, block.depth, name, used) == NO_NODE:
                     self._forget(name, layout, keys[at:])
-                    return at
+                    count = at
+                    break
+            if self.watch and count:
+                self.watch.entered(name, layout, keys[:count], [block.parent for block in blocks[:count]])
+            if count < len(keys):
+                return count
             self.ghosts.forget(layout, keys)
             gone = [key for key, there in zip(keys, self.tiers[name].holds(layout, keys), strict=True) if not there]
             if gone:  # lost before it was entered: whoever found that could not tell us
                 self.lost(layout, gone, [Outcome.MISS] * len(gone), name)
-        return len(keys)
+        return count
 
     def restore(self, tier: Tier) -> None:
         """Enter what a tier held when it was opened; a block that lacks an ancestor can never match, so it goes too."""
@@ -160,6 +168,13 @@ class Books:
             used = now - np.maximum(0.0, wall - found.stored_wall_seconds)
             self._forget(tier.name, found.layout, self.index.restore(found, tier.name, used))
         self._expire_blocks(now, len(self.index))
+
+    def tell_held(self, watch: Watch, start: int, count: int) -> int:
+        """See `Store.tell_held`."""
+        with self.lock:
+            for (name, layout), (keys, parents) in self.index.held(start, start + count).items():
+                watch.entered(name, layout, keys, parents)
+            return start + count if start + count < self.index.places else 0
 
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""
@@ -193,6 +208,8 @@ class Books:
             if self.index.holds(node, name) and not self.tiers[name].holds(layout, [key])[0]:
                 self.ghosts.note(layout, key, damaged if outcome is Outcome.CORRUPT else vanished)
                 self.index.lost(node, name)
+                if self.watch:
+                    self.watch.left(name, layout, [key])
 
     def not_admitted(self, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
         """These blocks found no room."""
@@ -258,6 +275,8 @@ class Books:
                     self.ghosts.note(*place, ghost)
             for layout, keys in gone.items():
                 self._forget(name, layout, keys)
+                if self.watch:
+                    self.watch.left(name, layout, keys)
         if left:
             self.metrics.count("evicted_blocks_total", left, (("tier", name), ("reason", reason)))
         return left

@@ -147,6 +147,23 @@ class Index:
             heapq.heappush(heap, entry)
         return nodes
 
+    @property
+    def places(self) -> int:
+        """Nodes have numbers below this."""
+        return len(self._keys)
+
+    def held(self, start: int, stop: int) -> dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]]:
+        """Of the nodes [start, stop): the keys that each tier holds undamaged, and their parents' keys."""
+        found: dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]] = {}
+        for node in range(start, min(stop, len(self._keys))):
+            for tier in self._bits if self._keys[node] is not None else ():
+                if self.holds(node, tier):
+                    place, parent = self.place(node), self._parents[node]
+                    keys, parents = found.setdefault((tier, place.layout), ([], []))
+                    keys.append(place.key)
+                    parents.append(NO_PARENT if parent == NO_NODE else self.place(parent).key)
+        return found
+
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def add(self, layout: LayoutId, key: BlockKey, parent: BlockKey, depth: int, tier: str, now: float) -> int:

@@ -25,6 +25,7 @@ from thermocline.store.plan import Covered, Plan, make_plan
 from thermocline.store.receipt import Missing, Reason, merged
 from thermocline.store.receipts import RECEIPTS_KEPT, Loaded, Receipts
 from thermocline.store.shared import SharedTiers
+from thermocline.store.watch import Watch
 from thermocline.tiers.tier import (
     Block,
     Job,
@@ -426,6 +427,17 @@ class Store:
     def usage(self) -> dict[str, Usage]:
         """What every tier holds."""
         return {name: tier.usage() for name, tier in (*self._books.tiers.items(), *self._books.shared.items())}
+
+    def watch(self, watch: Watch) -> None:
+        """Tell this one of what the own tiers hold from now on; `tell_held` tells what they held before."""
+        self._books.watch = watch
+
+    def tell_held(self, watch: Watch, start: int, count: int) -> int:
+        """Tell of what is held now as if it entered, of `count` places from `start` on; where to go on, 0 at the end.
+
+        What enters or leaves meanwhile is told as it happens, so after the last part the picture is whole.
+        """
+        return self._books.tell_held(watch, start, count)
 
     def medium(self, name: str) -> Medium:
         """What a tier is made of."""
