@@ -281,13 +281,43 @@ class Settings:
     events_endpoint: str | None = _setting(
         Kind.TEXT,
         None,
-        "Where KV events go, for a router: tcp://127.0.0.1:5557 or ipc:///path connects, @tcp://127.0.0.1:5557 listens.",
+        "Where KV events go, for a router: tcp://127.0.0.1:5557 or ipc:///path connects, @tcp://... listens.",
     )
     events_replay_endpoint: str | None = _setting(
         Kind.TEXT, None, "Where a router may ask for KV events that it missed: an address to listen on."
     )
     events_name: str | None = _setting(
         Kind.TEXT, None, "What KV events call this instance or node: by default its URL, or the machine's name."
+    )
+    instances: str | None = _setting(
+        Kind.TEXT,
+        None,
+        "What a gateway routes to: NAME=URL, separated by commas; behind a URL node=NAME, replay=ENDPOINT, "
+        "events=ENDPOINT, capacity=TOKENS or seats=COUNT, separated by spaces.",
+    )
+    policy: str = _setting(
+        Kind.TEXT, "predicted_ttft", "How a gateway chooses: predicted_ttft, least_loaded, session_hash or round_robin."
+    )
+    tokenizer_path: Path | None = _setting(
+        Kind.PATH, None, "The model's folder, for a gateway: with its tokenizer, prompts are known exactly."
+    )
+    tenants_path: Path | None = _setting(
+        Kind.PATH, None, "A gateway's API keys: a TOML file of [[keys]] tables with a tenant and the sha256 of a key."
+    )
+    admin_socket: Path | None = _setting(
+        Kind.PATH, None, "Where a gateway is administered; by default gateway-PORT.sock in this user's runtime folder."
+    )
+    events_listen: str | None = _setting(
+        Kind.TEXT,
+        None,
+        "Where a gateway hears KV events: tcp://127.0.0.1:5557 or ipc:///path, which engines connect to.",
+    )
+    index_blocks: int = _setting(
+        Kind.COUNT,
+        4_000_000,
+        "Blocks that a gateway remembers, of all instances: 160 bytes each.",
+        least=1,
+        most=1 << 34,
     )
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -296,6 +326,11 @@ class Settings:
         for setting in DECLARED.values():
             value = _parse(setting, getattr(self, setting.name), self.where_from(setting.name))
             object.__setattr__(self, setting.name, value)
+        if self.tenants_path is None:
+            self.require_key()
+
+    def require_key(self) -> None:
+        """An engine that other machines can reach needs a key. Raises SettingsError where it has none."""
         if self.api_key_file is None and not is_loopback(self.host):
             raise SettingsError(
                 f"host {self.host} can be reached from other machines, and no API key protects it",

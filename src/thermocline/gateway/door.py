@@ -1,0 +1,199 @@
+"""Where a request goes: what its prompt is, who holds how much of it, and whose first token comes soonest.
+
+Prompts are known by their token ids where there is a tokenizer, which is exact; else by keys of their bytes, that is by
+what was sent where before. All of it is memory and arithmetic, but for tokenising a long text, which is done aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from array import array
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+
+from thermocline.errors import RequestError
+from thermocline.fleet.books import Booking, Fleet
+from thermocline.fleet.chains import Chain
+from thermocline.fleet.index import FleetIndex
+from thermocline.fleet.instance import NOTHING, Ask, Choice, Instance
+from thermocline.fleet.router import choose
+from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
+from thermocline.tokens.chunks import CHUNK_BYTES, BytesPerToken
+from thermocline.tokens.prompt import Kind, Prompt, prompt_of
+from thermocline.tokens.reader import Reader
+
+AT_ONCE_BYTES = 4096
+"""A longer text that is new takes milliseconds to tokenise, which others would wait for."""
+READ_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What is remembered of a try until it ends."""
+
+    booking: Booking
+    cost_bytes: int
+    slot: int
+
+
+class Door:
+    """The gateway's `Chooser`: tokens, index and books joined. One event loop calls it; events come from their thread.
+
+    `model` is what instances call the base model: requests for another name are for an adapter of it. `secret` keys
+    what is remembered of sessions and salts.
+    """
+
+    def __init__(
+        self,
+        index: FleetIndex,
+        fleet: Fleet,
+        *,
+        policy: str,
+        secret: bytes,
+        model: str | None = None,
+        reader: Reader[Chain] | None = None,
+    ) -> None:
+        self._index, self._fleet, self._policy = index, fleet, policy
+        self._secret, self._model, self._reader = secret, model, reader
+        self._bytes_per_token = BytesPerToken()
+        self._sent: dict[int, _Sent] = {}
+        self._numbers = itertools.count()
+        self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tokens")
+
+    def close(self) -> None:
+        """Tokenise nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- instances -----------------------------------------------------------------------------------------------------
+
+    def joined(self, slot: int, instance: Instance) -> None:
+        """See `Chooser`."""
+        if slot == len(self._fleet.instances):
+            self._fleet.join(instance)
+        else:
+            self._fleet.replace(slot, instance, 0.0)
+        self._index.drop(slot)
+
+    def left(self, slot: int) -> None:
+        """See `Chooser`."""
+        self._fleet.allow(slot, available=False)
+        self._index.drop(slot)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def choose(self, request: Arrived) -> Decision | Awaitable[Decision]:
+        """See `Chooser`."""
+        prompt = prompt_of(request.path, request.body)
+        if prompt is None or not prompt.exact:
+            return self._decided(request, prompt, None)
+        if prompt.kind is Kind.TOKENS or (self._reader is not None and prompt.cost_bytes <= AT_ONCE_BYTES):
+            return self._decided(request, prompt, self._chain(request, prompt))
+        return self._decided(request, prompt, None) if self._reader is None else self._read_aside(request, prompt)
+
+    async def _read_aside(self, request: Arrived, prompt: Prompt) -> Decision:
+        loop = asyncio.get_running_loop()
+        chain = await loop.run_in_executor(self._threads, self._chain, request, prompt)
+        return self._decided(request, prompt, chain)
+
+    def _chain(self, request: Arrived, prompt: Prompt) -> Chain | None:
+        """The prompt as the index knows it; None where only the engine can tell what its tokens are."""
+        salt, lora = _salt(request, prompt), self._adapter(request.model)
+
+        def grow(before: Chain | None, tokens: array[int], known: int) -> Chain:
+            if before is None:
+                return self._index.chain(tokens, salt=salt, lora=lora)
+            return before.continued(tokens, known)
+
+        if self._reader is not None:
+            read = self._reader.read(prompt, grow, apart=(salt.encode(), *(name.encode() for name in lora)))
+            return None if read is None else read.chain
+        try:
+            return grow(None, prompt.ids(), 0)
+        except msgspec.MsgspecError:
+            return None
+
+    def _adapter(self, model: str | None) -> tuple[str, ...]:
+        return (model,) if model and self._model and model != self._model else ()
+
+    def _decided(self, request: Arrived, prompt: Prompt | None, chain: Chain | None) -> Decision:
+        """Decide and book in one step."""
+        cost_bytes = prompt.cost_bytes if prompt is not None else len(request.body)
+        if chain is None and prompt is not None:
+            keys = prompt.chunks(self._secret, _salt(request, prompt).encode())
+            chain = Chain.of_chunks(keys, CHUNK_BYTES / self._bytes_per_token.value)
+        tokens = (chain.tokens if chain is not None else 0) or self._bytes_per_token.tokens(cost_bytes)
+        ask = Ask(
+            prompt_tokens=max(1, tokens),
+            overlaps=self._index.match(chain) if chain is not None else NOTHING,
+            session=self._digest(request),
+            output_tokens_expected=request.output_tokens or 0,
+            exclude=request.exclude,
+            streamed=request.streamed,
+        )
+        booking = choose(ask, self._fleet, self._policy, request.now)
+        if booking is None:
+            raise RequestError("no instance can take this", hint="come again soon", status=503, code="no_instance")
+        choice = booking.choice
+        if chain is not None:
+            self._index.learn(choice.instance, chain)
+        number = next(self._numbers)
+        self._sent[number] = _Sent(booking, cost_bytes, choice.instance)
+        return Decision(
+            instance=choice.instance,
+            predicted_seconds=choice.seconds,
+            cached_tokens=choice.cached_tokens,
+            booking=number,
+            kv_transfer_params=_hint(choice),
+            choices=tuple(booking.choices),
+        )
+
+    def _digest(self, request: Arrived) -> str | None:
+        """What stands for a session here: it tells nobody what the client called it."""
+        if not request.session:
+            return None
+        text = request.salt + b"\0" + request.session.encode()
+        return hashlib.blake2b(text, key=self._secret, digest_size=12).hexdigest()
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def first_byte(self, decision: Decision, now: float) -> None:
+        """See `Chooser`."""
+        sent = self._sent.get(decision.booking)
+        if sent is not None and sent.booking.ask.streamed:
+            self._fleet.first_token(sent.booking, now)
+
+    def finished(self, decision: Decision, now: float, usage: Usage | None) -> None:
+        """See `Chooser`."""
+        sent = self._sent.pop(decision.booking, None)
+        if sent is None:
+            return
+        cached = usage.cached_tokens if usage is not None else None
+        self._fleet.finished(sent.booking, now, cached)
+        if usage is not None and usage.prompt_tokens:
+            self._bytes_per_token.learn(sent.cost_bytes, usage.prompt_tokens)
+        if cached is not None:
+            self._index.told(sent.slot, decision.cached_tokens, cached)
+
+    def failed(self, decision: Decision, now: float, trouble: Trouble) -> None:  # noqa: ARG002  # Chooser's signature
+        """See `Chooser`."""
+        sent = self._sent.pop(decision.booking, None)
+        if sent is not None:
+            self._fleet.failed(sent.booking, now)
+
+    def check_idle(self) -> None:
+        """Nothing is booked while no request is in flight. Raises AssertionError."""
+        assert not self._sent, "a decision has no end"
+        self._fleet.check_integrity()
+
+
+def _salt(request: Arrived, prompt: Prompt) -> str:
+    return request.salt.decode() or prompt.salt or ""
+
+
+def _hint(choice: Choice) -> bytes:
+    return msgspec.json.encode(choice.hint.kv_transfer_params()) if choice.hint is not None else b""

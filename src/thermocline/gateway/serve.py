@@ -1,0 +1,175 @@
+"""`thermocline route`: settings to a listening gateway, until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from thermocline.clock import SystemClock
+from thermocline.errors import SettingsError
+from thermocline.fleet.books import Fleet
+from thermocline.fleet.chains import Chain
+from thermocline.fleet.index import FleetIndex
+from thermocline.fleet.instance import Instance
+from thermocline.fleet.router import POLICIES
+from thermocline.gateway.admin import admin, admin_socket
+from thermocline.gateway.admission import Keys
+from thermocline.gateway.door import Door
+from thermocline.gateway.hearing import Hearing
+from thermocline.gateway.proxy import Gateway, listening
+from thermocline.settings import Settings, read_key
+from thermocline.tokens.reader import Reader
+from thermocline.wire.http import Limits
+
+LOG = logging.getLogger("thermocline.gateway")
+CONNECTIONS_MAX = 4096
+MEMO_BYTES = 256 << 20
+_OPTIONS = {"node": "node", "capacity": "capacity_tokens", "seats": "seats"}
+_COUNTS = frozenset({"capacity", "seats"})
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """One instance of the settings, with where its events come from if not from the common address."""
+
+    instance: Instance
+    replay: str = ""
+    events: str = ""
+
+
+def serve(settings: Settings, admin_path: Path, *, as_json: bool = False) -> None:
+    """Listen until SIGINT or SIGTERM, then let requests in flight finish.
+
+    The address goes to stdout, as JSON if asked. Raises SettingsError and ThermoclineError for what cannot be had.
+    """
+    routed = instances_of(settings.instances or "")
+    if settings.policy not in POLICIES:
+        raise SettingsError(f"no policy {settings.policy}", hint=f"one of {', '.join(POLICIES)}")
+    sock = listening(settings.host, settings.port)
+    with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_signal(settings, routed, sock, admin_path, as_json=as_json))
+
+
+async def _until_signal(
+    settings: Settings, routed: list[Routed], sock: socket.socket, admin_path: Path, *, as_json: bool
+) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.ExitStack() as stack:
+        secret = secrets.token_bytes(32)
+        index = FleetIndex(settings.index_blocks, secret=int.from_bytes(secret[:8], "little"))
+        door = Door(
+            index,
+            Fleet(offset=os.getpid() % 64),
+            policy=settings.policy,
+            secret=secret,
+            model=settings.model if "model" in settings.origins else None,
+            reader=_reader(settings),
+        )
+        stack.callback(door.close)
+        gateway = _gateway(settings, door, [each.instance for each in routed])
+        hearing = _heard(settings, index, gateway, routed, stack)
+        door_for_operators, admin_sock = admin(gateway), admin_socket(admin_path)
+        stack.callback(admin_path.unlink, missing_ok=True)
+        await gateway.start(sock)
+        await door_for_operators.start(admin_sock)
+        watch = loop.create_task(_tell_wiring(gateway, index)) if hearing is not None else None
+        _announce(sock, admin_path, as_json=as_json)
+        await stop.wait()
+        await asyncio.gather(gateway.stop(), door_for_operators.stop())
+        if watch is not None:
+            watch.cancel()
+
+
+def _gateway(settings: Settings, door: Door, instances: list[Instance]) -> Gateway:
+    keys = None
+    if settings.tenants_path is not None:
+        keys = Keys.read(settings.tenants_path)
+    elif settings.api_key_file is not None:
+        keys = Keys.of_one(read_key(settings.api_key_file))
+    limits = Limits(body_bytes_max=settings.body_bytes_max, connections_max=CONNECTIONS_MAX)
+    return Gateway(door, instances, host=settings.host, keys=keys, limits=limits)
+
+
+def _reader(settings: Settings) -> Reader[Chain] | None:
+    if settings.tokenizer_path is None:
+        return None
+    return Reader(settings.tokenizer_path, clock=SystemClock(), memo_bytes=MEMO_BYTES)
+
+
+def _heard(
+    settings: Settings, index: FleetIndex, gateway: Gateway, routed: list[Routed], stack: contextlib.ExitStack
+) -> Hearing | None:
+    """Hear KV events, where there is an address for them."""
+    own = {each.events: each.instance.name for each in routed if each.events}
+    listen = [*([settings.events_listen] if settings.events_listen else []), *own]
+    if not listen:
+        return None
+    from thermocline.wire.subscriber import Subscriber
+
+    hearing = Hearing(index, own)
+
+    def changed() -> None:
+        hearing.now_there([(standing.slot, standing.instance) for standing in gateway.standings])
+
+    gateway.standings.on_change = changed
+    changed()
+    subscriber = Subscriber(listen, hearing.take)
+    stack.callback(subscriber.close)
+    for each in routed:
+        if each.replay:
+            subscriber.replay_from(each.events or each.instance.name, each.replay)
+    return hearing
+
+
+async def _tell_wiring(gateway: Gateway, index: FleetIndex) -> None:
+    """Say it once, plainly, when an instance's events do not come or do not match what is routed."""
+    told: dict[int, str] = {}
+    while True:
+        await asyncio.sleep(5.0)
+        for standing in gateway.standings:
+            wiring = index.wiring(standing.slot)
+            if wiring.advice and told.get(standing.slot) != wiring.state:
+                LOG.warning("instance %s: %s: %s", standing.instance.name, wiring.state, wiring.advice)
+            told[standing.slot] = wiring.state
+
+
+def _announce(sock: socket.socket, admin_path: Path, *, as_json: bool) -> None:
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    line = f"thermocline is routing at {url} (administered at {admin_path})"
+    print(json.dumps({"url": url, "admin": str(admin_path)}) if as_json else line, flush=True)  # noqa: T201  # the result of the command
+
+
+def instances_of(text: str) -> list[Routed]:
+    """NAME=URL, separated by commas, each with options behind it. Raises SettingsError."""
+    found = [_instance_of(part.split()) for part in text.split(",") if part.strip()]
+    names = [each.instance.name for each in found]
+    if len(set(names)) != len(names):
+        raise SettingsError("two instances have one name", hint="give each instance a name of its own")
+    return found
+
+
+def _instance_of(words: list[str]) -> Routed:
+    named = [word.partition("=") for word in words]
+    if any(not value for _, _, value in named):
+        raise SettingsError(f"{' '.join(words)} is no instance", hint="write NAME=http://host:port")
+    (name, _, url), *rest = named
+    options = {key: value for key, _, value in rest}
+    unknown = options.keys() - {*_OPTIONS, "replay", "events"}
+    if unknown or any(not options[key].isdecimal() for key in _COUNTS & options.keys()):
+        hint = "node=NAME, replay=ENDPOINT, events=ENDPOINT, capacity=TOKENS, seats=COUNT"
+        raise SettingsError(f"{' '.join(words)} is no instance", hint=hint)
+    own = {_OPTIONS[key]: int(value) if key in _COUNTS else value for key, value in options.items() if key in _OPTIONS}
+    return Routed(Instance(name, url, **own), options.get("replay", ""), options.get("events", ""))  # type: ignore[arg-type]  # by name
