@@ -41,6 +41,7 @@ class Announcer:
     def __init__(self, store: Store, name: str, endpoint: str, replay_endpoint: str | None = None) -> None:
         self._store, self._name = store, name
         self._declared: dict[LayoutId, tuple[str, int]] = {}
+        self._spelt: set[BlockKey] = set()  # what was told with its tokens since all was told
         self._told: tuple[dict[BlockKey, int], array[int]] | None = None
         self._media = {tier: CPU if store.medium(tier) is Medium.HOST else STORAGE for tier in store.usage()}
         try:
@@ -80,34 +81,39 @@ class Announcer:
         if layout in self._declared:
             topic, block_tokens = self._declared[layout]
             medium = self._media[tier]
-            events = [
-                BlockStored(tuple(run), None if parent == NO_PARENT else parent, told, block_tokens, medium)
-                for run, parent in _runs(keys, parents)
-                for told in (self._tokens(run, block_tokens),)
-            ]
+            events = []
+            for run, parent in _runs(keys, parents):
+                tokens = self._tokens(run, parent, block_tokens) if medium == CPU else NO_TOKENS
+                behind = None if parent == NO_PARENT else parent
+                events.append(BlockStored(tuple(run), behind, tokens, block_tokens, medium))
             self._publish(topic, events)
 
     def left(self, tier: str, layout: LayoutId, keys: Sequence[BlockKey]) -> None:
         """See `Watch.left`."""
         if layout in self._declared:
-            self._publish(self._declared[layout][0], [BlockRemoved(tuple(keys), self._media[tier])])
+            medium = self._media[tier]
+            if medium == CPU:
+                self._spelt.difference_update(keys)
+            self._publish(self._declared[layout][0], [BlockRemoved(tuple(keys), medium)])
 
     def _publish(self, topic: str, events: Sequence[Event]) -> None:
         outcome = "queued" if self._publisher.publish(topic, events) else "dropped"
         self._store.metrics.count("event_batches_total", labels=(("outcome", outcome),))
 
-    def _tokens(self, run: Sequence[BlockKey], block_tokens: int) -> array[int]:
+    def _tokens(self, run: Sequence[BlockKey], behind: BlockKey, block_tokens: int) -> array[int]:
+        """A block that follows one told by its key alone is told so too: nobody could chain its tokens."""
         told = self._told
-        if told is None or run[0] not in told[0]:
+        if told is None or run[0] not in told[0] or (behind != NO_PARENT and behind not in self._spelt):
             return NO_TOKENS
+        self._spelt.update(run)
         first = told[0][run[0]]
         return told[1][first * block_tokens : (first + len(run)) * block_tokens]
 
     def _tell_all(self) -> Iterator[None]:
-        start = self._store.tell_held(self, 0, TOLD_AT_ONCE)
-        while start:
+        self._spelt.clear()
+        start, told = 0, bytearray()
+        while start := self._store.tell_held(self, start, TOLD_AT_ONCE, told):
             yield
-            start = self._store.tell_held(self, start, TOLD_AT_ONCE)
 
 
 def _runs(keys: Sequence[BlockKey], parents: Sequence[BlockKey]) -> Iterator[tuple[list[BlockKey], BlockKey]]:

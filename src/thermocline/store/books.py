@@ -169,12 +169,12 @@ class Books:
             self._forget(tier.name, found.layout, self.index.restore(found, tier.name, used))
         self._expire_blocks(now, len(self.index))
 
-    def tell_held(self, watch: Watch, start: int, count: int) -> int:
+    def tell_held(self, watch: Watch, start: int, count: int, told: bytearray) -> int:
         """See `Store.tell_held`."""
         with self.lock:
-            for (name, layout), (keys, parents) in self.index.held(start, start + count).items():
+            for (name, layout), (keys, parents) in self.index.held(start, start + count, told).items():
                 watch.entered(name, layout, keys, parents)
-            return start + count if start + count < self.index.places else 0
+            return start + count if start + count < len(told) else 0
 
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""

@@ -147,22 +147,31 @@ class Index:
             heapq.heappush(heap, entry)
         return nodes
 
-    @property
-    def places(self) -> int:
-        """Nodes have numbers below this."""
-        return len(self._keys)
+    def held(
+        self, start: int, stop: int, told: bytearray
+    ) -> dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]]:
+        """What each tier holds undamaged of the nodes [start, stop) and the paths to them: keys, and parents' keys.
 
-    def held(self, start: int, stop: int) -> dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]]:
-        """Of the nodes [start, stop): the keys that each tier holds undamaged, and their parents' keys."""
+        Parents come before their children. `told` marks the nodes that were given already, and grows with the index.
+        """
+        told += bytes(len(self._keys) - len(told))
         found: dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]] = {}
         for node in range(start, min(stop, len(self._keys))):
-            for tier in self._bits if self._keys[node] is not None else ():
-                if self.holds(node, tier):
-                    place, parent = self.place(node), self._parents[node]
+            for each in self._untold(node, told) if self._keys[node] is not None else ():
+                place, above = self.place(each), self._parents[each]
+                for tier in filter(lambda tier: self.holds(each, tier), self._bits):
                     keys, parents = found.setdefault((tier, place.layout), ([], []))
                     keys.append(place.key)
-                    parents.append(NO_PARENT if parent == NO_NODE else self.place(parent).key)
+                    parents.append(NO_PARENT if above == NO_NODE else self.place(above).key)
         return found
+
+    def _untold(self, node: int, told: bytearray) -> Iterator[int]:
+        path: list[int] = []
+        while node != NO_NODE and not told[node]:
+            told[node] = 1
+            path.append(node)
+            node = self._parents[node]
+        return reversed(path)
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

@@ -432,12 +432,13 @@ class Store:
         """Tell this one of what the own tiers hold from now on; `tell_held` tells what they held before."""
         self._books.watch = watch
 
-    def tell_held(self, watch: Watch, start: int, count: int) -> int:
-        """Tell of what is held now as if it entered, of `count` places from `start` on; where to go on, 0 at the end.
+    def tell_held(self, watch: Watch, start: int, count: int, told: bytearray) -> int:
+        """Tell of what is held now as if it entered, parents first: some `count` blocks. Where to go on, 0 at the end.
 
-        What enters or leaves meanwhile is told as it happens, so after the last part the picture is whole.
+        `told` is empty at first, and remembers from part to part. What enters or leaves between the parts is told as it
+        happens.
         """
-        return self._books.tell_held(watch, start, count)
+        return self._books.tell_held(watch, start, count, told)
 
     def medium(self, name: str) -> Medium:
         """What a tier is made of."""
