@@ -31,13 +31,13 @@ SEEN = {
     b"content-length": False,
     b"transfer-encoding": False,
     b"expect": False,
-    b"authorization": True,
+    b"authorization": False,
     b"content-type": True,
     b"content-encoding": True,
     b"x-request-id": True,
     b"x-session-id": True,
 }
-"""Headers that we look at, which may come once; and whether they are passed on."""
+"""Headers that we look at, which may come once; and whether they are passed on as they are."""
 DROPPED = HOP_BY_HOP | {b"accept-encoding", b"trailer"}
 """Compressed answers would hide what the instance says it used."""
 JSON = b"application/json"
@@ -222,12 +222,13 @@ class Client(asyncio.Protocol):
         """Part of the body."""
         if self._whole:
             return
-        self._held_bytes += len(body)
-        if self._held_bytes > self._gateway.limits.body_bytes_max:
-            raise _body_too_large(self._gateway.limits.body_bytes_max)
-        self._gateway.held_bytes += len(body)
+        gateway = self._gateway
         self._body.append(body)
-        if self._gateway.held_bytes > self._gateway.rules.held_bytes_max:
+        self._held_bytes += len(body)
+        gateway.held_bytes += len(body)
+        if self._held_bytes > gateway.limits.body_bytes_max:
+            raise _body_too_large(gateway.limits.body_bytes_max)
+        if gateway.held_bytes > gateway.rules.held_bytes_max:
             raise _full("too many bytes of requests are in flight", 429)
 
     def on_message_complete(self) -> None:
@@ -269,6 +270,9 @@ class Client(asyncio.Protocol):
             name = self._gateway.new_id()
             if not told:
                 self._headers.append(b"x-request-id: %b\r\n" % name.encode())
+        key = self._gateway.instance_key if self._gateway.keys else seen.get(b"authorization")
+        if key:
+            self._headers.append(b"authorization: %b\r\n" % key)
         session = seen.get(b"x-session-id")
         return Ask(
             name,

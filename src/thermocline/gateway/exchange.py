@@ -178,7 +178,7 @@ class Exchange:
         assert standing is not None
         if self._chosen and status == OK:
             self._gateway.chooser.first_byte(decision, now)
-        if not framed:
+        if not framed or self._gateway.stopping:
             self.client.keep_alive = False
         if self.client.paused:
             self.pause()

@@ -39,7 +39,10 @@ TEXT, JSON = "text/plain; version=0.0.4", "application/json"
 
 
 class Gateway:
-    """Listens until stopped. All of it runs on the loop that `start` was called on."""
+    """Listens until stopped. All of it runs on the loop that `start` was called on.
+
+    With `keys`, those of clients go no further, and instances are shown `instance_key` if there is one.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Gateway:
         *,
         host: str = "127.0.0.1",
         keys: Keys | None = None,
+        instance_key: str | None = None,
         limits: Limits | None = None,
         rules: Rules | None = None,
         clock: Clock | None = None,
@@ -57,6 +61,7 @@ class Gateway:
             msg = f"host {host} can be reached from other machines, and no API keys protect it"
             raise SettingsError(msg, hint="give it API keys, or listen on 127.0.0.1")
         self.chooser, self.keys = chooser, keys
+        self.instance_key = f"Bearer {instance_key}".encode() if instance_key else b""
         self.limits, self.rules = limits or Limits(connections_max=4096), rules or Rules()
         self.clock, self.metrics = clock or SystemClock(), metrics or Metrics()
         self.budget = RetryBudget(self.rules.retry_share, self.rules.retry_burst)

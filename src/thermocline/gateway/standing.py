@@ -143,7 +143,7 @@ class Standing:
             return False
         return line.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()]
 
-    def checked(self, well: bool, now: float) -> bool:  # noqa: FBT001  # the answer of `check`
+    def checked(self, now: float, *, well: bool) -> bool:
         """Take in an answer of `check`. True if that changed whether it may be asked."""
         if well:
             self.failed_checks = 0
@@ -251,7 +251,7 @@ class Standings:
             answers = await asyncio.gather(*(each.check() for each in standings))
             now = self._clock.now()
             for standing, well in zip(standings, answers, strict=True):
-                if standing.checked(well, now):
+                if standing.checked(now, well=well):
                     self.changed()
             await asyncio.sleep(self._rules.health_seconds)
 

@@ -1,0 +1,139 @@
+"""Four instances behind a gateway, while things go wrong: whatever happens, requests are answered, and hits come back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from bench.vllm_server import free_port
+from tests.faults.process import CLOCK
+from tests.gateway.fleet import Clients, Light, Route
+
+zmq = pytest.importorskip("zmq", reason="KV events need pyzmq")
+pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
+
+BLOCKS = 1500
+BACK_SECONDS = 5.0
+REQUESTS = 150
+BACK_SHARE = 0.9
+
+
+class Fleet:
+    """Four light instances and a gateway. Events go straight to it, or by way of `through`."""
+
+    def __init__(self, folder, stack: ExitStack, *, through=None) -> None:
+        self.listen = f"tcp://127.0.0.1:{free_port()}"
+        events = through(self.listen) if through else self.listen
+        self.instances = [stack.enter_context(Light(folder, name, events, BLOCKS)) for name in "abcd"]
+        self.gateway = stack.enter_context(Route(folder, self.instances, self.listen))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@contextlib.contextmanager
+def talking(fleet: Fleet) -> Iterator[tuple[Clients, float]]:
+    """Clients under way, and the hit rate that they see while nothing is wrong."""
+    clients = Clients(fleet.gateway.url)
+    try:
+        clients.wait_asked(REQUESTS)
+        since = CLOCK.now()
+        clients.wait_asked(REQUESTS)
+        yield clients, clients.hit_rate(since)
+    finally:
+        clients.close()
+
+
+def hit_rate_after(clients: Clients, began: float) -> float:
+    """The hit rate of what is asked from five seconds after that on."""
+    CLOCK.sleep(max(0.0, began + BACK_SECONDS - CLOCK.now()))
+    since = CLOCK.now()
+    clients.wait_asked(REQUESTS)
+    return clients.hit_rate(since)
+
+
+def test_an_instance_dies_and_comes_back(folder, stack):
+    """No request is lost with an instance, and five seconds after it is back hits are as many as before."""
+    fleet = Fleet(folder, stack)
+    with talking(fleet) as (clients, undisturbed):
+        fleet.instances[1].kill()
+        clients.wait_asked(REQUESTS)
+        fleet.instances[1].start()
+        assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+    assert {each.status for each in clients.asked} == {200}
+    assert undisturbed > 0.75, "conversations are not found again"
+    shares = Counter(each.instance for each in clients.asked)
+    assert set(shares) == set("abcd")
+    assert max(shares.values()) < 0.45 * len(clients.asked)
+
+
+def test_the_gateway_is_restarted(folder, stack):
+    """A new gateway asks for what it missed, and five seconds later sends conversations where they were."""
+    fleet = Fleet(folder, stack)
+    with talking(fleet) as (clients, undisturbed):
+        fleet.gateway.kill()
+        fleet.gateway.start()
+        assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+
+
+def test_events_are_late_and_some_are_lost(folder, stack):
+    """With events a second late, and one in ten lost, hits are as many as without that."""
+    with ExitStack() as other:
+        with talking(Fleet(folder, other)) as (_, undisturbed):
+            pass
+    rng = random.Random(5)  # noqa: S311  # must replay
+    proxies = [stack.enter_context(contextlib.closing(Late(rng))) for _ in range(1)]
+    fleet = Fleet(folder, stack, through=proxies[0].towards)
+    clients = Clients(fleet.gateway.url)
+    stack.callback(clients.close)
+    clients.wait_asked(REQUESTS)
+    assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+    assert proxies[0].lost > 0
+
+
+class Late:
+    """Stands between engines and a gateway: hands events on a second later, and loses one in ten."""
+
+    SECONDS, SHARE = 1.0, 0.1
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng, self._context, self._closing = rng, zmq.Context(), False
+        self.lost = 0
+        self._thread: threading.Thread | None = None
+
+    def towards(self, listen: str) -> str:
+        """Where engines connect, for events to arrive at `listen`."""
+        comes, goes = self._context.socket(zmq.SUB), self._context.socket(zmq.PUB)
+        port = comes.bind_to_random_port("tcp://127.0.0.1")
+        comes.subscribe(b"")
+        goes.connect(listen)
+        self._thread = threading.Thread(target=self._run, args=(comes, goes))
+        self._thread.start()
+        return f"tcp://127.0.0.1:{port}"
+
+    def close(self) -> None:
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _run(self, comes, goes) -> None:
+        waiting: list[tuple[float, list[bytes]]] = []
+        while not self._closing:
+            if comes.poll(20):
+                waiting.append((CLOCK.now() + self.SECONDS, comes.recv_multipart()))
+            while waiting and waiting[0][0] <= CLOCK.now():
+                _, frames = waiting.pop(0)
+                if self._rng.random() < self.SHARE:
+                    self.lost += 1
+                else:
+                    goes.send_multipart(frames)
