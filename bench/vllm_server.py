@@ -95,12 +95,15 @@ class Server:
         *,
         transfer: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
     ) -> None:
+        """`arguments` are vLLM's own, and win over those that every server here gets."""
         self.port = free_port()
         self._log = folder / f"vllm-{self.port}.log"
         argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *_ARGUMENTS]
         argv += ["--port", str(self.port)]
         argv += ["--kv-transfer-config", json.dumps(transfer)] if transfer else []
+        argv += arguments
         paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         every = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, **(environment or {})}
         with self._log.open("wb") as log:
@@ -149,6 +152,24 @@ class Server:
             if CLOCK.now() > deadline:
                 raise BenchError("vLLM does not let go of its prefix cache", hint="a request may still be under way")
             CLOCK.sleep(0.02)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def metrics(self) -> dict[str, float]:
+        """Its Prometheus counters, added up over their labels."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=RESET_SECONDS)) as link:
+            link.request("GET", "/metrics")
+            text = link.getresponse().read().decode()
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                series, _, value = line.rpartition(" ")
+                name = series.partition("{")[0]
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
 
     def cpu_seconds(self) -> float:
         """Processor time used so far by all processes of this server, to the nanosecond."""

@@ -243,6 +243,7 @@ def bench(name: str, save: bool, as_json: bool) -> int:
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that answered it.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--socket", metavar="PATH", help="Ask the node that listens there, as for vLLM, instead of a server.")
+@click.option("--gateway", metavar="PATH", help="Ask the gateway that is administered there: why this instance?")
 @_json_flag
 def why(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     request_id: str,
@@ -253,10 +254,19 @@ def why(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     url: str,
     api_key_file: str | None,
     socket: str | None,
+    gateway: str | None,
     as_json: bool,
 ) -> None:
-    """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`."""
-    from thermocline.lens import fetch, report
+    """Say what a request loaded, what it computed, and why. REQUEST is a completion's id, or `last`.
+
+    With --gateway: where it was sent, what was predicted of each instance, and what came of it.
+    """
+    from thermocline.lens import decision, fetch, report
+
+    if gateway is not None:
+        record = decision.fetch(Path(gateway), request_id)
+        click.echo(record.decode() if as_json else decision.render(decision.read(record)))
+        return
 
     key_file = Path(api_key_file) if api_key_file else None
     node = Path(socket) if socket else None
