@@ -24,14 +24,16 @@ XGRAMMAR := 0.2.8
 LMCACHE_VENV := .venv-lmcache
 LMCACHE_READY := $(LMCACHE_VENV)/.ready
 LMCACHE := 0.5.6
+ROUTERS_VENV := .venv-routers
+ROUTERS_READY := $(ROUTERS_VENV)/.ready
 ARGS ?=
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
-.PHONY: help demo test test-long test-vllm lint format types docs generate bench check clean engine redis-server \
-	vllm vllm-if-it-can-be-had bench-lmcache-env
+.PHONY: help demo test test-long test-vllm fuzz lint format types docs generate bench check clean engine redis-server \
+	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +55,12 @@ test-long: $(DEV) redis-server vllm-if-it-can-be-had ## The long fault matrix to
 
 test-vllm: $(DEV) redis-server vllm ## The long forms on real vLLM; takes an hour or two
 	@$(BIN)/python -m pytest tests/vllm $(ARGS)
+
+fuzz: $(DEV) ## Ten minutes of any bytes for each parser of outside bytes (ARGS="events node", FUZZ_SECONDS=60 for less)
+	@$(BIN)/python -m pip install -q -e '.[fuzz]' || echo "no atheris here: going on with changed seeds alone" >&2
+	@for target in $(or $(ARGS),events client node topics); do \
+		$(BIN)/python tests/fuzz/long.py $$target $(or $(FUZZ_SECONDS),600); \
+	done
 
 lint: $(DEV) ## ruff: every rule but the reasoned exceptions, and the format
 	@$(BIN)/ruff check .
@@ -78,7 +86,7 @@ bench: $(ENGINE) ## Measure one budget: NAME=ttft (ARGS="--json --save"); withou
 check: test lint types docs ## All that .ci/run asks
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
 
@@ -100,7 +108,7 @@ redis-server:
 			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
-$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(call say,making $* with $(PYTHON))
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
@@ -166,4 +174,12 @@ $(LMCACHE_READY): tests/vllm/requirements.py | $(LMCACHE_VENV)/bin/python
 	@$(call install_vllm,$(LMCACHE_VENV))
 	@$(LMCACHE_VENV)/bin/python -m pip install -q --no-deps "lmcache==$(LMCACHE)" aiofile aiofiles caio sortedcontainers \
 		opentelemetry-exporter-prometheus
+	@touch $@
+
+# Peers of `bench gateway` and `bench fleet-vllm`, never dependencies.
+bench-routers-env: $(ROUTERS_READY) ## Install sglang-router and vllm-router, for `thermocline bench gateway`
+
+$(ROUTERS_READY): | $(ROUTERS_VENV)/bin/python
+	$(call say,installing sglang-router 0.3.2 and vllm-router 0.1.17)
+	@$(ROUTERS_VENV)/bin/python -m pip install -q "sglang-router==0.3.2" "vllm-router==0.1.17"
 	@touch $@
