@@ -1,0 +1,126 @@
+"""Parsers of outside bytes, each with what may come of any bytes at all, and valid bytes to begin with."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from thermocline.wire import messages as say
+from thermocline.wire.events import (
+    AllBlocksCleared,
+    Batch,
+    BlockRemoved,
+    BlockStored,
+    Topic,
+    read_batch,
+    read_topic,
+    write_batch,
+    write_topic,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`feed` takes any bytes, and raises where the parser does what it must not. `seeds` are bytes it understands."""
+
+    name: str
+    feed: Callable[[bytes], None]
+    seeds: Sequence[bytes]
+
+
+def _events(payload: bytes) -> None:
+    """A batch is refused as such, or it is made of bounded values that are written and read again as they are."""
+    try:
+        batch = read_batch(payload)
+    except say.MessageError:
+        return
+    assert 0 <= batch.skipped <= len(payload)
+    assert len(batch.events) + batch.skipped <= len(payload)
+    for event in batch.events:
+        if isinstance(event, BlockStored):
+            assert len(event.tokens) + len(event.hashes) <= len(payload)
+            assert event.block_tokens > 0
+    assert read_batch(write_batch(batch)).events == batch.events
+
+
+def _topics(payload: bytes) -> None:
+    """A topic names an instance and a model, or nobody."""
+    topic = read_topic(payload.decode(errors="replace"))
+    assert topic is None or read_topic(write_topic(topic)) == topic
+
+
+def _says(decode: Callable[[bytes], say.FromClient | say.FromNode]) -> Callable[[bytes], None]:
+    def feed(payload: bytes) -> None:
+        """A message is refused as such, or comes back from its bytes; a stream in any pieces is the same stream."""
+        try:
+            message = decode(payload)
+        except say.MessageError:
+            message = None
+        if message is not None:
+            (body,) = say.Inbox().feed(say.encode(message))
+            # a float that is no number is not equal to itself
+            assert decode(body) == message or b"\xcb" in body
+        assert _bodies([payload]) == _bodies([payload[:3], payload[3:7], payload[7:]])
+
+    return feed
+
+
+def _bodies(pieces: Sequence[bytes]) -> list[bytes]:
+    inbox, found = say.Inbox(), []
+    try:
+        for piece in pieces:
+            found += inbox.feed(piece)
+    except say.MessageError:
+        found.append(b"refused")
+    return found
+
+
+_STORED = BlockStored(
+    (1, 2**63, b"k" * 32),
+    b"p" * 32,
+    array("I", [1, 200, 70_000] * 16),
+    16,
+    "CPU",
+    "lora",
+    (("salt", ["image", 7]), None),
+)
+_EVENTS = (_STORED, BlockStored((5,), None, array("I", range(16)), 16), BlockRemoved((1, b"k")), AllBlocksCleared())
+_ARRAYS = [
+    ["BlockStored", [1], None, list(range(16)), 16, None, "GPU"],
+    ["BlockRemoved", [1], "CPU"],
+    ["AllBlocksCleared"],
+]
+_BODIES = [
+    say.Hello(1, "1.0", "engine"),
+    say.Stage(1, (1, 2), b"k" * 64, 100),
+    say.Commit(2, 1, b"k" * 64, 0, (1, 2), b"s" * 32),
+    say.Staged(1, 2, 3.0, (say.RunStaged(0, 2, "disk", 0.1),), (), 0.1, 0.2, 0.3, 1.0, 0.1, ((0, 4096),), (b"s" * 32,)),
+    say.Lent(3, (1, 2), (0, 4096)),
+    say.Record(b"receipt", b"tokens", b"root"),
+    say.Refused("reason", "hint"),
+]
+_ENCODED = [say.encode(body) for body in _BODIES]
+_MESSAGES = [each[struct.calcsize("<I") :] for each in _ENCODED] + _ENCODED
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "events",
+            _events,
+            [
+                write_batch(Batch(1.5, _EVENTS)),
+                write_batch(Batch(0.0, _EVENTS[1:2])),
+                msgspec.msgpack.encode([1.5, _ARRAYS, 0]),
+            ],
+        ),
+        Target("topics", _topics, [write_topic(Topic("http://127.0.0.1:8000", "org/model")).encode(), b"kv", b"kv@@"]),
+        Target("client", _says(say.client_says), _MESSAGES),
+        Target("node", _says(say.node_says), _MESSAGES),
+    )
+}
+"""By name, as `make fuzz TARGET=events` takes them."""
