@@ -1,0 +1,503 @@
+"""Who holds how much of a prompt: built from what engines and nodes say of their caches, and exact where they say it.
+
+Blocks are filed by what they mean, not by an engine's names for them: the prints of the events' token ids, or own keys
+(see `chains`). Invariant: for each instance and tier the index holds the set of blocks that was announced and not
+removed since, less what the cap took; a match is the longest prefix of the prompt within that set. It needs no order of
+removals: a block that goes from the middle hides those behind it until it is back.
+
+Any thread may call `match`, without waiting. The other verbs take turns.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from thermocline.blocks.key import TOKENS_PER_KEY, Tokens
+from thermocline.fleet.chains import (
+    NAME_MASK,
+    NO_NAME,
+    RUN_BLOCKS,
+    STEP_BYTES,
+    By,
+    Chain,
+    Filed,
+    Forest,
+    Place,
+    Run,
+    grow_prints,
+    name_of,
+    root_print,
+)
+from thermocline.fleet.instance import NOTHING, Overlaps
+from thermocline.fleet.wiring import Unplaced, Wiring, judged
+from thermocline.wire.events import Batch, BlockRemoved, BlockStored
+
+DEVICE, HOST, DISK, LEARNED = range(4)
+"""Tiers as the index numbers them. What was learned from routing counts as held on the device until events say."""
+MEDIA = {"GPU": DEVICE, "CPU": HOST, "CPU_PINNED": HOST, "STORAGE": DISK, "DISK": DISK}
+RUN_WEIGHT = 4
+"""A run of its own costs about as much memory as so many blocks."""
+RUN_BYTES, BLOCK_BYTES = 470, 48
+FADING = 0.98
+LOOKED_UP_MAX = 4096
+_FULL_ATTENTION = ("full", "mla")
+_BITS = [(1 << count) - 1 for count in range(RUN_BLOCKS + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of a batch. Blocks are counted; `unplaced` by reason.
+
+    `gap`: batches [first, stop) did not come before this one. `restarted`: the source began anew, and what it had
+    announced was dropped.
+    """
+
+    stored: int = 0
+    removed: int = 0
+    unplaced: tuple[tuple[Unplaced, int], ...] = ()
+    gap: tuple[int, int] | None = None
+    restarted: bool = False
+
+
+class _Source:
+    """One stream of batches: an engine's rank, or the node behind an instance."""
+
+    __slots__ = ("expected", "other_groups", "tiers")
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """As before its first batch."""
+        self.expected = 0
+        self.tiers: set[int] = set()
+        self.other_groups: set[int | None] = set()
+
+
+class _Instance:
+    """What one instance holds: per tier, a bit for each block of a run. And what its events were like."""
+
+    __slots__ = ("asked", "batches", "bit", "cached", "lost", "predicted", "sources", "stored", "tiers", "unplaced")
+
+    def __init__(self, bit: int) -> None:
+        self.bit = bit
+        self.tiers: tuple[dict[Run, int], ...] = ({}, {}, {}, {})
+        self.sources: dict[tuple[str, int], _Source] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        self.batches = self.stored = self.lost = self.asked = self.predicted = self.cached = 0
+        self.unplaced: dict[Unplaced, int] = {}
+
+    def count(self, why: Unplaced, blocks: int) -> None:
+        self.unplaced[why] = self.unplaced.get(why, 0) + blocks
+
+
+class FleetIndex:
+    """Blocks of one model over a fleet. An instance is a slot: a small number, as `fleet.instance` has it.
+
+    `blocks_max` bounds memory: about 160 bytes for each, whatever comes. Beyond it the runs that were used longest ago
+    are forgotten, ends of texts first. `secret` makes prints that nobody outside can aim at.
+    """
+
+    def __init__(self, blocks_max: int, *, secret: int = 0) -> None:
+        self.blocks_max = blocks_max
+        self.evicted_blocks = 0
+        self._secret = secret & (1 << 64) - 1
+        self._roots: dict[tuple[str, str], int] = {}
+        self._forests: dict[Filed, Forest] = {}
+        self._instances: list[_Instance] = []
+        self._recent: OrderedDict[Run, None] = OrderedDict()
+        self._used: deque[Run] = deque(maxlen=LOOKED_UP_MAX)
+        self._lock = threading.Lock()
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+
+    def chain(self, tokens: Sequence[int] | Tokens, *, salt: str = "", lora: tuple[str, ...] = ()) -> Chain:
+        """A prompt to look up. `lora` is the adapter's name, and its path where own keys are to be found too."""
+        return Chain(tokens, self._root(salt, lora[0] if lora else ""), salt, lora)
+
+    def match(self, chain: Chain) -> Overlaps:
+        """Leading tokens of the prompt that each slot holds, by tier. Nothing is hashed behind the longest match."""
+        found = NOTHING
+        for filed, forest in [*self._forests.items()]:
+            path = forest.path(chain) if forest.heads else []
+            if path:
+                self._used.append(path[-1][0])
+                found = _longer(found, self._overlaps(path, chain.unit(filed)))
+        return found
+
+    def _overlaps(self, path: Sequence[Place], unit: float) -> Overlaps:
+        holders, instances = slots_of(path[0][0].holders), self._instances
+        device, host, disk = [0] * len(instances), [0] * len(instances), [0] * len(instances)
+        colder = False
+        for slot in holders:
+            on_device, on_host, on_disk, learned = instances[slot].tiers
+            warm = (on_device, learned) if learned else (on_device,)
+            device[slot] = host[slot] = disk[slot] = _depth(path, warm)
+            if on_host:
+                host[slot] = disk[slot] = _depth(path, (*warm, on_host))
+            if on_disk:
+                disk[slot] = _depth(path, (*warm, on_host, on_disk))
+            colder = colder or disk[slot] > device[slot]
+        run, through = path[-1]
+        device, host, disk = ([int(blocks * unit) for blocks in tier] for tier in (device, host, disk))
+        return Overlaps(device, host if colder else (), disk if colder else (), run.prints[through - 1])
+
+    def _root(self, salt: str, lora: str) -> int:
+        found = self._roots.get((salt, lora))
+        if found is None:
+            if len(self._roots) >= LOOKED_UP_MAX:
+                self._roots.clear()
+            found = self._roots[salt, lora] = root_print(self._secret, salt, lora)
+        return found
+
+    # -- what engines and nodes say ------------------------------------------------------------------------------------
+
+    def apply(self, instance: int, batch: Batch, sequence: int, *, source: str = "") -> Applied:
+        """Take a batch in. `source` tells the streams of one slot apart: "" for its engine, else a name for its node.
+
+        Batches come in order, replays included. Numbers that were left out are lost: what they removed stays held here
+        until it is announced again or forgotten for room. A number that goes back is another incarnation of the source:
+        what it had announced is dropped.
+        """
+        with self._lock:
+            known = self._instance(instance)
+            stream = known.sources.setdefault((source, batch.rank), _Source())
+            before = known.unplaced.copy()
+            restarted = sequence < stream.expected
+            if restarted:
+                self._clear(known, (*stream.tiers, LEARNED))
+                stream.begin()
+                known.begin()
+            gap = (stream.expected, sequence) if sequence > stream.expected else None
+            if gap and stream.expected:  # else it is the past of an instance that we meet for the first time
+                known.lost += sequence - stream.expected
+            stream.expected = sequence + 1
+            stored, removed = self._take(known, stream, batch)
+            self._settle()
+            unplaced = tuple((why, n - before.get(why, 0)) for why, n in known.unplaced.items() if n != before.get(why))
+            return Applied(stored, removed, unplaced, gap, restarted)
+
+    def learn(self, instance: int, chain: Chain) -> None:
+        """This prompt was sent there, so it is probably held. Counts until the first event comes from the instance.
+
+        What is known by chunks of bytes only goes on counting, as no event tells of those.
+        """
+        with self._lock:
+            known = self._instance(instance)
+            if chain.chunk_tokens:
+                filed, blocks = (By.CHUNK, 0), sys.maxsize
+            elif known.batches:
+                return
+            else:
+                filed, blocks = (By.PRINT, TOKENS_PER_KEY), chain.tokens // TOKENS_PER_KEY
+            prints = chain.names(filed, blocks)
+            self._hold(known, LEARNED, self._forest(filed), None, prints, [NO_NAME] * len(prints))
+            self._settle()
+
+    def told(self, instance: int, predicted_tokens: int, cached_tokens: int) -> None:
+        """What an engine said it found cached of a prompt, beside what was predicted: for `wiring`."""
+        known = self._instance(instance)
+        known.asked += 1
+        known.predicted = int(known.predicted * FADING) + predicted_tokens
+        known.cached = int(known.cached * FADING) + cached_tokens
+
+    def drop(self, instance: int) -> None:
+        """Forget all that the slot holds, and its sequences: another instance has it, or its heartbeat is lost."""
+        with self._lock:
+            known = self._instance(instance)
+            self._clear(known, range(len(known.tiers)))
+            known.sources.clear()
+            known.begin()
+
+    # -- what there is to say ------------------------------------------------------------------------------------------
+
+    def wiring(self, instance: int) -> Wiring:
+        """Whether the instance's events come, can be filed, and match what is routed there."""
+        known = self._instance(instance)
+        unplaced = tuple(sorted(known.unplaced.items(), key=lambda item: -item[1]))
+        return judged(known.batches, known.stored, unplaced, known.lost, known.asked, known.predicted, known.cached)
+
+    def blocks_of(self, instance: int) -> tuple[int, int, int]:
+        """Blocks that the slot holds on device, host and disk. Counts them all, so it is for people, not requests."""
+        with self._lock:
+            tiers = self._instance(instance).tiers
+            return (
+                sum(map(int.bit_count, tiers[DEVICE].values())),
+                sum(map(int.bit_count, tiers[HOST].values())),
+                sum(map(int.bit_count, tiers[DISK].values())),
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are filed, each once, whoever holds it."""
+        return sum(forest.blocks for forest in [*self._forests.values()])
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the index takes."""
+        with self._lock:
+            heads = [forest.heads for forest in self._forests.values()]
+            known = [forest.known for forest in self._forests.values()]
+            tiers = [tier for instance in self._instances for tier in instance.tiers]
+            return (
+                sum(map(sys.getsizeof, (*heads, *known, *tiers)))
+                + sum(forest.blocks + 2 * forest.aliases for forest in self._forests.values()) * BLOCK_BYTES
+                + len(self._recent) * RUN_BYTES
+            )
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _take(self, known: _Instance, stream: _Source, batch: Batch) -> tuple[int, int]:
+        stored = removed = 0
+        known.batches += 1
+        if batch.skipped:
+            known.count(Unplaced.UNREADABLE, batch.skipped)
+        for event in batch.events:
+            if isinstance(event, BlockStored):
+                why = self._store(known, stream, event)
+                if why is None:
+                    stored += len(event.hashes)
+                else:
+                    known.count(why, len(event.hashes))
+            elif isinstance(event, BlockRemoved):
+                removed += self._remove(known, stream, event)
+            else:
+                self._clear(known, (*stream.tiers, LEARNED))
+        known.stored += stored
+        return stored, removed
+
+    def _store(self, known: _Instance, stream: _Source, event: BlockStored) -> Unplaced | None:
+        """File the blocks, or say why not."""
+        why = _unusable(event)
+        if why is not None:
+            if why is Unplaced.GROUP:
+                stream.other_groups.add(event.group)
+            return why
+        forest = self._forest((By.PRINT if event.tokens else By.KEY, event.block_tokens))
+        parent = event.parent
+        behind = None
+        if parent is not None and not (isinstance(parent, bytes) and not any(parent)):
+            behind = forest.find(name_of(parent))
+            if behind is None:
+                return Unplaced.PARENT
+        tier = MEDIA[event.medium]
+        if tier == DEVICE and known.tiers[LEARNED]:
+            self._unlearn(known)
+        stream.tiers.add(tier)
+        names = _names(event.hashes)
+        prints = self._prints(event, behind, event.block_tokens // TOKENS_PER_KEY) if event.tokens else names
+        self._hold(known, tier, forest, behind, prints, names)
+        return None
+
+    def _prints(self, event: BlockStored, behind: Place | None, step: int) -> list[int]:
+        extras, lora = event.extra_keys, event.lora or ""
+        salt = ""
+        if extras and behind is None:
+            salt = next((each for each in extras[0] or () if isinstance(each, str) and each != lora), "")
+        print_ = behind[0].prints[behind[1]] if behind else self._root(salt, lora)
+        ids = event.tokens.tobytes()
+        if not extras:
+            prints = grow_prints(ids, print_)
+            return prints if step == 1 else prints[step - 1 :: step]
+        found = []
+        for at, entry in enumerate(extras):
+            rest = [each for each in entry or () if each != lora and (at or behind or each != salt)]
+            if rest:  # images: named by digest and place, which no prompt that is looked up has
+                print_ = xxhash.xxh3_64_intdigest(repr(rest).encode(), print_)
+            print_ = grow_prints(ids[at * step * STEP_BYTES : (at + 1) * step * STEP_BYTES], print_)[-1]
+            found.append(print_)
+        return found
+
+    def _hold(
+        self,
+        known: _Instance,
+        tier: int,
+        forest: Forest,
+        behind: Place | None,
+        prints: Sequence[int],
+        names: Sequence[int],
+    ) -> None:
+        held, bit, recent = known.tiers[tier], known.bit, self._recent
+        for run, start, stop in forest.place(behind, prints, names):
+            held[run] = held.get(run, 0) | _BITS[stop - start] << start
+            run.holders |= bit
+            recent[run] = None
+            recent.move_to_end(run)
+
+    def _remove(self, known: _Instance, stream: _Source, event: BlockRemoved) -> int:
+        tier = MEDIA.get(event.medium)
+        if tier is None or event.group in stream.other_groups:
+            return 0
+        removed = 0
+        for name in _names(event.hashes):
+            gone = sum(self._remove_one(known, tier, forest, name) for forest in self._forests.values())
+            removed += gone > 0
+            if not gone:
+                known.count(Unplaced.UNKNOWN, 1)
+        return removed
+
+    def _remove_one(self, known: _Instance, tier: int, forest: Forest, name: int) -> bool:
+        place = forest.find(name)
+        if place is None:
+            return False
+        run, at = place
+        bits = known.tiers[tier].get(run, 0)
+        if not bits >> at & 1:
+            return False
+        left = bits & ~(1 << at)
+        if left:
+            known.tiers[tier][run] = left
+        else:
+            self._let_go(known, tier, run)
+        return True
+
+    def _clear(self, known: _Instance, tiers: Sequence[int]) -> None:
+        for tier in tiers:
+            for run in [*known.tiers[tier]]:
+                self._let_go(known, tier, run)
+
+    def _unlearn(self, known: _Instance) -> None:
+        """An event has come: from now on events say what is held. What is filed by chunks has none."""
+        for run in [*known.tiers[LEARNED]]:
+            if run.forest.filed[0] is not By.CHUNK:
+                self._let_go(known, LEARNED, run)
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def _let_go(self, known: _Instance, tier: int, run: Run) -> None:
+        """The instance holds none of this run in this tier any more. What nobody holds is forgotten from its end on."""
+        del known.tiers[tier][run]
+        if not any(run in held for held in known.tiers):
+            run.holders &= ~known.bit
+        self._prune(run)
+
+    def _prune(self, run: Run | None) -> None:
+        while run is not None and not run.holders and not run.kids:
+            run.forest.forget(run)
+            self._recent.pop(run, None)
+            run = run.parent
+
+    def _settle(self) -> None:
+        """Note what was looked up, and keep within the cap."""
+        recent = self._recent
+        while self._used:
+            run: Run | None = self._used.popleft()
+            while run is not None and run in recent:  # the deepest first, so that ends are forgotten first
+                recent.move_to_end(run)
+                run = run.parent
+        while self._weight() > self.blocks_max:
+            oldest = next(iter(recent))
+            if oldest.kids:
+                recent.move_to_end(oldest)
+                continue
+            self.evicted_blocks += len(oldest.prints)
+            for slot in slots_of(oldest.holders):
+                for held in self._instances[slot].tiers:
+                    held.pop(oldest, None)
+            oldest.holders = 0
+            self._prune(oldest)
+
+    def _weight(self) -> int:
+        forests = self._forests.values()
+        return sum(forest.blocks + forest.aliases for forest in forests) + RUN_WEIGHT * len(self._recent)
+
+    def _forest(self, filed: Filed) -> Forest:
+        found = self._forests.get(filed)
+        if found is None:
+            found = self._forests[filed] = Forest(filed)
+        return found
+
+    def _instance(self, slot: int) -> _Instance:
+        while slot >= len(self._instances):
+            self._instances.append(_Instance(1 << len(self._instances)))
+        return self._instances[slot]
+
+    def check_integrity(self) -> None:
+        """What the tables say of each other is true: for tests."""
+        runs = {run for forest in self._forests.values() for run in forest.heads.values()}
+        assert runs == set(self._recent)
+        kids = Counter(run.parent for run in runs)
+        for run in runs:
+            assert run.parent is None or run.parent in runs
+            assert run.kids == kids[run]
+            assert run.kids or run.holders
+            assert 0 < len(run.prints) == len(run.names) <= RUN_BLOCKS
+            holders = [known for known in self._instances if any(run in held for held in known.tiers)]
+            assert run.holders == sum(known.bit for known in holders)
+        for known in self._instances:
+            for held in known.tiers:
+                assert all(run in runs and 0 < bits < 1 << len(run.prints) for run, bits in held.items())
+        for forest in self._forests.values():
+            assert forest.blocks == sum(len(run.prints) for run in forest.heads.values())
+            assert forest.aliases == sum(len(run.aliases) for run in forest.heads.values())
+            for found in forest.known.values():
+                assert (found if isinstance(found, Run) else found[0]) in runs
+        assert self._weight() <= self.blocks_max
+
+
+# -- small parts -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(LOOKED_UP_MAX)
+def slots_of(mask: int) -> tuple[int, ...]:
+    """The slots whose bits are set."""
+    return tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
+
+
+def _depth(path: Sequence[Place], tiers: Sequence[dict[Run, int]]) -> int:
+    """How many leading blocks of the path are held in any of the tiers."""
+    blocks = 0
+    for run, through in path:
+        bits = 0
+        for held in tiers:
+            bits |= held.get(run, 0)
+        missing = ~bits & _BITS[through]
+        if missing:
+            return blocks + (missing & -missing).bit_length() - 1
+        blocks += through
+    return blocks
+
+
+def _longer(one: Overlaps, other: Overlaps) -> Overlaps:
+    """The longer match of each slot and tier, where engines and nodes name blocks differently."""
+    if one is NOTHING:
+        return other
+    device = [max(pair) for pair in zip(one.device, other.device, strict=True)]
+    if not (one.disk or other.disk):
+        return Overlaps(device, name=one.name)
+    host, disk = (
+        [max(row) for row in zip(device, *(each for each in tiers if each), strict=True)]
+        for tiers in ((one.host, other.host), (one.host, other.host, one.disk, other.disk))
+    )
+    return Overlaps(device, host, disk, one.name)
+
+
+def _names(hashes: Sequence[int | bytes]) -> list[int]:
+    try:
+        return [each & NAME_MASK for each in hashes]  # type: ignore[operator]  # bytes are rare
+    except TypeError:
+        return [*map(name_of, hashes)]
+
+
+def _unusable(event: BlockStored) -> Unplaced | None:
+    """Why these blocks cannot be filed, whatever was announced before."""
+    blocks = len(event.hashes)
+    if not (event.kind.startswith(_FULL_ATTENTION) if event.kind else not event.group):
+        return Unplaced.GROUP
+    if event.medium not in MEDIA or event.locality == "REMOTE":
+        return Unplaced.MEDIUM
+    if event.block_tokens % TOKENS_PER_KEY:
+        return Unplaced.BLOCK_SIZE
+    wrong = event.tokens and len(event.tokens) != blocks * event.block_tokens
+    if not blocks or wrong or (event.extra_keys and len(event.extra_keys) != blocks):
+        return Unplaced.LENGTHS
+    return None
