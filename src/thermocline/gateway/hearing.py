@@ -52,4 +52,4 @@ class Hearing:
         for slot, stream in slots:
             applied = self._index.apply(slot, batch, sequence, source=stream)
             if applied.gap is not None:  # the subscriber has asked already, and it was not to be had
-                self.counts["lost"] += self._index.resume(slot, source=stream, rank=batch.rank)
+                self.counts["lost"] += applied.gap[1] - applied.gap[0]
