@@ -124,7 +124,8 @@ def test_what_was_said_before_comes_in_a_replay(opened, place):
     for number in range(50):
         publisher.publish(TOPIC, [stored(number)])
     taken = Taken()
-    subscriber = closing(opened, Subscriber([place], taken, replays={TOPIC: replay}))
+    subscriber = closing(opened, Subscriber([place], taken))
+    subscriber.replay_from("one", replay)  # the name in the topic
     sent = iter(range(50, 10_000))
     assert until(
         lambda: publisher.publish(TOPIC, [stored(next(sent))]) and taken.all, WAIT_SECONDS, pause_seconds=0.005

@@ -87,7 +87,10 @@ class Subscriber:
         self._thread.start()
 
     def replay_from(self, source: str, endpoint: str) -> None:
-        """From now on what is missed of this source is asked for there. Raises SettingsError for no endpoint."""
+        """What is missed of this source, or of all topics of this name, is asked for there from now on.
+
+        Raises SettingsError for no endpoint.
+        """
         self._replays = {**self._replays, source: Endpoint.parse(endpoint, binds=False)}
 
     def forget(self, source: str) -> None:
@@ -183,7 +186,9 @@ class Subscriber:
 
     def _ask(self, source: str, stream: _Stream) -> bool:
         """Ask for what is missing. False where nobody is there to ask, or was asked a moment ago."""
-        endpoint, now = self._replays.get(source), self._clock.now()
+        topic = read_topic(source)
+        endpoint = self._replays.get(source) or (self._replays.get(topic.name) if topic else None)
+        now = self._clock.now()
         if endpoint is None or now < stream.ask_again or len(self._asking) >= REPLAYS_MAX:
             return False
         sock = self._context.socket(zmq.DEALER)
