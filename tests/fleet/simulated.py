@@ -108,7 +108,9 @@ class World:
     def arrive(self, request: Request) -> None:
         held = [cache.leading(request.blocks) * self.block_tokens for cache in self.caches]
         held = [min(tokens, request.tokens - 1) for tokens in held]
-        ask = Ask(request.tokens, Overlaps(held), request.session)
+        longest = max(cache.leading(request.blocks) for cache in self.caches)
+        name = request.blocks[longest - 1] if longest else None
+        ask = Ask(request.tokens, Overlaps(held, name=name), request.session)
         booking = choose(ask, self.fleet, self.policy, self.now)
         queue = self.queues[booking.choice.instance]
         queue.append((request, booking))
@@ -116,7 +118,7 @@ class World:
             self.begin(booking.choice.instance)
 
     def begin(self, slot: int) -> None:
-        request, booking = self.queues[slot][0]
+        request, _ = self.queues[slot][0]
         cached = min(self.caches[slot].leading(request.blocks) * self.block_tokens, request.tokens - 1)
         fixed, linear, square = self.costs
         seconds = fixed + linear * (request.tokens - cached) + square * (request.tokens**2 - cached**2)
@@ -163,6 +165,10 @@ class World:
         return max(self.shares) * self.slots
 
 
+def seeded(seed: int) -> Random:
+    return Random(seed)  # noqa: S311  # the same requests in every run
+
+
 def mooncake(name: str, count: int | None = None) -> list[Request]:
     path = traces() / f"mooncake_{name}.jsonl.xz"
     with lzma.open(path, "rt") as lines:
@@ -199,7 +205,7 @@ class MultiTurn:
 
     def __init__(self, world: World, seed: int, *, conversations=24, turns=4, concurrency=8, system=311):
         self.world, self.turns, self.system = world, turns, system
-        self.random = Random(seed)
+        self.random = seeded(seed)
         self.queue = [(conversation, 1, system) for conversation in range(conversations)]
         self.running: dict[int, tuple[int, int]] = {}
         self.ideal_tokens = 0

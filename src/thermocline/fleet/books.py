@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thermocline.fleet.costs import InstanceCosts, Stretch, terms_of
-from thermocline.fleet.instance import Ask, Choice, Instance, InstanceState, Outcome, Regime
+from thermocline.fleet.instance import Ask, Choice, Instance, InstanceState, Outcome, Regime, Why
 
 SESSIONS_MAX = 65_536
+RENTS_MAX = 4_096
+RENT_SHARE = 0.1
+"""What is owed for a prefix also grows by this share of the work done for it: so a copy is made where nobody waits."""
 SESSION_SECONDS = 5.0
 """A session is evidence for so long after a request of it began: then events, or their absence, know better."""
 RECENT_BOOKINGS = 32
@@ -28,6 +31,7 @@ REGIME_TRUST = 0.5
 STREAM_SECONDS_PRIOR = 1.0
 UNIT_MAX = 1e100
 FADING = 0.9
+NEVER = 1 << 30
 
 
 @dataclass(slots=True)
@@ -41,6 +45,7 @@ class Booking:
     streams: int
     trust: float
     wait_factor: float
+    incarnation: int
     first_at: float | None = None
     stretch: Stretch | None = None
     open: bool = True
@@ -72,18 +77,20 @@ class Fleet:
         self.fixed: list[float] = []
         self.per_token: list[float] = []
         self.per_pair: list[float] = []  # half of the formula's c: of (N - k) * (N + k)
-        self.per_loaded: list[tuple[float, float, float]] = []
+        self.per_loaded: tuple[list[float], ...] = ([], [], [])  # from host memory, disk and another node
         self.recent: list[float] = []  # seconds of work sent lately, in `unit`s
         self.trust: list[float] = []
         self.turns: list[int] = []
         self.unit = 1.0
         self.no_tokens: list[int] = []
         self.sessions: OrderedDict[str, tuple[int, int, float]] = OrderedDict()
+        self.rents: OrderedDict[int, float] = OrderedDict()  # seconds waited for a prefix, by its name
         self._costs: list[InstanceCosts] = []
         self._waiting: list[dict[int, Booking]] = []
         self._work: list[float] = []
         self._head_since: list[float] = []
         self._streams: list[int] = []
+        self._incarnation: list[int] = []
         self._stream_seconds: list[float] = []
         self._handicap: list[float] = []
         self._found: list[list[float]] = []  # tokens found cached, predicted to be, and of prompts
@@ -96,18 +103,26 @@ class Fleet:
 
     # -- who is there --------------------------------------------------------------------------------------------------
 
-    def join(self, instance: Instance) -> int:
-        """A new instance, and its slot. Its costs begin as those that another one has shown, where one has."""
-        like = max(self._costs, key=lambda costs: costs.observations, default=None)
-        costs = InstanceCosts(like if like is not None and like.observations else None)
-        slot = len(self.instances)
+    def join(self, instance: Instance, slot: int | None = None, now: float = 0.0) -> int:
+        """A new instance, and its slot: the next one, or one that somebody has left. Books of an old one are closed.
+
+        Its costs begin as those that another one has shown, where one has.
+        """
+        if slot is not None and slot < len(self.instances):
+            self._clear(slot, now)
+            if self.instances[slot].url != instance.url:
+                self._costs[slot] = self._costs_like()
+                self._weigh(slot)
+            self.instances[slot] = instance
+            self.allow(slot, available=True)
+            return slot
+        costs, slot = self._costs_like(), len(self.instances)
         self.instances.append(instance)
         self.available.append(True)
         for zeros in (self.until, self.floor, self.late, self.extra, self.base, self.fixed, self.per_token):
             zeros.append(0.0)
-        for zeros in (self.per_pair, self._work, self._head_since, self._handicap):
+        for zeros in (self.per_pair, self._work, self._head_since, self._handicap, *self.per_loaded):
             zeros.append(0.0)
-        self.per_loaded.append((0.0, 0.0, 0.0))
         mean = sum(self.recent) / slot if slot else 0.0  # one that is new has nothing to catch up with
         self.recent.append(mean + 1e-9 * self.unit * ((slot + self._offset) * 0.618_034 % 1))
         self.trust.append(1.0)
@@ -116,21 +131,16 @@ class Fleet:
         self._costs.append(costs)
         self._waiting.append({})
         self._streams.append(0)
+        self._incarnation.append(0)
         self._stream_seconds.append(STREAM_SECONDS_PRIOR)
         self._found.append([0.0, 0.0, 0.0])
         self._weigh(slot)
         return slot
 
-    def replace(self, slot: int, instance: Instance, now: float) -> None:
-        """Another incarnation, or another instance, in this slot: nothing is in flight there, and nothing is held."""
-        for booking in [*self._waiting[slot].values()]:
-            self.failed(booking, now)
-        self.instances[slot] = instance
-        self._streams[slot] = 0
-        self._found[slot] = [0.0, 0.0, 0.0]
-        self.trust[slot] = 1.0
-        self.recent[slot] = sum(self.recent) / len(self.recent)
-        self.allow(slot, available=True)
+    def leave(self, slot: int, now: float) -> None:
+        """The instance is gone. Nothing is sent to its slot until another one joins there."""
+        self._clear(slot, now)
+        self.allow(slot, available=False)
 
     def allow(self, slot: int, *, available: bool) -> None:
         """Whether new requests may go there. Those in flight are not touched: a drain is that and waiting."""
@@ -156,7 +166,8 @@ class Fleet:
         waiting = self._waiting[slot]
         own = choice.recompute_seconds + choice.transfer_seconds
         factor = self._costs[slot].wait_factor
-        booking = Booking(ask, choices, own * factor, now, self._streams[slot], self.trust[slot], factor)
+        streams, trust, incarnation = self._streams[slot], self.trust[slot], self._incarnation[slot]
+        booking = Booking(ask, choices, own * factor, now, streams, trust, factor, incarnation)
         if not waiting:
             self._head_since[slot] = now
             self._work[slot] = 0.0
@@ -166,14 +177,16 @@ class Fleet:
         self._turn += 1
         self.turns[slot] = self._turn
         self._remember(slot, own, now, ask.prompt_tokens - choice.cached_tokens)
+        if ask.overlaps.name is not None:
+            self._rent(ask.overlaps.name, choices)
         if ask.session is not None:
             self._visit(ask.session, slot, ask.prompt_tokens, now)
         return booking
 
     def first_token(self, booking: Booking, now: float) -> None:
-        """Its first token is out: it waits no more, and is a stream that the others feel."""
+        """Its first token is out: it waits no more, and is a stream that the others feel. Of streamed requests only."""
         slot = booking.choice.instance
-        if booking.first_at is not None or not booking.open or not self._leave(slot, booking, now):
+        if not booking.ask.streamed or not self._leave(slot, booking, now):
             return
         booking.first_at = now
         self._streams[slot] += 1
@@ -187,12 +200,8 @@ class Fleet:
     def finished(self, booking: Booking, now: float, cached_tokens: int | None = None) -> Outcome:
         """It is over. `cached_tokens` as the engine reported them, where it did. What it took is learned."""
         slot, choice = booking.choice.instance, booking.choice
-        if booking.open:
-            booking.open = False
-            if booking.first_at is None:
-                self._leave(slot, booking, now)
-            else:
-                self._streams[slot] = max(0, self._streams[slot] - 1)
+        if self._end(booking, now):
+            if booking.first_at is not None:
                 known = choice.cached_tokens if cached_tokens is None else cached_tokens
                 if booking.stretch is not None:
                     terms = terms_of(booking.ask, choice, booking.streams, known)
@@ -207,16 +216,10 @@ class Fleet:
 
     def failed(self, booking: Booking, now: float) -> None:
         """It did not come to a first token, or broke off: its place is free, and nothing is learned."""
-        slot = booking.choice.instance
-        if booking.open:
-            booking.open = False
-            if booking.first_at is None:
-                self._leave(slot, booking, now)
-            else:
-                self._streams[slot] = max(0, self._streams[slot] - 1)
-                if booking.stretch is not None:
-                    booking.stretch.unfinished = -1 << 30  # what it took is not known, so the others' share is not
-            self._settle(slot)
+        if self._end(booking, now):
+            if booking.stretch is not None:
+                booking.stretch.unfinished = NEVER  # what it was made of is not known, so what the others took is not
+            self._settle(booking.choice.instance)
 
     # -- what is read --------------------------------------------------------------------------------------------------
 
@@ -277,6 +280,34 @@ class Fleet:
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
+    def _costs_like(self) -> InstanceCosts:
+        like = max(self._costs, key=lambda costs: costs.observations, default=None)
+        return InstanceCosts(like if like is not None and like.observations else None)
+
+    def _clear(self, slot: int, now: float) -> None:
+        for booking in [*self._waiting[slot].values()]:
+            self.failed(booking, now)
+        self._incarnation[slot] += 1
+        self._streams[slot] = 0
+        self._handicap[slot] = 0.0
+        self._found[slot] = [0.0, 0.0, 0.0]
+        self.trust[slot] = 1.0
+        self.recent[slot] = sum(self.recent) / len(self.recent)
+        for session in [each for each, (where, _, _) in self.sessions.items() if where == slot]:
+            del self.sessions[session]
+
+    def _end(self, booking: Booking, now: float) -> bool:
+        """Close a booking: False where it was closed before, or its instance is not the same any more."""
+        slot, was_open = booking.choice.instance, booking.open
+        booking.open = False
+        if not was_open or booking.incarnation != self._incarnation[slot]:
+            return False
+        if booking.first_at is None:
+            self._leave(slot, booking, now)
+        else:
+            self._streams[slot] -= 1
+        return True
+
     def _leave(self, slot: int, booking: Booking, now: float) -> bool:
         waiting = self._waiting[slot]
         if waiting.pop(id(booking), None) is None:
@@ -314,7 +345,8 @@ class Fleet:
     def _weigh(self, slot: int) -> None:
         fixed, per_token, per_pair, _, *loads = self._costs[slot].weights
         self.fixed[slot], self.per_token[slot], self.per_pair[slot] = fixed, per_token, per_pair / 2
-        self.per_loaded[slot] = (loads[0], loads[1], loads[2])
+        for lengths, seconds in zip(self.per_loaded, loads, strict=True):
+            lengths[slot] = seconds
 
     def _remember(self, slot: int, own_seconds: float, now: float, new_tokens: int) -> None:
         """What was sent lately, counted in requests for the guard and in seconds for rates; older ones fade."""
@@ -330,6 +362,16 @@ class Fleet:
         self._new_tokens = self._new_tokens * kept + new_tokens
         self._busy_seconds = self._busy_seconds * kept + own_seconds
         self._span_seconds = self._span_seconds * kept + passed
+
+    def _rent(self, name: int, choices: Sequence[Choice]) -> None:
+        """Waiting where a prefix lies is rent, a copy of it elsewhere is bought by computing: see `router`."""
+        owed = self.rents.pop(name, 0.0)
+        if Why.SPILLED not in choices[0].reasons:
+            others = [choice.queue_seconds for choice in choices[1:]]
+            waited = max(0.0, choices[0].queue_seconds - min(others, default=math.inf))
+            self.rents[name] = owed + waited + RENT_SHARE * choices[0].recompute_seconds
+            if len(self.rents) > RENTS_MAX:
+                self.rents.popitem(last=False)
 
     def _visit(self, session: str, slot: int, tokens: int, now: float) -> None:
         before = self.sessions.pop(session, None)

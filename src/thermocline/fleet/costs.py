@@ -20,8 +20,8 @@ STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR = 1e-3, 1e-5, 5e-5, 5e-5
 PRIOR: Terms = (*PREFILL_PRIOR, STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR)
 LOADED_FROM = {Tier.HOST: 4, Tier.DISK: 5, Tier.PEER: 6}
 OPEN_OBSERVATIONS = 8
-CLAMP = 3.0
-"""After the first few, no observation counts as further from its prediction than this factor."""
+ODD = 2.0
+"""After the first few, what is further off its prediction than this factor counts only if the one before was so too."""
 EVERY_SECONDS = 0.1
 EAGER_OBSERVATIONS = 32
 """A fit costs some 0.2 ms: later ones are made ten times a second at most."""
@@ -58,6 +58,7 @@ class InstanceCosts:
         self._learned_at = -EVERY_SECONDS
         self._open: Stretch | None = None
         self._wait_log = 0.0
+        self._odd = 0
         self.wait_factor = 1.0
 
     @property
@@ -73,13 +74,12 @@ class InstanceCosts:
     def first_token(self, arrived: float, now: float) -> Stretch:
         """The stretch that a first token at `now` belongs to. `finished` wants it back."""
         stretch = self._open
-        if stretch is not None and now - stretch.ended <= TOGETHER * (stretch.ended - stretch.started):
-            stretch.ended = max(now, stretch.ended)
-        else:
-            if stretch is not None:
+        if stretch is None or stretch.closed or arrived >= stretch.ended or _apart(stretch, now):
+            if stretch is not None and not stretch.closed:
                 self._close(stretch)
             started = arrived if stretch is None else max(arrived, stretch.ended)
             stretch = self._open = Stretch(started, now)
+        stretch.ended = max(now, stretch.ended)
         stretch.unfinished += 1
         return stretch
 
@@ -113,10 +113,16 @@ class InstanceCosts:
             return
         seconds = stretch.ended - stretch.started
         if observations >= OPEN_OBSERVATIONS:
-            predicted = self._fit.predict(stretch.sums)
-            seconds = min(max(seconds, predicted / CLAMP), predicted * CLAMP)
+            ratio = seconds / self._fit.predict(stretch.sums)
+            before, self._odd = self._odd, (ratio > ODD) - (ratio < 1 / ODD)
+            if self._odd not in {0, before}:
+                return
         self._fit.observe(stretch.sums, seconds)
         self._learned_at = stretch.ended
+
+
+def _apart(stretch: Stretch, now: float) -> bool:
+    return now - stretch.ended > TOGETHER * (stretch.ended - stretch.started)
 
 
 def terms_of(ask: Ask, choice: Choice, streams: int, cached_tokens: int) -> Terms:

@@ -56,11 +56,14 @@ class Overlaps:
     """Leading tokens of one prompt that each slot holds. A list is as long as the fleet has slots, or empty.
 
     `host` counts what device and host memory hold together, `disk` what all three do: a colder tier is never shorter.
+    `name` stands for the longest match: the same for all prompts that share exactly so much, None where unknown. By it
+    a prefix that everybody asks for is told from conversations.
     """
 
     device: Sequence[int] = ()
     host: Sequence[int] = ()
     disk: Sequence[int] = ()
+    name: int | None = None
 
 
 NOTHING = Overlaps()

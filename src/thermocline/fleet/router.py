@@ -3,11 +3,14 @@
     seconds = queue + interference + transfer + recompute
 
 A cost with the load inside never switches between affinity and balance: a match is worth the seconds it saves, and a
-queue costs the seconds it takes. Two more terms enter the ranking, not the prediction. Work counts for more than the
-seconds it takes, because those who come next wait for it too. And work that was sent lately counts a little, so that
-what is held everywhere takes turns, and what one instance alone holds and everybody asks for is copied to others
-before that one has done all the work. (Preble, arXiv 2407.00023, trades a match against load; Dynamo's router adds the
-two with fixed weights; here all are seconds, learned per instance.)
+queue costs the seconds it takes (Preble, arXiv 2407.00023, and Dynamo's router weigh the same two). Three more terms
+enter the ranking, and not the prediction:
+
+- work counts for more than the seconds it takes, because those who come next wait for it too;
+- work that was sent lately counts a little, so that what is held everywhere takes turns;
+- waiting for a prefix that many ask for is like rent. Once as much was waited as computing it elsewhere takes, it is
+  computed elsewhere, and two instances have it: at most twice the cost of knowing beforehand (ski rental, Karlin et
+  al., 1988).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import xxhash
 
 from thermocline.errors import SettingsError
 from thermocline.fleet.books import SESSION_SECONDS, Booking, Fleet
-from thermocline.fleet.instance import Ask, Choice, Hint, Overlaps, Tier, Why
+from thermocline.fleet.instance import Ask, Choice, Hint, Tier, Why
 
 CHOICES_MAX = 3
 """More are not priced in parts: the gateway tries no more than these before it asks again."""
@@ -35,14 +38,22 @@ GUARD_NEW = 0.2
 EXTERNAL_MAX = 9.0
 UTILISATION_MAX = 0.9
 INFINITE = math.inf
+PEER = 2
+
+
+class Known(NamedTuple):
+    """What the slots are believed to hold of a prompt, as `Overlaps` has it; host and disk may be empty."""
+
+    device: Sequence[int]
+    host: Sequence[int]
+    disk: Sequence[int]
 
 
 class Way(NamedTuple):
-    """How an instance would come by what it lacks: from which tier, how many tokens, in how many seconds."""
+    """How an instance comes by what it does not hold itself: up to which token, from where, in how many seconds."""
 
-    tier: Tier
-    loaded_tokens: int
     cached_tokens: int
+    tier: Tier
     seconds: float
 
 
@@ -67,17 +78,17 @@ def choose(ask: Ask, fleet: Fleet, policy: str, now: float) -> Booking | None:
 
 
 def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
-    held = _held(ask, fleet, now)
-    longest = max(held, default=0)
-    tokens = ask.prompt_tokens
+    known = _known(ask, fleet, now)
+    tokens, longest = ask.prompt_tokens, max(known.device, default=0)
     work = 1.0 + _external(fleet)
-    guard = work * (GUARD + GUARD_NEW * (1.0 - longest / max(tokens, 1)) if longest else TIE) / fleet.unit
+    guard = (GUARD + GUARD_NEW * (1.0 - longest / max(tokens, 1))) * work if longest else TIE
+    guard /= fleet.unit
     scores = [
         (ahead if (ahead := until - now) > floor else floor + late * (floor - ahead))
         + base
         + guard * recent
-        + work * (fixed + (tokens - known) * (per_token + per_pair * (tokens + known)))
-        for until, floor, late, base, recent, fixed, per_token, per_pair, known in zip(
+        + work * (fixed + (tokens - held) * (per_token + per_pair * (tokens + held)))
+        for until, floor, late, base, recent, fixed, per_token, per_pair, held in zip(
             fleet.until,
             fleet.floor,
             fleet.late,
@@ -86,33 +97,46 @@ def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
             fleet.fixed,
             fleet.per_token,
             fleet.per_pair,
-            held,
+            known.device,
             strict=True,
         )
     ]
+    for tier, (warm, cold) in enumerate(((known.device, known.host), (known.host or known.device, known.disk))):
+        if cold and cold != warm:
+            scores = _with_loads(fleet, scores, work, warm, cold, fleet.per_loaded[tier])
+    owed = fleet.rents.get(ask.overlaps.name, 0.0) if ask.overlaps.name is not None else 0.0
+    if owed:
+        scores = [score + owed if held == longest else score for score, held in zip(scores, known.device, strict=True)]
     for slot in ask.exclude:
         scores[slot] = INFINITE
-    ways = _colder(ask.overlaps, fleet, tokens, held, scores, work) if ask.overlaps.host or ask.overlaps.disk else {}
-    if fleet.peers:
-        _fetched(ask.overlaps, fleet, tokens, held, scores, ways, work, now)
-    choices = [_priced(ask, fleet, slot, held[slot], score, ways.get(slot), now) for slot, score in _best(scores)]
-    return _explained(ask, fleet, choices, held, longest)
+    ways = _fetched(fleet, known, scores, work, now) if fleet.peers else {}
+    choices = [
+        _priced(ask, fleet, slot, known, ways.get(slot) or _loaded(fleet, slot, known), score, now)
+        for slot, score in _best(scores)
+    ]
+    return _explained(ask, fleet, choices, known, longest)
 
 
-def _held(ask: Ask, fleet: Fleet, now: float) -> Sequence[int]:
-    """Tokens in each instance's own cache, as far as they can be believed, with what the session says."""
+def _known(ask: Ask, fleet: Fleet, now: float) -> Known:
+    """What is held, as far as it can be believed, with what the session says."""
     slots = len(fleet.instances)
-    device = ask.overlaps.device or fleet.no_tokens
-    held = device if len(device) == slots else [*device[:slots], *fleet.no_tokens[len(device) :]]
+    overlaps = ask.overlaps
+    device, host, disk = (
+        each if not each or len(each) == slots else [*each, *fleet.no_tokens[len(each) :]][:slots]
+        for each in (overlaps.device or fleet.no_tokens, overlaps.host, overlaps.disk)
+    )
     if min(fleet.trust, default=1.0) < 1.0:
-        held = [int(tokens * trust) for tokens, trust in zip(held, fleet.trust, strict=True)]
+        device, host, disk = (
+            [int(tokens * trust) for tokens, trust in zip(each, fleet.trust, strict=False)]
+            for each in (device, host, disk)
+        )
     visit = fleet.sessions.get(ask.session) if ask.session is not None else None
     if visit is not None and now - visit[2] <= SESSION_SECONDS:
-        slot, tokens, _ = visit
-        if held[slot] < min(tokens, ask.prompt_tokens - 1):
-            held = [*held]
-            held[slot] = min(tokens, ask.prompt_tokens - 1)
-    return held
+        slot, tokens = visit[0], min(visit[1], ask.prompt_tokens - 1)
+        if slot < slots and device[slot] < tokens:
+            device = [*device]
+            device[slot] = tokens
+    return Known(device, host, disk)
 
 
 def _external(fleet: Fleet) -> float:
@@ -126,62 +150,54 @@ def _recompute(fleet: Fleet, slot: int, tokens: int, known: int) -> float:
     return fleet.fixed[slot] + new * (fleet.per_token[slot] + fleet.per_pair[slot] * (tokens + known))
 
 
-def _colder(
-    overlaps: Overlaps, fleet: Fleet, tokens: int, held: Sequence[int], scores: list[float], work: float
-) -> dict[int, Way]:
-    """Where loading from host memory or disk is quicker than computing: the way, and the better score."""
-    ways: dict[int, Way] = {}
-    for tier, at, lengths in ((Tier.HOST, 0, overlaps.host), (Tier.DISK, 1, overlaps.disk)):
-        for slot, (length, known) in enumerate(zip(lengths, held, strict=False)):
-            if length > known:
-                seconds = (length - known) * fleet.per_loaded[slot][at]
-                _offer(fleet, tokens, slot, known, Way(tier, length - known, length, seconds), scores, ways, work)
-    return ways
+def _gain(fleet: Fleet, slot: int, warm: int, cold: int, per_loaded: float) -> float:
+    """Seconds saved by loading what lies between two depths instead of computing it: the difference of the formula."""
+    return (cold - warm) * (fleet.per_token[slot] + fleet.per_pair[slot] * (cold + warm) - per_loaded)
 
 
-def _fetched(
-    overlaps: Overlaps,
-    fleet: Fleet,
-    tokens: int,
-    held: Sequence[int],
-    scores: list[float],
-    ways: dict[int, Way],
-    work: float,
-    now: float,
-) -> None:
-    """The same for what another node has, on the instances with the shortest queues."""
-    lengths = overlaps.disk or overlaps.host
+def _with_loads(
+    fleet: Fleet, scores: Sequence[float], work: float, warm: Sequence[int], cold: Sequence[int], loads: Sequence[float]
+) -> list[float]:
+    """`_gain` for all, where there is one. Loading delays those behind it as computing does, so it is weighed alike."""
+    return [
+        score - work * gain
+        if deep > shallow and (gain := (deep - shallow) * (per_token + per_pair * (deep + shallow) - per_loaded)) > 0
+        else score
+        for score, shallow, deep, per_token, per_pair, per_loaded in zip(
+            scores, warm, cold, fleet.per_token, fleet.per_pair, loads, strict=True
+        )
+    ]
+
+
+def _loaded(fleet: Fleet, slot: int, known: Known) -> Way:
+    """What its own node's tiers are worth to an instance."""
+    depth = known.device[slot]
+    tier, seconds = Tier.DEVICE if depth else Tier.NONE, 0.0
+    for at, (name, lengths) in enumerate(((Tier.HOST, known.host), (Tier.DISK, known.disk))):
+        per_loaded = fleet.per_loaded[at][slot]
+        if lengths and lengths[slot] > depth and _gain(fleet, slot, depth, lengths[slot], per_loaded) > 0:
+            seconds += (lengths[slot] - depth) * per_loaded
+            depth, tier = lengths[slot], name
+    return Way(depth, tier, seconds)
+
+
+def _fetched(fleet: Fleet, known: Known, scores: list[float], work: float, now: float) -> dict[int, Way]:
+    """The same for what another node has, on the instances with the shortest queues; scores get better by it."""
+    lengths = known.disk or known.host
     longest = max(lengths, default=0)
-    if not longest:
-        return
-    source = lengths.index(longest)
-    queues = [fleet.queue_seconds(slot, now) + base for slot, base in enumerate(fleet.base)]
-    for slot, queue in _best(queues, FETCHERS_MAX):
-        known = held[slot]
-        elsewhere = fleet.instances[slot].node != fleet.instances[source].node
-        if longest > known and elsewhere and queue + scores[slot] < INFINITE:
-            seconds = (longest - known) * fleet.per_loaded[slot][2]
-            _offer(fleet, tokens, slot, known, Way(Tier.PEER, longest - known, longest, seconds), scores, ways, work)
-
-
-def _offer(
-    fleet: Fleet,
-    tokens: int,
-    slot: int,
-    known: int,
-    way: Way,
-    scores: list[float],
-    ways: dict[int, Way],
-    work: float,
-) -> None:
-    """Take this way where it is quicker than the best one so far. Loading delays those behind it as computing does."""
-    before = ways.get(slot)
-    now_cached, now_seconds = (before.cached_tokens, before.seconds) if before else (known, 0.0)
-    saved = _recompute(fleet, slot, tokens, now_cached) + now_seconds
-    saved -= _recompute(fleet, slot, tokens, way.cached_tokens) + way.seconds
-    if saved > 0:
-        scores[slot] -= work * saved
-        ways[slot] = way
+    source = fleet.instances[lengths.index(longest)] if longest else None
+    ways: dict[int, Way] = {}
+    if source is None or not source.node:
+        return ways
+    queues = [INFINITE if score == INFINITE else _load(fleet, slot, now) for slot, score in enumerate(scores)]
+    for slot, _ in _best(queues, FETCHERS_MAX):
+        own, per_loaded = _loaded(fleet, slot, known), fleet.per_loaded[PEER][slot]
+        gain = _gain(fleet, slot, own.cached_tokens, longest, per_loaded)
+        if longest > own.cached_tokens and gain > 0 and fleet.instances[slot].node != source.node:
+            scores[slot] -= work * gain
+            seconds = own.seconds + (longest - own.cached_tokens) * per_loaded
+            ways[slot] = Way(longest, Tier.PEER, seconds)
+    return ways
 
 
 def _best(scores: Sequence[float], count: int = CHOICES_MAX) -> list[tuple[int, float]]:
@@ -198,68 +214,64 @@ def _best(scores: Sequence[float], count: int = CHOICES_MAX) -> list[tuple[int, 
     return found
 
 
-def _priced(ask: Ask, fleet: Fleet, slot: int, known: int, score: float, way: Way | None, now: float) -> Choice:
-    queue = fleet.queue_seconds(slot, now)
-    interference = fleet.base[slot]
-    cached = way.cached_tokens if way else known
-    transfer = way.seconds if way else 0.0
-    recompute = _recompute(fleet, slot, ask.prompt_tokens, cached)
-    tier = way.tier if way else Tier.DEVICE if known else Tier.NONE
+def _priced(ask: Ask, fleet: Fleet, slot: int, known: Known, way: Way, score: float, now: float) -> Choice:
+    queue, interference = fleet.queue_seconds(slot, now), fleet.base[slot]
+    cached, tokens = way.cached_tokens, ask.prompt_tokens
+    recompute = fleet.fixed[slot] + max(tokens - cached, 1) * (
+        fleet.per_token[slot] + fleet.per_pair[slot] * (tokens + cached)
+    )
     return Choice(
         instance=slot,
-        seconds=queue + interference + transfer + recompute,
+        seconds=queue + interference + way.seconds + recompute,
         queue_seconds=queue,
-        transfer_seconds=transfer,
+        transfer_seconds=way.seconds,
         recompute_seconds=recompute,
         interference_seconds=interference,
         cached_tokens=cached,
-        loaded_tokens=way.loaded_tokens if way else 0,
-        tier=tier,
+        loaded_tokens=cached - known.device[slot],
+        tier=way.tier,
         reasons=(Why.RUNNER_UP,),
         score_seconds=score,
     )
 
 
-def _explained(ask: Ask, fleet: Fleet, choices: list[Choice], held: Sequence[int], longest: int) -> list[Choice]:
+def _explained(ask: Ask, fleet: Fleet, choices: list[Choice], known: Known, longest: int) -> list[Choice]:
     """Say why the first one is first, and tell it of a better copy than it has."""
     if not choices:
         return choices
     first = choices[0]
-    slot = first.instance
-    known = held[slot]
-    if not longest and first.tier is Tier.NONE:
+    slot, held = first.instance, known.device[first.instance]
+    if not longest and not first.cached_tokens:
         reasons = [Why.NOTHING_HELD]
-    elif known < longest:
+    elif held < longest:
         reasons = [Why.SPILLED]
-    elif list(held).count(longest) > 1:
-        reasons = [Why.SHARED_EQUALLY]
     else:
-        reasons = [Why.LONGEST_MATCH]
+        alone = longest and known.device.count(longest) == 1
+        reasons = [Why.LONGEST_MATCH if alone else Why.SHARED_EQUALLY]
     if first.loaded_tokens:
         reasons.append(Why.FETCHED if first.tier is Tier.PEER else Why.LOADED)
     device = ask.overlaps.device
-    if known and (not device or slot >= len(device) or known > device[slot]):
+    if held and (slot >= len(device) or held > device[slot]):
         reasons.append(Why.SESSION)
     if fleet.trust[slot] < 1.0 and not fleet.regime().affinity:
         reasons.append(Why.LOAD_REGIME)
-    hint = _hint(ask.overlaps, fleet, slot, first, held)
-    choices[0] = dataclasses.replace(first, reasons=tuple(reasons), hint=hint)
+    choices[0] = dataclasses.replace(first, reasons=tuple(reasons), hint=_hint(fleet, first, known))
     return choices
 
 
-def _hint(overlaps: Overlaps, fleet: Fleet, slot: int, first: Choice, held: Sequence[int]) -> Hint | None:
-    """The best copy anywhere else, where it is longer than what this instance has by itself."""
-    own = first.cached_tokens if first.tier is not Tier.PEER else held[slot]
-    best: tuple[int, int, Tier] | None = None
-    for tier, lengths in ((Tier.DEVICE, held), (Tier.HOST, overlaps.host), (Tier.DISK, overlaps.disk)):
+def _hint(fleet: Fleet, first: Choice, known: Known) -> Hint | None:
+    """The best copy anywhere else, where it is longer than what this instance's own tiers have."""
+    slot = first.instance
+    own = max(each[slot] for each in known if each)
+    best: tuple[Sequence[int], Tier] | None = None
+    for tier, lengths in ((Tier.DEVICE, known.device), (Tier.HOST, known.host), (Tier.DISK, known.disk)):
         longest = max(lengths, default=0)
         if longest > own:
-            own = longest
-            best = lengths.index(longest), longest, tier
+            own, best = longest, (lengths, tier)
     if best is None:
         return None
-    source = fleet.instances[best[0]]
-    return Hint(source.name, source.node, best[2], best[1])
+    source = fleet.instances[best[0].index(own)]
+    return Hint(source.name, source.node, best[1], own)
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
@@ -299,8 +311,10 @@ def _load(fleet: Fleet, slot: int, now: float) -> float:
 def _by(ask: Ask, fleet: Fleet, scores: list[float], now: float) -> list[Choice]:
     for slot in ask.exclude:
         scores[slot] = INFINITE
-    held = _held(ask, fleet, now)
-    choices = [_priced(ask, fleet, slot, held[slot], score, None, now) for slot, score in _best(scores)]
+    known = _known(ask, fleet, now)
+    choices = [
+        _priced(ask, fleet, slot, known, _loaded(fleet, slot, known), score, now) for slot, score in _best(scores)
+    ]
     if choices:
         choices[0] = dataclasses.replace(choices[0], reasons=(Why.POLICY,))
     return choices
