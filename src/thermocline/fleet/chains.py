@@ -7,7 +7,8 @@ bytes, in a forest of their own, and a prompt's keys are made only where there i
 
 A **run** is up to 64 blocks that follow each other, with one number of 64 bits per instance that says which of them it
 holds. It is a radix tree's edge (Morrison, 1968) with bitmaps: what an instance holds is a plain set of blocks, so a
-block removed from the middle hides what is behind it, and coming back shows it again.
+block removed from the middle hides what is behind it, and coming back shows it again. A **span** is a part of a run
+that came at once: one digest over all its tokens, so that a prompt goes through it in one step instead of 64.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ STEP_BYTES = TOKENS_PER_KEY * TOKEN_BYTES
 RUN_BLOCKS = 64
 NAME_MASK = (1 << 60) - 1
 """Numbers below 2**60 take 32 bytes in Python, others 48."""
+SPAN_BLOCKS_MIN = 8
 NO_NAME = 0
 """Stands where no engine has named the block: it was learned from what was sent."""
 
@@ -59,39 +61,38 @@ def name_of(name: int | bytes) -> int:
 
 
 class Chain:
-    """One prompt, as the index looks it up. Prints and keys are made only as far as they are asked for.
+    """One prompt, as the index looks it up. Tokens are read, and keys made, only as far as they are asked for.
 
     `tokens` are a list, or u32 in a buffer; they are read later, so they must stay as they are.
     """
 
-    __slots__ = ("_ids", "_key", "_keys", "_lora", "_prints", "_root", "_salt", "chunk_tokens")
+    __slots__ = ("_chunks", "_ids", "_key", "_keys", "_list", "_lora", "_salt", "chunk_tokens", "root", "tokens")
 
     def __init__(self, tokens: Sequence[int] | Tokens, root: int, salt: str = "", lora: tuple[str, ...] = ()) -> None:
-        self._ids = tokens if isinstance(tokens, list | tuple) else memoryview(tokens).cast("B").cast("I")  # type: ignore[arg-type]  # a sequence that is neither has a buffer
-        self._root, self._salt, self._lora = root, salt, lora
-        self._prints: list[int] = []
+        self._list: Sequence[int] = ()
+        self._ids: array[int] | memoryview[int]
+        if isinstance(tokens, list | tuple):
+            self._list, self._ids, self.tokens = tokens, array("I"), len(tokens)
+        else:
+            self._ids = memoryview(tokens).cast("B").cast("I")  # type: ignore[arg-type]  # what is no list has a buffer
+            self.tokens = len(self._ids)
+        self.root, self._salt, self._lora = root, salt, lora
         self._keys: list[int] = []
         self._key: BlockKey | None = None
+        self._chunks: Sequence[int] = ()
         self.chunk_tokens = 0.0
 
     @classmethod
-    def of_chunks(cls, keys: list[int], chunk_tokens: float) -> Chain:
+    def of_chunks(cls, keys: Sequence[int], chunk_tokens: float) -> Chain:
         """A prompt that is known by keys of its bytes only, each about `chunk_tokens` tokens after the one before."""
         chain = cls((), 0)
-        chain._prints, chain.chunk_tokens = keys, chunk_tokens
+        chain._chunks, chain.chunk_tokens = keys, chunk_tokens
         return chain
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the prompt has; 0 where only chunks are known."""
-        return len(self._ids)
 
     def continued(self, tokens: Sequence[int] | Tokens, known_tokens: int) -> Chain:
         """Another prompt whose first `known_tokens` are those of this one, which is the caller's word."""
-        chain = Chain(tokens, self._root, self._salt, self._lora)
-        steps = known_tokens // TOKENS_PER_KEY
-        chain._prints = self._prints[:steps]
-        if len(self._keys) <= steps:
+        chain = Chain(tokens, self.root, self._salt, self._lora)
+        if len(self._keys) <= known_tokens // TOKENS_PER_KEY:
             chain._keys, chain._key = self._keys.copy(), self._key
         return chain
 
@@ -99,27 +100,29 @@ class Chain:
         """What the first blocks are filed by there: at least `blocks` of them, where the prompt has so many."""
         by, block_tokens = filed
         if by is By.CHUNK:
-            return self._prints if self.chunk_tokens else ()
-        if self.chunk_tokens:
-            return ()
+            return self._chunks
         step = block_tokens // TOKENS_PER_KEY
-        found = self._grown_keys(blocks * step) if by is By.KEY else self._grown_prints(blocks * step)
+        if by is By.KEY:
+            found = self._grown_keys(blocks * step)
+        else:
+            found = grow_prints(self.ids(0, blocks * step), self.root)
         return found if step == 1 else found[step - 1 :: step]
 
     def unit(self, filed: Filed) -> float:
         """Tokens per block of that forest."""
         return filed[1] or self.chunk_tokens
 
-    def _grown_prints(self, count: int) -> list[int]:
-        prints = self._prints
-        known = len(prints)
-        if count > known:
-            prints += grow_prints(self._bytes(known, count), prints[-1] if prints else self._root)
-        return prints
+    def ids(self, first: int, stop: int) -> bytes:
+        """The token ids of steps from `first` to `stop`, as they are hashed, as far as the prompt goes."""
+        first, stop = first * TOKENS_PER_KEY, stop * TOKENS_PER_KEY
+        read = len(self._ids)
+        if stop > read and isinstance(self._ids, array):
+            self._ids += array("I", self._list[read:stop])
+        return self._ids[first:stop].tobytes()
 
     def _grown_keys(self, count: int) -> list[int]:
         known = len(self._keys)
-        if count > known and (ids := self._bytes(known, count)):
+        if count > known and (ids := self.ids(known, count)):
             root = self._key or root_key(self._salt.encode())
             extras = tuple(b"lora " + part.encode() for part in self._lora)
             keys = block_keys(ids, root=root, tokens_per_block=TOKENS_PER_KEY, extras=extras)
@@ -128,26 +131,23 @@ class Chain:
             self._keys += map(name_of, keys)
         return self._keys
 
-    def _bytes(self, first: int, stop: int) -> bytes:
-        """The ids of whole steps from `first` to `stop`, as they are hashed."""
-        part = self._ids[first * TOKENS_PER_KEY : stop * TOKENS_PER_KEY]
-        return part.tobytes() if isinstance(part, memoryview) else array("I", part).tobytes()
-
 
 class Run:
     """Blocks that follow each other behind `parent`'s block `offset - 1` (None: they begin a text).
 
-    `holders` has a bit for each instance that holds any of them, in any tier. `kids` counts the runs that follow.
+    `holders` has a bit for each instance that holds any of them, in any tier; `whole` may have one for those that hold
+    all of them on the device. `kids` counts the runs that follow. A span is (first block, stop, digest).
     """
 
-    __slots__ = ("aliases", "forest", "holders", "kids", "names", "offset", "parent", "prints")
+    __slots__ = ("aliases", "forest", "holders", "kids", "names", "offset", "parent", "prints", "spans", "whole")
 
     def __init__(self, forest: Forest, parent: Run | None, offset: int) -> None:
         self.forest, self.parent, self.offset = forest, parent, offset
         self.prints = array("Q")
         self.names = array("Q")
-        self.holders = self.kids = 0
+        self.holders = self.whole = self.kids = 0
         self.aliases: tuple[int, ...] = ()
+        self.spans: tuple[tuple[int, int, int], ...] = ()
 
 
 Place = tuple[Run, int]
@@ -171,8 +171,13 @@ class Forest:
         found = self.known.get(name)
         return (found, found.names.index(name)) if isinstance(found, Run) else found
 
-    def place(self, behind: Place | None, prints: Sequence[int], names: Sequence[int]) -> Iterator[Piece]:
-        """File blocks that follow each other, and say where they lie. Those already filed stay where they are."""
+    def place(
+        self, behind: Place | None, prints: Sequence[int], names: Sequence[int], ids: bytes = b"", root: int = 0
+    ) -> Iterator[Piece]:
+        """File blocks that follow each other, and say where they lie. Those already filed stay where they are.
+
+        `ids` are the blocks' tokens, where prints are made of nothing else, and `root` is the print before them.
+        """
         run, offset = behind or (None, 0)
         offset += bool(behind)
         at, count = 0, len(prints)
@@ -191,34 +196,55 @@ class Forest:
             if run is None or offset < len(run.prints) or offset == RUN_BLOCKS:
                 run, offset = self._begin(run, offset, prints[at]), 0
             stop = min(count, at + RUN_BLOCKS - offset)
-            run.prints.extend(prints[at:stop])
-            run.names.extend(names[at:stop])
+            run.prints += array("Q", prints[at:stop])
+            run.names += array("Q", names[at:stop])
+            run.whole = 0
             self.blocks += stop - at
             if names[at] != NO_NAME:
                 self.known.update(zip(names[at:stop], repeat(run)))
+            if ids and stop - at >= SPAN_BLOCKS_MIN:
+                size = self.filed[1] * TOKEN_BYTES
+                digest = xxhash.xxh3_64_intdigest(ids[at * size : stop * size], prints[at - 1] if at else root)
+                run.spans += ((offset, offset + stop - at, digest),)
             yield run, offset, offset + stop - at
             at, offset = stop, offset + stop - at
 
     def path(self, chain: Chain) -> list[Place]:
         """The runs along a prompt, each with the number of its blocks that the prompt goes through.
 
-        A run's last print stands for all of it, so a run is one comparison; where the prompt leaves it is found by
-        bisection. No more of the prompt is hashed than that takes.
+        Where a run was left is found by bisection. No more of the prompt is read than that takes.
         """
-        filed = self.filed
+        if bool(chain.chunk_tokens) != (self.filed[0] is By.CHUNK):
+            return []
+        return self._path_by_prints(chain) if self.filed[0] is By.PRINT else self._path_by_names(chain)
+
+    def _path_by_names(self, chain: Chain) -> list[Place]:
         path: list[Place] = []
-        at, names = 0, chain.names(filed, 1)
+        at, names = 0, chain.names(self.filed, 1)
         while at < len(names) and (run := self.heads.get(names[at])):
             stop = at + len(run.prints)
             if stop > len(names):
-                names = chain.names(filed, stop)
+                names = chain.names(self.filed, stop)
             same = common(run.prints, 0, names, at)
             if not same:  # it is being filed at this moment
                 break
             path.append((run, same))
             at += same
             if at == len(names):
-                names = chain.names(filed, at + 1)
+                names = chain.names(self.filed, at + 1)
+        return path
+
+    def _path_by_prints(self, chain: Chain) -> list[Place]:
+        path: list[Place] = []
+        step = self.filed[1] // TOKENS_PER_KEY
+        at, last, seed = 0, chain.tokens // self.filed[1], chain.root
+        while at < last:
+            run = self.heads.get(grow_prints(chain.ids(at * step, (at + 1) * step), seed)[-1])
+            same = _along(run, chain, at, seed, step) if run is not None else 0
+            if run is None or not same:
+                break
+            path.append((run, same))
+            at, seed = at + same, run.prints[same - 1]
         return path
 
     def forget(self, run: Run) -> None:
@@ -254,6 +280,21 @@ class Forest:
                 self.known[name] = (run, at)
                 run.aliases += (name,)
                 self.aliases += 1
+
+
+def _along(run: Run, chain: Chain, at: int, seed: int, step: int) -> int:
+    """How many blocks of the run the prompt goes through from its block `at` on, behind the print `seed`."""
+    done, blocks = 0, len(run.prints)
+    for start, stop, digest in run.spans:
+        if start != done or (at + stop) * step * TOKENS_PER_KEY > chain.tokens:
+            break
+        if xxhash.xxh3_64_intdigest(chain.ids((at + done) * step, (at + stop) * step), seed) != digest:
+            break
+        done, seed = stop, run.prints[stop - 1]
+    if done == blocks:
+        return done
+    prints = grow_prints(chain.ids((at + done) * step, (at + blocks) * step), seed)
+    return done + common(run.prints, done, prints if step == 1 else prints[step - 1 :: step], 0)
 
 
 def common(run: Sequence[int], offset: int, prints: Sequence[int], at: int) -> int:

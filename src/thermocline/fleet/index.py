@@ -14,21 +14,21 @@ import functools
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-from thermocline.blocks.key import TOKENS_PER_KEY, Tokens
+from thermocline.blocks.key import TOKEN_BYTES, TOKENS_PER_KEY, Tokens
 from thermocline.fleet.chains import (
     NAME_MASK,
     NO_NAME,
     RUN_BLOCKS,
-    STEP_BYTES,
     By,
     Chain,
     Filed,
     Forest,
+    Piece,
     Place,
     Run,
     grow_prints,
@@ -115,6 +115,7 @@ class FleetIndex:
         self._forests: dict[Filed, Forest] = {}
         self._instances: list[_Instance] = []
         self._recent: OrderedDict[Run, None] = OrderedDict()
+        self._has_colder = False
         self._used: deque[Run] = deque(maxlen=LOOKED_UP_MAX)
         self._lock = threading.Lock()
 
@@ -135,21 +136,31 @@ class FleetIndex:
         return found
 
     def _overlaps(self, path: Sequence[Place], unit: float) -> Overlaps:
-        holders, instances = slots_of(path[0][0].holders), self._instances
-        device, host, disk = [0] * len(instances), [0] * len(instances), [0] * len(instances)
-        colder = False
-        for slot in holders:
+        """Most slots hold a run wholly or not at all: only where one does not, its blocks are looked at."""
+        first, instances = path[0][0].holders, self._instances
+        device, blocks, through = [0] * len(instances), 0, first
+        for run, count in path:
+            whole = through & run.whole
+            for slot in slots_of(through & ~whole):
+                on_device, _, _, learned = instances[slot].tiers
+                device[slot] = int(unit * _depth(path, (on_device, learned) if learned else (on_device,)))
+            through, blocks = whole, blocks + count
+            if not through:
+                break
+        for slot in slots_of(through):
+            device[slot] = int(unit * blocks)
+        run, count = path[-1]
+        name = run.prints[count - 1]
+        if not self._has_colder:
+            return Overlaps(device, name=name)
+        host, disk = device.copy(), device.copy()
+        for slot in slots_of(first):
             on_device, on_host, on_disk, learned = instances[slot].tiers
-            warm = (on_device, learned) if learned else (on_device,)
-            device[slot] = host[slot] = disk[slot] = _depth(path, warm)
             if on_host:
-                host[slot] = disk[slot] = _depth(path, (*warm, on_host))
+                host[slot] = disk[slot] = int(unit * _depth(path, (on_device, learned, on_host)))
             if on_disk:
-                disk[slot] = _depth(path, (*warm, on_host, on_disk))
-            colder = colder or disk[slot] > device[slot]
-        run, through = path[-1]
-        device, host, disk = ([int(blocks * unit) for blocks in tier] for tier in (device, host, disk))
-        return Overlaps(device, host if colder else (), disk if colder else (), run.prints[through - 1])
+                disk[slot] = int(unit * _depth(path, (on_device, learned, on_host, on_disk)))
+        return Overlaps(device, host, disk, name) if disk != device else Overlaps(device, name=name)
 
     def _root(self, salt: str, lora: str) -> int:
         found = self._roots.get((salt, lora))
@@ -200,7 +211,7 @@ class FleetIndex:
             else:
                 filed, blocks = (By.PRINT, TOKENS_PER_KEY), chain.tokens // TOKENS_PER_KEY
             prints = chain.names(filed, blocks)
-            self._hold(known, LEARNED, self._forest(filed), None, prints, [NO_NAME] * len(prints))
+            self._hold(known, LEARNED, self._forest(filed).place(None, prints, [NO_NAME] * len(prints)))
             self._settle()
 
     def told(self, instance: int, predicted_tokens: int, cached_tokens: int) -> None:
@@ -294,42 +305,45 @@ class FleetIndex:
             self._unlearn(known)
         stream.tiers.add(tier)
         names = _names(event.hashes)
-        prints = self._prints(event, behind, event.block_tokens // TOKENS_PER_KEY) if event.tokens else names
-        self._hold(known, tier, forest, behind, prints, names)
+        self._has_colder = self._has_colder or tier != DEVICE
+        if not event.tokens:
+            self._hold(known, tier, forest.place(behind, names, names))
+        elif event.extra_keys:
+            self._hold(known, tier, forest.place(behind, self._prints_with_extras(event, behind), names))
+        else:
+            step = event.block_tokens // TOKENS_PER_KEY
+            root, ids = (
+                behind[0].prints[behind[1]] if behind else self._root("", event.lora or ""),
+                event.tokens.tobytes(),
+            )
+            prints = grow_prints(ids, root)
+            prints = prints if step == 1 else prints[step - 1 :: step]
+            self._hold(known, tier, forest.place(behind, prints, names, ids, root))
         return None
 
-    def _prints(self, event: BlockStored, behind: Place | None, step: int) -> list[int]:
-        extras, lora = event.extra_keys, event.lora or ""
-        salt = ""
-        if extras and behind is None:
+    def _prints_with_extras(self, event: BlockStored, behind: Place | None) -> list[int]:
+        """Salt and adapter begin a text; images are named where they stand, which no prompt that is looked up has."""
+        extras, lora, salt = event.extra_keys or (), event.lora or "", ""
+        if behind is None:
             salt = next((each for each in extras[0] or () if isinstance(each, str) and each != lora), "")
         print_ = behind[0].prints[behind[1]] if behind else self._root(salt, lora)
-        ids = event.tokens.tobytes()
-        if not extras:
-            prints = grow_prints(ids, print_)
-            return prints if step == 1 else prints[step - 1 :: step]
+        ids, size = event.tokens.tobytes(), event.block_tokens * TOKEN_BYTES
         found = []
         for at, entry in enumerate(extras):
             rest = [each for each in entry or () if each != lora and (at or behind or each != salt)]
-            if rest:  # images: named by digest and place, which no prompt that is looked up has
+            if rest:
                 print_ = xxhash.xxh3_64_intdigest(repr(rest).encode(), print_)
-            print_ = grow_prints(ids[at * step * STEP_BYTES : (at + 1) * step * STEP_BYTES], print_)[-1]
+            print_ = grow_prints(ids[at * size : (at + 1) * size], print_)[-1]
             found.append(print_)
         return found
 
-    def _hold(
-        self,
-        known: _Instance,
-        tier: int,
-        forest: Forest,
-        behind: Place | None,
-        prints: Sequence[int],
-        names: Sequence[int],
-    ) -> None:
+    def _hold(self, known: _Instance, tier: int, pieces: Iterable[Piece]) -> None:
         held, bit, recent = known.tiers[tier], known.bit, self._recent
-        for run, start, stop in forest.place(behind, prints, names):
-            held[run] = held.get(run, 0) | _BITS[stop - start] << start
+        for run, start, stop in pieces:
+            bits = held[run] = held.get(run, 0) | _BITS[stop - start] << start
             run.holders |= bit
+            if bits == _BITS[len(run.prints)] and tier in {DEVICE, LEARNED}:
+                run.whole |= bit
             recent[run] = None
             recent.move_to_end(run)
 
@@ -354,6 +368,7 @@ class FleetIndex:
         if not bits >> at & 1:
             return False
         left = bits & ~(1 << at)
+        run.whole &= ~known.bit
         if left:
             known.tiers[tier][run] = left
         else:
@@ -376,6 +391,7 @@ class FleetIndex:
     def _let_go(self, known: _Instance, tier: int, run: Run) -> None:
         """The instance holds none of this run in this tier any more. What nobody holds is forgotten from its end on."""
         del known.tiers[tier][run]
+        run.whole &= ~known.bit
         if not any(run in held for held in known.tiers):
             run.holders &= ~known.bit
         self._prune(run)
@@ -433,6 +449,13 @@ class FleetIndex:
             assert 0 < len(run.prints) == len(run.names) <= RUN_BLOCKS
             holders = [known for known in self._instances if any(run in held for held in known.tiers)]
             assert run.holders == sum(known.bit for known in holders)
+            all_of_it = _BITS[len(run.prints)]
+            assert all(
+                all_of_it in {known.tiers[DEVICE].get(run), known.tiers[LEARNED].get(run)}
+                for known in self._instances
+                if run.whole & known.bit
+            )
+            assert not run.spans or run.spans[-1][1] <= len(run.prints)
         for known in self._instances:
             for held in known.tiers:
                 assert all(run in runs and 0 < bits < 1 << len(run.prints) for run, bits in held.items())
