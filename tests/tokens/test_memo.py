@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,18 @@ from thermocline.tokens.memo import Memo, Read
 from thermocline.tokens.tokenizer import Tokenizer
 
 ROOT = root_key(b"a tenant")
-WORDS = ("plain words\nand a line, ", "\n\n  indented(", "user: ", "don't ", "日本語のテキスト\n", "e", "\u0301", " ", "\t\n", "\r\n")
+WORDS = (
+    "plain words\nand a line, ",
+    "\n\n  indented(",
+    "user: ",
+    "don't ",
+    "日本語のテキスト\n",
+    "e",
+    "\u0301",
+    " ",
+    "\t\n",
+    "\r\n",
+)
 MARKS = (*SPECIAL, "<tool_call>", "\nuser", "<mask>", "word")
 pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from(MARKS), st.text(max_size=5))
 stretches = st.builds(lambda parts, times: "".join(parts) * times, st.lists(pieces, min_size=1), st.integers(1, 9))
@@ -37,7 +49,7 @@ def check(memo: Memo[Chain], tokenizer: Tokenizer, text: str, *, special: bool =
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_ids_are_those_of_tokenising_everything(tokenizer, data):
     """Whatever the texts and however they continue each other, ids and keys equal those of reading all of each."""
     memo: Memo[Chain] = Memo(tokenizer, 1 << 20)
@@ -51,7 +63,7 @@ def test_ids_are_those_of_tokenising_everything(tokenizer, data):
 
 
 @given(parts=st.lists(stretches, min_size=1, max_size=8), other=stretches)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_cut_is_one_whatever_is_around_it(tokenizer, parts, other):
     """Text before a cut, and text behind it, have the ids that they have alone, and beside other texts."""
     text = "".join(parts)
@@ -79,7 +91,7 @@ def test_only_what_a_turn_adds_is_tokenised(mark):
     found = [check(memo, tokenizer, text) for text in turns(mark)]
     assert found[0].known_tokens == 0
     turn = len(found[2].tokens) - len(found[1].tokens)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert after.known_tokens >= len(before.tokens) - 2 * turn
 
 

@@ -25,6 +25,9 @@ LLAMA_3 = (
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin|>", "[INST]", "[/INST]", "<start_of_turn>")
 
 
+UNKNOWN = SPECIAL[1]
+
+
 def _trained(tokenizer: Tokenizer, *, byte_alphabet: bool = True) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_alphabet else []
     kind = trainers.WordPieceTrainer if isinstance(tokenizer.model, models.WordPiece) else trainers.BpeTrainer
@@ -38,6 +41,23 @@ def gpt_2() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _trained(tokenizer)
+
+
+def roberta() -> Tokenizer:
+    """A blank goes before every stretch of text that has none."""
+    tokenizer = gpt_2()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def looking_back() -> Tokenizer:
+    """Words are told by what is before them: a letter that begins a text is not one behind a line's end."""
+    tokenizer = gpt_2()
+    split = pre_tokenizers.Split(Regex(r"(?<=\n)\w|\w+|\W"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return tokenizer
 
 
 def llama_3() -> Tokenizer:
@@ -61,7 +81,7 @@ def qwen() -> Tokenizer:
 
 def sentencepiece() -> Tokenizer:
     """As Llama 2 has it: no words, one blank put before every stretch of text."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="</s>", fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=UNKNOWN, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer = _trained(tokenizer, byte_alphabet=False)
     tokenizer.pre_tokenizer = None
@@ -86,7 +106,7 @@ def gemma() -> Tokenizer:
 
 
 def bert() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="</s>"))
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer = _trained(tokenizer, byte_alphabet=False)
@@ -109,5 +129,6 @@ def swallowing() -> Tokenizer:
 
 
 MAKERS: dict[str, Callable[[], Tokenizer]] = {
-    make.__name__: make for make in (gpt_2, llama_3, qwen, sentencepiece, mistral, gemma, bert, swallowing)
+    make.__name__: make
+    for make in (gpt_2, roberta, looking_back, llama_3, qwen, sentencepiece, mistral, gemma, bert, swallowing)
 }
