@@ -7,14 +7,16 @@ are passed over.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from array import array
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
 from thermocline.wire.messages import MessageError
 
+T = TypeVar("T")
 PAYLOAD_BYTES_MAX = 8 << 20
 """A prompt of a million tokens is announced in 5 MB."""
 EVENTS_MAX = 1 << 16
@@ -147,35 +149,18 @@ _Array: TypeAlias = _StoredArray | _RemovedArray | _ClearedArray
 _Bound = msgspec.Meta(max_length=EVENTS_MAX)
 
 
-class _Maps(msgspec.Struct, array_like=True, gc=False):
+class _Form(msgspec.Struct, Generic[T], array_like=True, gc=False):
     seconds: float
-    events: Annotated[list[_Map], _Bound]
+    events: Annotated[list[T], _Bound]
     rank: _Small | None = None
 
 
-class _Arrays(msgspec.Struct, array_like=True, gc=False):
-    seconds: float
-    events: Annotated[list[_Array], _Bound]
-    rank: _Small | None = None
-
-
-class _Raws(msgspec.Struct, array_like=True, gc=False):
-    seconds: float
-    events: Annotated[list[msgspec.Raw], _Bound]
-    rank: _Small | None = None
-
-
-class _Mixed(NamedTuple):
-    seconds: float
-    events: list[_Map | _Array]
-    rank: int | None
-
-
-_MAPS = msgspec.msgpack.Decoder(_Maps)
-_ARRAYS = msgspec.msgpack.Decoder(_Arrays)
-_RAWS = msgspec.msgpack.Decoder(_Raws)
-_MAP: msgspec.msgpack.Decoder[_Map] = msgspec.msgpack.Decoder(_Map)
-_ARRAY: msgspec.msgpack.Decoder[_Array] = msgspec.msgpack.Decoder(_Array)
+_Event: TypeAlias = _Map | _Array
+_FORMS: tuple[msgspec.msgpack.Decoder[_Form[Any]], ...] = tuple(
+    msgspec.msgpack.Decoder(form) for form in (_Form[_Map], _Form[_Array])
+)
+_RAWS = msgspec.msgpack.Decoder(_Form[msgspec.Raw])
+_ONE: tuple[msgspec.msgpack.Decoder[Any], ...] = (msgspec.msgpack.Decoder(_Map), msgspec.msgpack.Decoder(_Array))
 _EXTRAS = msgspec.msgpack.Decoder(tuple[Extra, ...] | None)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -184,7 +169,10 @@ def read_batch(payload: bytes) -> Batch:
     """The batch; events that cannot be read are counted in it. Raises MessageError where the whole is no batch."""
     if len(payload) > PAYLOAD_BYTES_MAX:
         raise MessageError(f"a batch of {len(payload)} bytes; {PAYLOAD_BYTES_MAX} are read")
-    found, unread = _decoded(payload)
+    try:
+        found, unread = _decoded(payload)
+    except msgspec.ValidationError:
+        raise MessageError("a batch is [seconds, events, rank]") from None
     if not math.isfinite(found.seconds):
         raise MessageError("a batch at no time")
     events: list[Event] = []
@@ -196,34 +184,34 @@ def read_batch(payload: bytes) -> Batch:
     return Batch(found.seconds, tuple(events), found.rank or 0, unread)
 
 
-def _decoded(payload: bytes) -> tuple[_Maps | _Arrays | _Mixed, int]:
+def _decoded(payload: bytes) -> tuple[_Form[_Event], int]:
     """All of it in one go, as an engine writes its events in one form; else event by event."""
-    forms: tuple[msgspec.msgpack.Decoder[_Maps] | msgspec.msgpack.Decoder[_Arrays], ...] = (_MAPS, _ARRAYS)
-    for decoder in forms:
-        try:
-            return decoder.decode(payload), 0
-        except msgspec.ValidationError:
-            continue
-        except _UNREADABLE as error:
-            raise MessageError(f"a batch that is no msgpack: {type(error).__name__}") from None
-    try:
-        raws = _RAWS.decode(payload)
-    except _UNREADABLE:
-        raise MessageError("a batch is [seconds, events, rank]") from None
+    for decoder in _FORMS:
+        with contextlib.suppress(msgspec.ValidationError):
+            return _read(decoder, payload), 0
+    raws = _read(_RAWS, payload)
     events = [event for event in map(_one, raws.events) if event is not None]
-    return _Mixed(raws.seconds, events, raws.rank), len(raws.events) - len(events)
+    return _Form(raws.seconds, events, raws.rank), len(raws.events) - len(events)
 
 
-def _one(raw: msgspec.Raw) -> _Map | _Array | None:
-    first = memoryview(raw)[0]
-    is_map = first & 0xF0 == 0x80 or first in {0xDE, 0xDF}  # noqa: PLR2004  # msgpack's fixmap, map 16, map 32
+def _read(decoder: msgspec.msgpack.Decoder[_Form[T]], payload: bytes) -> _Form[T]:
     try:
-        return _MAP.decode(raw) if is_map else _ARRAY.decode(raw)
-    except _UNREADABLE:
-        return None
+        return decoder.decode(payload)
+    except msgspec.ValidationError:
+        raise
+    except _UNREADABLE as error:
+        raise MessageError(f"a batch that is no msgpack: {type(error).__name__}") from None
 
 
-def _event(found: _Map | _Array) -> Event:
+def _one(raw: msgspec.Raw) -> _Event | None:
+    for decoder in _ONE:
+        with contextlib.suppress(*_UNREADABLE):
+            found: _Event = decoder.decode(raw)
+            return found
+    return None
+
+
+def _event(found: _Event) -> Event:
     """Raises OverflowError for tokens that are none, and one of `_UNREADABLE`."""
     if isinstance(found, _Stored):
         return BlockStored(
