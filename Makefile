@@ -119,14 +119,14 @@ $(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)
 
 $(BASE): pyproject.toml | $(BIN)/python
 	$(call say,installing the base packages)
-	@$(BIN)/python -m pip install -q -e .
+	@$(BIN)/python -m pip install -q -e '.[gateway]'
 	@touch $@
 
 # One installer at a time. Only the CPU build of torch: the default one brings gigabytes of CUDA.
 $(ENGINE): pyproject.toml $(BASE)
 	$(call say,installing the engine: CPU torch $(TORCH) and transformers)
 	@exec 9>$(VENV)/.lock; flock 9; rm -f $@.failed; $(BIN)/python -m pip --version; $(call install_torch,$(BIN))
-	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,fleet,bench]'
+	@exec 9>$(VENV)/.lock; flock 9; $(BIN)/python -m pip install -q -e '.[engine,gateway,bench]'
 	@touch $@
 
 define install_torch

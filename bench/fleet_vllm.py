@@ -60,7 +60,7 @@ class Gateway(Process):
     def __init__(self, folder: Path, instances: str, events: str, policy: str, model: Path) -> None:
         super().__init__(folder / f"route-{policy}.log", stop_seconds=20.0)
         self.port, self.admin = free_port(), folder / "admin.sock"
-        argv = [sys.executable, "-m", "thermocline", "route", "--port", str(self.port), "--instances", instances]
+        argv = [sys.executable, "-m", "thermocline", "route", "--port", str(self.port), "--route-to", instances]
         argv += ["--events-listen", events, "--policy", policy, "--tokenizer-path", str(model)]
         argv += ["--model", MODEL_NAME, "--admin-socket", str(self.admin)]
         path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"

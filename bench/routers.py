@@ -52,7 +52,7 @@ def thermocline_route(folder: Path, urls: Sequence[str], *more: str, name: str =
     """Ours in front of these instances."""
     instances = ", ".join(f"i{at}={url}" for at, url in enumerate(urls))
     admin = str(folder / f"{name.replace(' ', '-')}.sock")
-    start = [sys.executable, "-m", "thermocline", "route", "--admin-socket", admin, "--instances", instances]
+    start = [sys.executable, "-m", "thermocline", "route", "--admin-socket", admin, "--route-to", instances]
     return Router(folder, name, lambda port: [*start, "--port", str(port), *more])
 
 

@@ -146,6 +146,9 @@ def node(
     "--instances", type=click.IntRange(1, INSTANCES_MAX), default=1, show_default=True, help="How many engines."
 )
 @click.option("--socket", metavar="PATH", help="The node's; by default node.sock in this user's runtime folder.")
+@click.option(
+    "--gateway/--no-gateway", default=None, help="One address for all of them; by default with several instances."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each event as a line of JSON instead of text.")
 def up(
     more: tuple[str, ...],
@@ -153,12 +156,14 @@ def up(
     engine: str,
     instances: int,
     socket: str | None,
+    gateway: bool | None,
     as_json: bool,
     **flags: str | None,
 ) -> None:
     """Start a node and engines that share it, on consecutive free ports from --port on, and keep them running.
 
-    What follows `--` goes to each engine as it is. What dies is started again; Ctrl-C stops the engines, then the node.
+    Several of them get a gateway, which has the first of the ports: see `thermocline route`. What follows `--` goes to
+    each engine as it is. What dies is started again; Ctrl-C stops the gateway, the engines, then the node.
     """
     settings = _load_settings(config_path, flags)
     settings.require_key()
@@ -166,7 +171,8 @@ def up(
     from thermocline.node import paths
 
     path = Path(socket) if socket else settings.node_socket or paths.socket_path()
-    up(settings, path, engine, instances, more, as_json=as_json)
+    front = instances > 1 if gateway is None else gateway
+    up(settings, path, engine, instances, more, gateway=front, as_json=as_json)
 
 
 @app.command(cls=_VerbWithSettings)
@@ -174,7 +180,7 @@ def up(
 def route(config_path: str | None, as_json: bool, **flags: str | None) -> None:
     """Stand in front of instances, and send each request where its first token comes soonest.
 
-    Passes OpenAI's HTTP API through to what --instances names. Listens until Ctrl-C or SIGTERM, then lets requests in
+    Passes OpenAI's HTTP API through to what --route-to names. Listens until Ctrl-C or SIGTERM, then lets requests in
     flight finish. --json announces the address as JSON.
     """
     settings = _load_settings(config_path, flags)

@@ -289,7 +289,7 @@ class Settings:
     events_name: str | None = _setting(
         Kind.TEXT, None, "What KV events call this instance or node: by default its URL, or the machine's name."
     )
-    instances: str | None = _setting(
+    route_to: str | None = _setting(
         Kind.TEXT,
         None,
         "What a gateway routes to: NAME=URL, separated by commas; behind a URL node=NAME, replay=ENDPOINT, "

@@ -59,7 +59,7 @@ class Route(_Listening):
 
     def __init__(self, folder: Path, instances: list[Light], listen: str, policy: str = "predicted_ttft") -> None:
         super().__init__(folder / "route.log")
-        self._words = ["--instances", ", ".join(f"{each.name}={each.url} replay={each.replay}" for each in instances)]
+        self._words = ["--route-to", ", ".join(f"{each.name}={each.url} replay={each.replay}" for each in instances)]
         self._words += ["--events-listen", listen, "--policy", policy, "--admin-socket", str(folder / "admin.sock")]
         self.start()
 

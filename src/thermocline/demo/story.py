@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.demo import crash, damage, vllm, vllm_running
+from thermocline.demo import crash, damage, fleet, locality, vllm, vllm_running
 from thermocline.demo.chapter import Chapter
 from thermocline.demo.machine import machine
 from thermocline.demo.screen import Screen
@@ -24,6 +24,8 @@ Chapters = Mapping[str, Callable[[Screen, Path], Chapter]]
 TITLES = {
     "damage": ("A flipped bit on disk is refused", "A hit is exact, or it is a miss with a reason."),
     "crash": ("A kill in the middle of writing is recovered", "What was durable is there, and nothing is wrong."),
+    "locality": ("The same prefixes, sent where they are", "Round robin finds one in eight; we find nearly all."),
+    "fleet": ("Two instances, and one is killed", "No request is lost, and conversations find their context again."),
     "conversations": ("Conversations answer sooner, and the same", "One answer: no cache, memory, new process."),
     "agent": ("An agent takes 100 steps on one context", "Each step sends all of it; only what is new is computed."),
     "frozen": ("A frozen Redis that nobody notices", "A cache failure is never a request failure, nor a slow one."),
@@ -43,7 +45,12 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
     screen = Screen(json_output=json_output)
     started = clock.now()
     with vllm_running.started() as vllm_up:
-        chapters: Chapters = {"damage": damage.play, "crash": crash.play}
+        chapters: Chapters = {
+            "damage": damage.play,
+            "crash": crash.play,
+            "locality": locality.play,
+            "fleet": fleet.play,
+        }
         told = list(_played(screen, clock, chapters))
         _wait_for_engine(screen, clock, engine_ready)
         told += _with_model(screen, clock)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import importlib.metadata
 import importlib.util
+import json
 import os
 import socket as sockets
 import subprocess
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 from thermocline.engines.vllm.config import NOT_THE_NODES
 from thermocline.errors import LaunchError
 from thermocline.settings import DECLARED, PREFIX, Settings, read_key
+from thermocline.wire.events import Topic, write_topic
 
 START_SECONDS_MAX, STOP_SECONDS_MAX = 1800.0, 45.0
 """A large model takes minutes to load, and longer to download; a drain takes seconds."""
@@ -27,6 +30,8 @@ DRAIN_SECONDS = 20
 
 NODE_START_SECONDS_MAX = 120.0
 HEALTH_SECONDS = 2.0
+LOOPBACK = "127.0.0.1"
+NODE_NAME = "node"
 PORTS_TRIED, PORT_MAX = 1000, 65535
 VLLM_CACHE_GIB_MAX = 4
 _MACHINE_SHARE = 4
@@ -35,6 +40,9 @@ _MACHINE_SHARE = 4
 _NODE_ONLY = frozenset(
     {"disk_path", "redis_url", "redis_password_file", "redis_ca_file", "receipts_path", "costs_path"}
 )
+_NOT_THE_GATEWAYS = _NODE_ONLY | {
+    *("port", "node_socket", "route_to", "events_listen", "events_endpoint", "events_replay_endpoint", "events_name")
+}
 _INSTALL = "see docs/guides/vllm.md: pip install vllm for a GPU, or `make vllm` for the CPU build in .venv-vllm"
 
 
@@ -65,8 +73,34 @@ def transformers(settings: Settings, socket: Path, port: int, *, more: Sequence[
     return Launch(f"transformers-{port}", words, lambda: is_healthy(url), url, _environment())
 
 
-def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Sequence[str] = ()) -> Launch:
-    """VLLM's own server; `config` is its --kv-transfer-config, `more` are arguments of its own."""
+def inside(settings: Settings, port: int) -> Settings:
+    """What the node and engines behind a gateway at `port` are started with: loopback, ports behind it, and events."""
+    events = f"tcp://127.0.0.1:{free_ports(LOOPBACK, 0, 1)[0]}"
+    return dataclasses.replace(settings, host=LOOPBACK, port=port + 1, events_endpoint=events, events_name=NODE_NAME)
+
+
+def gateway(settings: Settings, port: int, inside: Settings, engines: Sequence[Launch]) -> Launch:
+    """`thermocline route` in front of these engines, which share a node and tell what they hold.
+
+    Raises LaunchError where its packages are not installed.
+    """
+    for package in ("uvloop", "httptools", "zmq", "tokenizers", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise LaunchError(f"a gateway needs {package}", hint="pip install 'thermocline[gateway]', or --no-gateway")
+    named = ", ".join(f"{each.name}={each.url} node={NODE_NAME}" for each in engines)
+    words = (*_thermocline("route"), "--port", str(port), "--route-to", named)
+    words = (*words, "--events-listen", str(inside.events_endpoint), *flags(settings, without=_NOT_THE_GATEWAYS))
+    folder = Path(model_folder(settings.model))
+    if settings.tokenizer_path is None and (folder / "tokenizer.json").is_file():
+        words = (*words, "--tokenizer-path", str(folder))
+    url = address(settings.host, port)
+    return Launch("gateway", words, lambda: is_healthy(url), url, _environment(), NODE_START_SECONDS_MAX)
+
+
+def vllm(
+    settings: Settings, config: str, port: int, *, instances: int, more: Sequence[str] = (), events: bool = False
+) -> Launch:
+    """VLLM's own server; `config` is its --kv-transfer-config, `more` are arguments of its own. See `gateway`."""
     words: tuple[str, ...] = (
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model_folder(settings.model), "--served-model-name", settings.model),
@@ -74,6 +108,8 @@ def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Se
         *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
         *("--shutdown-timeout", str(DRAIN_SECONDS), "--kv-transfer-config", config),
     )
+    if events:
+        words = (*words, "--kv-events-config", _events_config(settings, f"vllm-{port}"))
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if vllm_computes_on_cpu():
         words = (*words, "--enforce-eager")  # compiling doubles a start; --no-enforce-eager behind `--` wins
@@ -82,6 +118,13 @@ def vllm(settings: Settings, config: str, port: int, *, instances: int, more: Se
         environment["VLLM_API_KEY"] = read_key(settings.api_key_file)
     url = address(settings.host, port)
     return Launch(f"vllm-{port}", (*words, *more), lambda: is_healthy(url), url, {**environment, **_environment()})
+
+
+def _events_config(settings: Settings, name: str) -> str:
+    """VLLM's --kv-events-config: it connects to whoever routes, and keeps what was missed for a while."""
+    replay = f"tcp://127.0.0.1:{free_ports(LOOPBACK, 0, 1)[0]}"
+    told = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": settings.events_endpoint}
+    return json.dumps(told | {"replay_endpoint": replay, "topic": write_topic(Topic(name, settings.model))})
 
 
 def check_vllm() -> None:

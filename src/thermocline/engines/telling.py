@@ -44,6 +44,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     socket: str = ""
     node: Address | None = None
     engines: tuple[Address, ...] = ()
+    gateway: Address | None = None
 
 
 class Telling:
@@ -123,13 +124,14 @@ def _addresses(event: Event) -> str:
     """Every address, and what to do with them."""
     assert event.node is not None
     rows = [(event.node.name, event.socket, event.node.log)]
-    rows += [(engine.name, engine.url, engine.log) for engine in event.engines]
+    gateway = [event.gateway] if event.gateway is not None else []
+    rows += [(each.name, each.url, each.log) for each in (*event.engines, *gateway)]
     name_width, place_width = (max(len(row[at]) for row in rows) for at in (0, 1))
     lines = [f"{name:{name_width}}  {place:{place_width}}  log {log}" for name, place, log in rows]
     first = event.engines[0]
     told = {"model": event.model, "prompt": "$(seq -s ' ' 400)", "max_tokens": 8, "temperature": 0}
     body = msgspec.json.encode(told).decode().replace('"', '\\"')
-    ask = f"curl -s {first.url}/v1/completions -H 'content-type: application/json' -d \"{body}\""
+    ask = f"curl -s {(*gateway, first)[0].url}/v1/completions -H 'content-type: application/json' -d \"{body}\""
     # vLLM leaves its receipts with the node, our own engine keeps them
     receipts = f"--url {first.url}" if first.name.startswith("transformers") else f"--socket {event.socket}"
     rest = [f"ask:   {ask}", f"why:   thermocline why {receipts}", "look:  thermocline ps", "stop:  Ctrl-C"]

@@ -26,34 +26,50 @@ LOOK_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def up(settings: Settings, socket: Path, kind: str, instances: int, more: Sequence[str], *, as_json: bool) -> None:
+def up(
+    settings: Settings,
+    socket: Path,
+    kind: str,
+    instances: int,
+    more: Sequence[str],
+    *,
+    gateway: bool = False,
+    as_json: bool = False,
+) -> None:
     """Start a node at `socket` and `instances` engines of one kind, and keep them running until a signal.
 
-    `more` are arguments of the engine's own. Raises LaunchError where something does not come up or stay up, and
-    NodeError where the runtime folder, in which the logs lie, is not ours.
+    With a gateway that one listens at the settings' address, and engines on loopback behind it. `more` are arguments of
+    the engine's own. Raises LaunchError where something does not come up or stay up, and NodeError where the runtime
+    folder, in which the logs lie, is not ours.
     """
     if _answers(socket):
         text = f"a node is there already, at {socket}"
         raise LaunchError(text, hint="stop it (`thermocline ps` shows its process), or name another --socket")
-    ports = launch.free_ports(settings.host, settings.port, instances)
-    launches = _engines(kind, settings, socket, ports, more)
+    front = launch.free_ports(settings.host, settings.port, 1) if gateway else []
+    inside = launch.inside(settings, front[0]) if gateway else settings
+    ports = launch.free_ports(inside.host, inside.port, instances)
+    launches = _engines(kind, inside, socket, ports, more, events=gateway)
     clock, stop = SystemClock(), Stop()
-    node, *engines = (
-        Child(each, log_folder() / f"{socket.stem if at == 0 else each.name}.log", clock)
-        for at, each in enumerate([launch.node(settings, socket, lambda: _answers(socket)), *launches])
-    )
+
+    def child(each: launch.Launch, name: str = "") -> Child:
+        return Child(each, log_folder() / f"{name or each.name}.log", clock)
+
+    door = child(launch.gateway(settings, front[0], inside, launches)) if gateway else None
+    node = child(launch.node(inside, socket, lambda: _answers(socket)), socket.stem)
     with signals_ask(stop):
-        Up(node, engines, Telling(as_json=as_json), clock, stop).run(model=settings.model, socket=socket)
+        run = Up(node, [child(each) for each in launches], Telling(as_json=as_json), clock, stop, gateway=door)
+        run.run(model=settings.model, socket=socket)
 
 
 def _engines(
-    kind: str, settings: Settings, socket: Path, ports: Sequence[int], more: Sequence[str]
+    kind: str, settings: Settings, socket: Path, ports: Sequence[int], more: Sequence[str], *, events: bool
 ) -> list[launch.Launch]:
+    """`events`: each tells the settings' endpoint what it holds."""
     if kind == "transformers":
         return [launch.transformers(settings, socket, port, more=more) for port in ports]
     launch.check_vllm()
     config = vllm_config_json(settings, socket)
-    return [launch.vllm(settings, config, port, instances=len(ports), more=more) for port in ports]
+    return [launch.vllm(settings, config, port, instances=len(ports), more=more, events=events) for port in ports]
 
 
 def running_node() -> Path | None:
@@ -100,10 +116,20 @@ class Stop:
 
 
 class Up:
-    """The node and the engines of one command. The engines start when the node is ready, and end before it does."""
+    """The node, the engines and the gateway of one command: in this order they start, and in the other they end."""
 
-    def __init__(self, node: Child, engines: Sequence[Child], telling: Telling, clock: Clock, stop: Stop) -> None:
+    def __init__(
+        self,
+        node: Child,
+        engines: Sequence[Child],
+        telling: Telling,
+        clock: Clock,
+        stop: Stop,
+        *,
+        gateway: Child | None = None,
+    ) -> None:
         self._node, self._engines = node, list(engines)
+        self._doors = [gateway] if gateway is not None else []
         self._telling, self._clock, self._stop = telling, clock, stop
 
     def run(self, *, model: str, socket: Path) -> None:
@@ -113,11 +139,12 @@ class Up:
         and left out: engines answer without it.
         """
         try:
-            if self._started([self._node]) and self._started(self._engines):
+            if all(map(self._started, ([self._node], self._engines, self._doors))):
                 self._telling.event(self._all(model, socket))
                 self._keep()
         finally:
             self._telling.waited()
+            self._end(self._doors)
             self._end(self._engines)
             self._end([self._node])
         self._telling.event(Event("stopped", "all of it"))
@@ -127,7 +154,7 @@ class Up:
         for child in children:
             self._start(child)
         while not self._stop.asked and any(child.state is not State.READY for child in children):
-            for child in (self._node, *self._engines):
+            for child in (self._node, *self._engines, *self._doors):
                 self._look(child)
             self._telling.waiting(children)
             self._stop.wait(LOOK_SECONDS)
@@ -137,7 +164,7 @@ class Up:
     def _keep(self) -> None:
         """Start again what dies, until `stop` is asked or no engine is left."""
         while not self._stop.asked:
-            for child in (self._node, *self._engines):
+            for child in (self._node, *self._engines, *self._doors):
                 try:
                     self._look(child)
                 except LaunchError as error:
@@ -184,11 +211,12 @@ class Up:
                 self._clock.sleep(LOOK_SECONDS)
 
     def _all(self, model: str, socket: Path) -> Event:
-        node, *engines = (
-            Address(child.launch.name, child.pid, str(child.log), child.launch.url)
-            for child in (self._node, *self._engines)
-        )
-        return Event("up", model=model, socket=str(socket), node=node, engines=tuple(engines))
+        def addresses(children: Sequence[Child]) -> tuple[Address, ...]:
+            return tuple(Address(each.launch.name, each.pid, str(each.log), each.launch.url) for each in children)
+
+        (node,), engines, doors = map(addresses, ([self._node], self._engines, self._doors))
+        gateway = doors[0] if doors else None
+        return Event("up", model=model, socket=str(socket), node=node, engines=engines, gateway=gateway)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from thermocline.clock import Clock, SystemClock
 from thermocline.errors import RequestError
 from thermocline.fleet.books import Booking, Fleet
 from thermocline.fleet.chains import Chain
@@ -57,9 +58,11 @@ class Door:
         secret: bytes,
         model: str | None = None,
         reader: Reader[Chain] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._index, self._fleet, self._policy = index, fleet, policy
         self._secret, self._model, self._reader = secret, model, reader
+        self._clock = clock or SystemClock()
         self._bytes_per_token = BytesPerToken()
         self._sent: dict[int, _Sent] = {}
         self._numbers = itertools.count()
@@ -73,15 +76,12 @@ class Door:
 
     def joined(self, slot: int, instance: Instance) -> None:
         """See `Chooser`."""
-        if slot == len(self._fleet.instances):
-            self._fleet.join(instance)
-        else:
-            self._fleet.replace(slot, instance, 0.0)
+        self._fleet.join(instance, slot, self._clock.now())
         self._index.drop(slot)
 
     def left(self, slot: int) -> None:
         """See `Chooser`."""
-        self._fleet.allow(slot, available=False)
+        self._fleet.leave(slot, self._clock.now())
         self._index.drop(slot)
 
     # -- requests ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from thermocline.fleet.chains import Chain
 from thermocline.fleet.index import FleetIndex
 from thermocline.fleet.instance import Instance
 from thermocline.fleet.router import POLICIES
+from thermocline.fleet.wiring import State
 from thermocline.gateway.admin import admin, admin_socket
 from thermocline.gateway.admission import Keys
 from thermocline.gateway.door import Door
@@ -35,6 +36,7 @@ LOG = logging.getLogger("thermocline.gateway")
 CONNECTIONS_MAX = 4096
 MEMO_BYTES = 256 << 20
 _OPTIONS = {"node": "node", "capacity": "capacity_tokens", "seats": "seats"}
+_FINE = frozenset({State.NEW, State.EXACT})
 _COUNTS = frozenset({"capacity", "seats"})
 
 
@@ -52,7 +54,7 @@ def serve(settings: Settings, admin_path: Path, *, as_json: bool = False) -> Non
 
     The address goes to stdout, as JSON if asked. Raises SettingsError and ThermoclineError for what cannot be had.
     """
-    routed = instances_of(settings.instances or "")
+    routed = instances_of(settings.route_to or "")
     if settings.policy not in POLICIES:
         raise SettingsError(f"no policy {settings.policy}", hint=f"one of {', '.join(POLICIES)}")
     sock = listening(settings.host, settings.port)
@@ -140,7 +142,7 @@ async def _tell_wiring(gateway: Gateway, index: FleetIndex) -> None:
         await asyncio.sleep(5.0)
         for standing in gateway.standings:
             wiring = index.wiring(standing.slot)
-            if wiring.advice and told.get(standing.slot) != wiring.state:
+            if wiring.state not in _FINE and told.get(standing.slot, wiring.state) != wiring.state:
                 LOG.warning("instance %s: %s: %s", standing.instance.name, wiring.state, wiring.advice)
             told[standing.slot] = wiring.state
 

@@ -47,7 +47,7 @@ class Announcer:
         try:
             from thermocline.wire.publisher import Publisher
         except ImportError:
-            hint = "pip install 'thermocline[fleet]'"
+            hint = "pip install 'thermocline[events]'"
             raise SettingsError("KV events need pyzmq, which is not installed", hint=hint) from None
         self._publisher = Publisher(endpoint, replay_endpoint, tell_all=self._tell_all)
         store.watch(self)
