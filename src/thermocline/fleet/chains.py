@@ -102,10 +102,7 @@ class Chain:
         if by is By.CHUNK:
             return self._chunks
         step = block_tokens // TOKENS_PER_KEY
-        if by is By.KEY:
-            found = self._grown_keys(blocks * step)
-        else:
-            found = grow_prints(self.ids(0, blocks * step), self.root)
+        found = self._grown_keys(blocks * step) if by is By.KEY else grow_prints(self.ids(0, blocks * step), self.root)
         return found if step == 1 else found[step - 1 :: step]
 
     def unit(self, filed: Filed) -> float:

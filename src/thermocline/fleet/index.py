@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -51,8 +51,7 @@ _FULL_ATTENTION = ("full", "mla")
 _BITS = [(1 << count) - 1 for count in range(RUN_BLOCKS + 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(NamedTuple):
     """What became of a batch. Blocks are counted; `unplaced` by reason.
 
     `gap`: batches [first, stop) did not come before this one. `restarted`: the source began anew, and what it had
@@ -95,9 +94,6 @@ class _Instance:
     def begin(self) -> None:
         self.batches = self.stored = self.lost = self.asked = self.predicted = self.cached = 0
         self.unplaced: dict[Unplaced, int] = {}
-
-    def count(self, why: Unplaced, blocks: int) -> None:
-        self.unplaced[why] = self.unplaced.get(why, 0) + blocks
 
 
 class FleetIndex:
@@ -181,8 +177,9 @@ class FleetIndex:
         """
         with self._lock:
             known = self._instance(instance)
-            stream = known.sources.setdefault((source, batch.rank), _Source())
-            before = known.unplaced.copy()
+            stream = known.sources.get((source, batch.rank))
+            if stream is None:
+                stream = known.sources[source, batch.rank] = _Source()
             restarted = sequence < stream.expected
             if restarted:
                 self._clear(known, (*stream.tiers, LEARNED))
@@ -192,10 +189,9 @@ class FleetIndex:
             if gap and stream.expected:  # else it is the past of an instance that we meet for the first time
                 known.lost += sequence - stream.expected
             stream.expected = sequence + 1
-            stored, removed = self._take(known, stream, batch)
+            stored, removed, unplaced = self._take(known, stream, batch)
             self._settle()
-            unplaced = tuple((why, n - before.get(why, 0)) for why, n in known.unplaced.items() if n != before.get(why))
-            return Applied(stored, removed, unplaced, gap, restarted)
+            return Applied(stored, removed, tuple(unplaced.items()), gap, restarted)
 
     def learn(self, instance: int, chain: Chain) -> None:
         """This prompt was sent there, so it is probably held. Counts until the first event comes from the instance.
@@ -267,24 +263,27 @@ class FleetIndex:
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def _take(self, known: _Instance, stream: _Source, batch: Batch) -> tuple[int, int]:
+    def _take(self, known: _Instance, stream: _Source, batch: Batch) -> tuple[int, int, dict[Unplaced, int]]:
         stored = removed = 0
-        known.batches += 1
-        if batch.skipped:
-            known.count(Unplaced.UNREADABLE, batch.skipped)
+        unplaced = {Unplaced.UNREADABLE: batch.skipped} if batch.skipped else {}
         for event in batch.events:
             if isinstance(event, BlockStored):
-                why = self._store(known, stream, event)
-                if why is None:
-                    stored += len(event.hashes)
-                else:
-                    known.count(why, len(event.hashes))
+                count, why = len(event.hashes), self._store(known, stream, event)
+                stored += 0 if why else count
             elif isinstance(event, BlockRemoved):
-                removed += self._remove(known, stream, event)
+                gone = self._remove(known, stream, event)
+                removed += gone
+                count, why = len(event.hashes) - gone, Unplaced.UNKNOWN
             else:
                 self._clear(known, (*stream.tiers, LEARNED))
+                continue
+            if why and count:
+                unplaced[why] = unplaced.get(why, 0) + count
+        known.batches += 1
         known.stored += stored
-        return stored, removed
+        for why, count in unplaced.items():
+            known.unplaced[why] = known.unplaced.get(why, 0) + count
+        return stored, removed, unplaced
 
     def _store(self, known: _Instance, stream: _Source, event: BlockStored) -> Unplaced | None:
         """File the blocks, or say why not."""
@@ -348,16 +347,14 @@ class FleetIndex:
             recent.move_to_end(run)
 
     def _remove(self, known: _Instance, stream: _Source, event: BlockRemoved) -> int:
+        """How many were held, or are none of ours."""
         tier = MEDIA.get(event.medium)
         if tier is None or event.group in stream.other_groups:
-            return 0
-        removed = 0
-        for name in _names(event.hashes):
-            gone = sum(self._remove_one(known, tier, forest, name) for forest in self._forests.values())
-            removed += gone > 0
-            if not gone:
-                known.count(Unplaced.UNKNOWN, 1)
-        return removed
+            return len(event.hashes)
+        forests = self._forests.values()
+        return sum(
+            any(self._remove_one(known, tier, forest, name) for forest in forests) for name in _names(event.hashes)
+        )
 
     def _remove_one(self, known: _Instance, tier: int, forest: Forest, name: int) -> bool:
         place = forest.find(name)
@@ -423,8 +420,10 @@ class FleetIndex:
             self._prune(oldest)
 
     def _weight(self) -> int:
-        forests = self._forests.values()
-        return sum(forest.blocks + forest.aliases for forest in forests) + RUN_WEIGHT * len(self._recent)
+        weight = RUN_WEIGHT * len(self._recent)
+        for forest in self._forests.values():
+            weight += forest.blocks + forest.aliases
+        return weight
 
     def _forest(self, filed: Filed) -> Forest:
         found = self._forests.get(filed)
