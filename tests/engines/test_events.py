@@ -11,8 +11,11 @@ import pytest
 
 from thermocline.blocks.key import BlockKey, block_keys, root_key
 from thermocline.clock import until
+from thermocline.engines import api
 from thermocline.engines.transformers import Engine
 from thermocline.node.announce import Announcer
+from thermocline.node.client import NodeClient
+from thermocline.settings import Settings
 from thermocline.wire.events import Batch, BlockStored, Topic, read_batch, read_topic
 from thermocline.wire.subscriber import Subscriber
 
@@ -123,3 +126,15 @@ def test_a_router_that_starts_again_knows_all_that_follows(told):
     engine.generate(longer, 1)
     engine.generate(other, 1)
     assert soon(lambda: second.keys() >= keys_of(longer) and second.chained() == keys_of(other))
+
+
+def test_only_own_tiers_are_announced(cleanup, place, make_store, tmp_path):
+    """With tiers of its own `serve` announces them by its URL, if asked; those of a node are the node's to announce."""
+    store, asked = make_store(), Settings(events_endpoint=place)
+    client = cleanup.enter_context(closing(NodeClient(tmp_path / "no.sock")))
+    assert api._announcer(asked, client, "http://127.0.0.1:8000") is None
+    assert api._announcer(Settings(), store, "http://127.0.0.1:8000") is None
+    announcer = api._announcer(asked, store, "http://127.0.0.1:8000")
+    assert announcer is not None
+    cleanup.enter_context(closing(announcer))
+    assert announcer._name == "http://127.0.0.1:8000"
