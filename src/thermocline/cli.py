@@ -176,18 +176,24 @@ def up(
 
 
 @app.command(cls=_VerbWithSettings)
+@click.option("--shared", is_flag=True, hidden=True, help="Others listen at this address too.")
 @_json_flag
-def route(config_path: str | None, as_json: bool, **flags: str | None) -> None:
+def route(config_path: str | None, shared: bool, as_json: bool, **flags: str | None) -> None:
     """Stand in front of instances, and send each request where its first token comes soonest.
 
     Passes OpenAI's HTTP API through to what --route-to names. Listens until Ctrl-C or SIGTERM, then lets requests in
     flight finish. --json announces the address as JSON.
     """
     settings = _load_settings(config_path, flags)
+    from thermocline.gateway.processes import serve_many
     from thermocline.gateway.serve import serve
     from thermocline.node import paths
 
-    serve(settings, settings.admin_socket or paths.socket_path(f"gateway-{settings.port}"), as_json=as_json)
+    admin = settings.admin_socket or paths.socket_path(f"gateway-{settings.port}")
+    if settings.gateway_processes > 1:
+        serve_many(settings, admin, as_json=as_json)
+    else:
+        serve(settings, admin, shared=shared, as_json=as_json)
 
 
 @app.command("vllm-config", cls=_VerbWithSettings)

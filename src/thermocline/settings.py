@@ -312,6 +312,9 @@ class Settings:
         None,
         "Where a gateway hears KV events: tcp://127.0.0.1:5557 or ipc:///path, which engines connect to.",
     )
+    gateway_processes: int = _setting(
+        Kind.COUNT, 1, "Gateways that share one address, each with an index of its own.", least=1, most=64
+    )
     index_blocks: int = _setting(
         Kind.COUNT,
         4_000_000,

@@ -49,15 +49,15 @@ class Routed:
     events: str = ""
 
 
-def serve(settings: Settings, admin_path: Path, *, as_json: bool = False) -> None:
-    """Listen until SIGINT or SIGTERM, then let requests in flight finish.
+def serve(settings: Settings, admin_path: Path, *, shared: bool = False, as_json: bool = False) -> None:
+    """Listen until SIGINT or SIGTERM, then let requests in flight finish. `shared`: others listen there too.
 
     The address goes to stdout, as JSON if asked. Raises SettingsError and ThermoclineError for what cannot be had.
     """
     routed = instances_of(settings.route_to or "")
     if settings.policy not in POLICIES:
         raise SettingsError(f"no policy {settings.policy}", hint=f"one of {', '.join(POLICIES)}")
-    sock = listening(settings.host, settings.port)
+    sock = listening(settings.host, settings.port, shared=shared)
     with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(settings, routed, sock, admin_path, as_json=as_json))
 
@@ -87,7 +87,7 @@ async def _until_signal(
         await gateway.start(sock)
         await door_for_operators.start(admin_sock)
         watch = loop.create_task(_tell_wiring(gateway, index)) if hearing is not None else None
-        _announce(sock, admin_path, as_json=as_json)
+        announce(sock, admin_path, as_json=as_json)
         await stop.wait()
         await asyncio.gather(gateway.stop(), door_for_operators.stop())
         if watch is not None:
@@ -147,7 +147,8 @@ async def _tell_wiring(gateway: Gateway, index: FleetIndex) -> None:
             told[standing.slot] = wiring.state
 
 
-def _announce(sock: socket.socket, admin_path: Path, *, as_json: bool) -> None:
+def announce(sock: socket.socket, admin_path: Path, *, as_json: bool) -> None:
+    """Say where clients and operators find it."""
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     line = f"thermocline is routing at {url} (administered at {admin_path})"

@@ -1,0 +1,108 @@
+"""Several gateways on one address: the kernel spreads connections over them, and all of them hear the same events.
+
+Each decides for itself. What the others have sent shows in the events, in how long answers take, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from thermocline.clock import SystemClock
+from thermocline.gateway.proxy import listening
+from thermocline.gateway.serve import announce
+from thermocline.settings import DECLARED, Settings
+
+LOG = logging.getLogger("thermocline.gateway")
+LOOK_SECONDS, AGAIN_SECONDS, STOP_SECONDS = 0.1, 1.0, 15.0
+
+
+def serve_many(settings: Settings, admin_path: Path, *, as_json: bool = False) -> None:
+    """Run so many gateways until SIGINT or SIGTERM; one that dies is started again.
+
+    Each is administered at a socket of its own: `admin_path` with its number behind the name.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(contextlib.closing(listening(settings.host, settings.port, shared=True)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thermocline-")))
+        inner = dataclasses.replace(settings, port=sock.getsockname()[1], gateway_processes=1)
+        if settings.events_listen:
+            from thermocline.wire.forward import Forwarder
+
+            goes = f"ipc://{folder / 'events'}"
+            stack.callback(Forwarder(settings.events_listen, goes).close)
+            inner = dataclasses.replace(inner, events_listen=f">{goes}")
+        numbers = range(settings.gateway_processes)
+        own = [dataclasses.replace(inner, admin_socket=numbered(admin_path, number)) for number in numbers]
+        children = _Children([_words(each) for each in own])
+        stack.callback(children.close)
+        children.wait_ready()
+        announce(sock, numbered(admin_path, 0), as_json=as_json)
+        while not stop.wait(LOOK_SECONDS):
+            children.look()
+
+
+def numbered(admin_path: Path, number: int) -> Path:
+    """Where the gateway of that number is administered."""
+    return admin_path.with_name(f"{admin_path.stem}-{number}{admin_path.suffix}")
+
+
+def _words(settings: Settings) -> list[str]:
+    words = [sys.executable, "-m", "thermocline", "route", "--shared", "--json"]
+    for name, setting in DECLARED.items():
+        value = getattr(settings, name)
+        if value != setting.default:
+            words += [setting.flag, setting.show(value)]
+    return words
+
+
+class _Children:
+    """The processes. Each says on stdout when it listens."""
+
+    def __init__(self, words: list[list[str]]) -> None:
+        self._words, self._clock = words, SystemClock()
+        self._running = [self._start(each) for each in words]
+        self._started = [self._clock.now()] * len(words)
+
+    def wait_ready(self) -> None:
+        """Until each has told its address, or has ended."""
+        for child in self._running:
+            assert child.stdout is not None
+            child.stdout.readline()
+
+    def look(self) -> None:
+        """Start again what has died, no more often than once a second each."""
+        now = self._clock.now()
+        for at, child in enumerate(self._running):
+            if child.poll() is not None and now > self._started[at] + AGAIN_SECONDS:
+                LOG.warning("a gateway ended with %s; it is started again", child.returncode)
+                if child.stdout is not None:
+                    child.stdout.close()
+                self._running[at], self._started[at] = self._start(self._words[at]), now
+
+    def close(self) -> None:
+        """End them: in good order, within a bound."""
+        for child in self._running:
+            child.terminate()
+        deadline = self._clock.now() + STOP_SECONDS
+        for child in self._running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.1, deadline - self._clock.now()))
+            child.kill()
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
+
+    @staticmethod
+    def _start(words: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(words, stdout=subprocess.PIPE)  # noqa: S603  # ourselves
