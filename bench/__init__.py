@@ -45,6 +45,7 @@ BENCHES = {
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),
         Entry("node", "a match of 64 blocks by a node: idle, under load, asked again, over a bare round trip", 30),
         Entry("route", "a routing decision, events taken in and memory per block, over Dynamo's router core", 150),
+        Entry("gateway", "CPU time of a request through the gateway, and the first streamed byte, beside two peers", 150),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
         Entry("vs-lmcache", "the same vLLM with LMCache and with us: first tokens, misses, faults", 480, engine=True),
     )
