@@ -7,12 +7,13 @@ what they use while nothing is asked; the minimum over rounds counts, as whateve
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ WARM_SECONDS = 0.3
 IDLE_SECONDS = 1.0
 FIRST_ROUNDS = 40
 SMALL_BYTES, LARGE_BYTES = 120, 32_000
-OURS, PASSING, DIRECT = "thermocline", "thermocline round_robin", "direct"
+OURS, PASSING, TOKENISING, DIRECT = "thermocline", "thermocline round_robin", "thermocline tokenising", "direct"
 SHARES = {SGLANG: 1 / 3, VLLM: 1 / 2}
 """How much of a peer's CPU time ours may be."""
 FIRST_SECONDS_MAX = 1e-3
@@ -59,15 +60,10 @@ def run(progress: Progress) -> Report:
         ports = [stack.enter_context(_mock(mock)) for _ in range(2)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         progress("starting the gateways")
-        routers = {
-            router.name: stack.enter_context(contextlib.closing(router))
-            for router in (
-                thermocline_route(folder, urls),
-                thermocline_route(folder, urls, "--policy", "round_robin", name=PASSING),
-                sglang_router(folder, urls),
-                vllm_router(folder, urls),
-            )
-        }
+        routers = {}
+        for start in _starts():
+            router = stack.enter_context(contextlib.closing(start(folder, urls)))
+            routers[router.name] = router
         measured: dict[str, dict[str, list[float]]] = {str(case): {name: [] for name in routers} for case in CASES}
         rates: dict[str, dict[str, float]] = {str(case): dict.fromkeys(routers, 0.0) for case in CASES}
         idle = {name: _idle(router) for name, router in routers.items()}
@@ -80,6 +76,19 @@ def run(progress: Progress) -> Report:
         progress("first streamed bytes")
         first = _first_bytes({DIRECT: ports[0], **{name: router.port for name, router in routers.items()}})
     return _report(measured, rates, idle, first)
+
+
+def _starts() -> Iterator[Callable[[Path, Sequence[str]], Router]]:
+    """Ours as it comes, without costs, and with a tokenizer where there is one to make; then the peers."""
+    yield thermocline_route
+    yield lambda folder, urls: thermocline_route(folder, urls, "--policy", "round_robin", name=PASSING)
+    if importlib.util.find_spec("torch") is not None:
+        from thermocline.engines import tiny
+
+        model = str(tiny.ensure())
+        yield lambda folder, urls: thermocline_route(folder, urls, "--tokenizer-path", model, name=TOKENISING)
+    yield sglang_router
+    yield vllm_router
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -186,6 +195,7 @@ def _report(
         check(f"{case}: CPU over {peer}", arms[OURS] / arms[peer], "x", share, "lower")
         for case, arms in least.items()
         for peer, share in SHARES.items()
+        if peer in arms
     ]
     medians = {name: spread(values) for name, values in first.items()}
     added = medians[OURS]["median"] - medians[DIRECT]["median"]
