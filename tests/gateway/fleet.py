@@ -57,10 +57,10 @@ class Light(_Listening):
 class Route(_Listening):
     """`thermocline route` in front of some instances."""
 
-    def __init__(self, folder: Path, instances: list[Light], listen: str, policy: str = "predicted_ttft") -> None:
+    def __init__(self, folder: Path, instances: list[Light], listen: str, *more: str) -> None:
         super().__init__(folder / "route.log")
         self._words = ["--route-to", ", ".join(f"{each.name}={each.url} replay={each.replay}" for each in instances)]
-        self._words += ["--events-listen", listen, "--policy", policy, "--admin-socket", str(folder / "admin.sock")]
+        self._words += ["--events-listen", listen, "--admin-socket", str(folder / "admin.sock"), *more]
         self.start()
 
     def start(self) -> None:

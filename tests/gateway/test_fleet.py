@@ -1,4 +1,4 @@
-"""Four instances behind a gateway, while things go wrong: whatever happens, requests are answered, and hits come back."""
+"""Four instances behind a gateway, while things go wrong: requests are answered all the same, and hits come back."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ BACK_SHARE = 0.9
 class Fleet:
     """Four light instances and a gateway. Events go straight to it, or by way of `through`."""
 
-    def __init__(self, folder, stack: ExitStack, *, through=None) -> None:
+    def __init__(self, folder, stack: ExitStack, *more: str, through=None) -> None:
         self.listen = f"tcp://127.0.0.1:{free_port()}"
         events = through(self.listen) if through else self.listen
         self.instances = [stack.enter_context(Light(folder, name, events, BLOCKS)) for name in "abcd"]
-        self.gateway = stack.enter_context(Route(folder, self.instances, self.listen))
+        self.gateway = stack.enter_context(Route(folder, self.instances, self.listen, *more))
 
 
 @pytest.fixture
@@ -87,17 +87,26 @@ def test_the_gateway_is_restarted(folder, stack):
 
 def test_events_are_late_and_some_are_lost(folder, stack):
     """With events a second late, and one in ten lost, hits are as many as without that."""
-    with ExitStack() as other:
-        with talking(Fleet(folder, other)) as (_, undisturbed):
-            pass
-    rng = random.Random(5)  # noqa: S311  # must replay
-    proxies = [stack.enter_context(contextlib.closing(Late(rng))) for _ in range(1)]
-    fleet = Fleet(folder, stack, through=proxies[0].towards)
+    with ExitStack() as other, talking(Fleet(folder, other)) as (_, undisturbed):
+        pass
+    late = stack.enter_context(contextlib.closing(Late(random.Random(5))))  # noqa: S311  # must replay
+    fleet = Fleet(folder, stack, through=late.towards)
     clients = Clients(fleet.gateway.url)
     stack.callback(clients.close)
     clients.wait_asked(REQUESTS)
     assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
-    assert proxies[0].lost > 0
+    assert late.lost > 0
+
+
+def test_several_processes_share_an_address(folder, stack):
+    """Three gateways that know nothing of each other but what instances tell find conversations, and spread load."""
+    fleet = Fleet(folder, stack, "--gateway-processes", "3")
+    with talking(fleet) as (clients, undisturbed):
+        pass
+    shares = Counter(each.instance for each in clients.asked)
+    assert {each.status for each in clients.asked} == {200}
+    assert undisturbed > 0.7
+    assert max(shares.values()) <= 1.3 * len(clients.asked) / len(fleet.instances)
 
 
 class Late:
@@ -137,3 +146,5 @@ class Late:
                     self.lost += 1
                 else:
                     goes.send_multipart(frames)
+        comes.close(0)
+        goes.close(0)
