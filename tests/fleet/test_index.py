@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.fleet.chains import RUN_BLOCKS, Chain
-from thermocline.fleet.index import RUN_WEIGHT, FleetIndex
+from thermocline.fleet.index import LATELY_PROMPTS, RUN_WEIGHT, FleetIndex
 from thermocline.fleet.instance import Overlaps
 from thermocline.fleet.wiring import EVIDENCE, State, Unplaced
 from thermocline.wire.events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, read_batch, write_batch
@@ -277,15 +277,32 @@ def test_a_cleared_cache_is_empty(index):
 
 
 def test_history_counts_until_events_come(index):
-    """What was sent to an instance is taken to be held there, until its first event says what is."""
-    tokens = text(10)
+    """What was sent to an instance is taken to be held there; once events come, for some prompts more only."""
+    tokens = text(100)
     index.learn(2, index.chain(tokens))
-    assert index.match(index.chain(tokens)).device == [0, 0, 160]
+    assert index.match(index.chain(tokens)).device == [0, 0, 1600]
     assert index.wiring(2).state is State.NEW
+    for seed in range(100):
+        index.learn(2, index.chain(text(3, seed=seed)))
+    assert index.match(index.chain(tokens)).device == [0, 0, 1600]
     Engine(index, 2).says(stored(tokens, 0, 3))
+    assert index.match(index.chain(tokens)).device == [0, 0, 1600]
+    for seed in range(2 * LATELY_PROMPTS):
+        index.learn(2, index.chain(text(3, seed=seed)))
     assert index.match(index.chain(tokens)).device == [0, 0, 48]
-    index.learn(2, index.chain(tokens))
-    assert index.match(index.chain(tokens)).device == [0, 0, 48]
+    index.check_integrity()
+
+
+def test_late_events_name_what_was_learned(index):
+    """A prompt is found at once where it was sent; the events that follow name its blocks, and removals take them."""
+    tokens = text(70)
+    index.learn(0, index.chain(tokens))
+    engine = Engine(index)
+    engine.says(stored(tokens, 0, 40))
+    engine.says(stored(tokens, 40, 70))
+    engine.says(BlockRemoved((engine_names(tokens)[50],)))
+    assert index.match(index.chain(tokens)).device == [800]
+    assert index.blocks == 70
     index.check_integrity()
 
 

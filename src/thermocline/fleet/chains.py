@@ -206,6 +206,22 @@ class Forest:
             yield run, offset, offset + stop - at
             at, offset = stop, offset + stop - at
 
+    def place_chain(self, chain: Chain) -> Iterator[Piece]:
+        """File a prompt that no event has told of. What is filed already is not hashed again, as far as spans go."""
+        path = self.path(chain)
+        yield from ((run, 0, count) for run, count in path)
+        at = sum(count for _, count in path)
+        behind = (path[-1][0], path[-1][1] - 1) if path else None
+        if self.filed[0] is By.CHUNK:
+            prints = chain.names(self.filed, 0)[at:]
+            yield from self.place(behind, prints, [NO_NAME] * len(prints))
+            return
+        step = self.filed[1] // TOKENS_PER_KEY
+        root = behind[0].prints[behind[1]] if behind else chain.root
+        ids = chain.ids(at * step, chain.tokens // self.filed[1] * step)
+        prints = grow_prints(ids, root)[step - 1 :: step]
+        yield from self.place(behind, prints, [NO_NAME] * len(prints), ids, root)
+
     def path(self, chain: Chain) -> list[Place]:
         """The runs along a prompt, each with the number of its blocks that the prompt goes through.
 
@@ -266,7 +282,12 @@ class Forest:
     def _name(self, run: Run, offset: int, names: Sequence[int]) -> None:
         """Engines that hash alike have one name for a block. Another name is an alias, and one that was none is set."""
         stop = offset + len(names)
-        if run.names[offset:stop] == array("Q", names):
+        known_names, new_names = run.names[offset:stop], array("Q", names)
+        if known_names == new_names or not any(new_names):
+            return
+        if not any(known_names):
+            run.names[offset:stop] = new_names
+            self.known.update(zip(names, repeat(run)))
             return
         for at, name in enumerate(names, offset):
             known = run.names[at]

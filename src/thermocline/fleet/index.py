@@ -22,7 +22,6 @@ import xxhash
 from thermocline.blocks.key import TOKEN_BYTES, TOKENS_PER_KEY, Tokens
 from thermocline.fleet.chains import (
     NAME_MASK,
-    NO_NAME,
     RUN_BLOCKS,
     By,
     Chain,
@@ -39,8 +38,10 @@ from thermocline.fleet.instance import NOTHING, Overlaps
 from thermocline.fleet.wiring import Unplaced, Wiring, judged
 from thermocline.wire.events import Batch, BlockRemoved, BlockStored
 
-DEVICE, HOST, DISK, LEARNED = range(4)
-"""Tiers as the index numbers them. What was learned from routing counts as held on the device until events say."""
+DEVICE, HOST, DISK, BYTES, LATELY, BEFORE = range(6)
+"""Tiers as the index numbers them. The last three are guesses: what was sent counts as held on the device."""
+GUESSES = (BYTES, LATELY, BEFORE)
+LATELY_PROMPTS = 32
 MEDIA = {"GPU": DEVICE, "CPU": HOST, "CPU_PINNED": HOST, "STORAGE": DISK, "DISK": DISK}
 RUN_WEIGHT = 4
 """A run of its own costs about as much memory as so many blocks."""
@@ -83,17 +84,33 @@ class _Source:
 class _Instance:
     """What one instance holds: per tier, a bit for each block of a run. And what its events were like."""
 
-    __slots__ = ("asked", "batches", "bit", "cached", "lost", "predicted", "sources", "stored", "tiers", "unplaced")
+    __slots__ = (
+        "asked",
+        "batches",
+        "bit",
+        "cached",
+        "learned",
+        "lost",
+        "predicted",
+        "sources",
+        "stored",
+        "tiers",
+        "unplaced",
+    )
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
-        self.tiers: tuple[dict[Run, int], ...] = ({}, {}, {}, {})
+        self.tiers: list[dict[Run, int]] = [{} for _ in range(BEFORE + 1)]
         self.sources: dict[tuple[str, int], _Source] = {}
         self.begin()
 
     def begin(self) -> None:
-        self.batches = self.stored = self.lost = self.asked = self.predicted = self.cached = 0
+        self.batches = self.stored = self.lost = self.learned = self.asked = self.predicted = self.cached = 0
         self.unplaced: dict[Unplaced, int] = {}
+
+    def warm(self) -> list[dict[Run, int]]:
+        """Where blocks on the device, or sent there, may stand."""
+        return [held for tier, held in enumerate(self.tiers) if held and tier not in {HOST, DISK}]
 
 
 class FleetIndex:
@@ -132,17 +149,20 @@ class FleetIndex:
         return found
 
     def _overlaps(self, path: Sequence[Place], unit: float) -> Overlaps:
-        """Most slots hold a run wholly or not at all: only where one does not, its blocks are looked at."""
+        """Most slots hold a run wholly or not at all: only where one holds a part of it, its blocks are looked at."""
         first, instances = path[0][0].holders, self._instances
         device, blocks, through = [0] * len(instances), 0, first
         for run, count in path:
-            whole = through & run.whole
-            for slot in slots_of(through & ~whole):
-                on_device, _, _, learned = instances[slot].tiers
-                device[slot] = int(unit * _depth(path, (on_device, learned) if learned else (on_device,)))
-            through, blocks = whole, blocks + count
-            if not through:
-                break
+            whole, holders = through & run.whole, through & run.holders
+            if whole != through:
+                for slot in slots_of(through ^ holders):
+                    device[slot] = int(unit * blocks)
+                for slot in slots_of(holders & ~whole):
+                    device[slot] = int(unit * _depth(path, instances[slot].warm()))
+                through = whole
+                if not through:
+                    break
+            blocks += count
         for slot in slots_of(through):
             device[slot] = int(unit * blocks)
         run, count = path[-1]
@@ -151,11 +171,11 @@ class FleetIndex:
             return Overlaps(device, name=name)
         host, disk = device.copy(), device.copy()
         for slot in slots_of(first):
-            on_device, on_host, on_disk, learned = instances[slot].tiers
+            on_host, on_disk = instances[slot].tiers[HOST], instances[slot].tiers[DISK]
             if on_host:
-                host[slot] = disk[slot] = int(unit * _depth(path, (on_device, learned, on_host)))
+                host[slot] = disk[slot] = int(unit * _depth(path, [*instances[slot].warm(), on_host]))
             if on_disk:
-                disk[slot] = int(unit * _depth(path, (on_device, learned, on_host, on_disk)))
+                disk[slot] = int(unit * _depth(path, [*instances[slot].warm(), on_host, on_disk]))
         return Overlaps(device, host, disk, name) if disk != device else Overlaps(device, name=name)
 
     def _root(self, salt: str, lora: str) -> int:
@@ -182,7 +202,7 @@ class FleetIndex:
                 stream = known.sources[source, batch.rank] = _Source()
             restarted = sequence < stream.expected
             if restarted:
-                self._clear(known, (*stream.tiers, LEARNED))
+                self._clear(known, (*stream.tiers, *GUESSES))
                 stream.begin()
                 known.begin()
             gap = (stream.expected, sequence) if sequence > stream.expected else None
@@ -194,20 +214,21 @@ class FleetIndex:
             return Applied(stored, removed, tuple(unplaced.items()), gap, restarted)
 
     def learn(self, instance: int, chain: Chain) -> None:
-        """This prompt was sent there, so it is probably held. Counts until the first event comes from the instance.
+        """This prompt was sent there, so it is probably held.
 
-        What is known by chunks of bytes only goes on counting, as no event tells of those.
+        It counts until a removal says otherwise. Where events come, they say what is held: then it counts for the next
+        32 to 64 prompts only, as events may be late. What is known by its bytes goes on counting, as no event tells of
+        it.
         """
         with self._lock:
             known = self._instance(instance)
-            if chain.chunk_tokens:
-                filed, blocks = (By.CHUNK, 0), sys.maxsize
-            elif known.batches:
-                return
-            else:
-                filed, blocks = (By.PRINT, TOKENS_PER_KEY), chain.tokens // TOKENS_PER_KEY
-            prints = chain.names(filed, blocks)
-            self._hold(known, LEARNED, self._forest(filed).place(None, prints, [NO_NAME] * len(prints)))
+            tier, filed = (BYTES, (By.CHUNK, 0)) if chain.chunk_tokens else (LATELY, (By.PRINT, TOKENS_PER_KEY))
+            known.learned += 1
+            if known.batches and known.learned >= LATELY_PROMPTS:
+                known.learned = 0
+                self._clear(known, (BEFORE,))
+                known.tiers[LATELY], known.tiers[BEFORE] = known.tiers[BEFORE], known.tiers[LATELY]
+            self._hold(known, tier, self._forest(filed).place_chain(chain))
             self._settle()
 
     def told(self, instance: int, predicted_tokens: int, cached_tokens: int) -> None:
@@ -275,7 +296,7 @@ class FleetIndex:
                 removed += gone
                 count, why = len(event.hashes) - gone, Unplaced.UNKNOWN
             else:
-                self._clear(known, (*stream.tiers, LEARNED))
+                self._clear(known, (*stream.tiers, *GUESSES))
                 continue
             if why and count:
                 unplaced[why] = unplaced.get(why, 0) + count
@@ -300,8 +321,6 @@ class FleetIndex:
             if behind is None:
                 return Unplaced.PARENT
         tier = MEDIA[event.medium]
-        if tier == DEVICE and known.tiers[LEARNED]:
-            self._unlearn(known)
         stream.tiers.add(tier)
         names = _names(event.hashes)
         self._has_colder = self._has_colder or tier != DEVICE
@@ -341,7 +360,7 @@ class FleetIndex:
         for run, start, stop in pieces:
             bits = held[run] = held.get(run, 0) | _BITS[stop - start] << start
             run.holders |= bit
-            if bits == _BITS[len(run.prints)] and tier in {DEVICE, LEARNED}:
+            if bits == _BITS[len(run.prints)] and tier not in {HOST, DISK}:
                 run.whole |= bit
             recent[run] = None
             recent.move_to_end(run)
@@ -361,27 +380,23 @@ class FleetIndex:
         if place is None:
             return False
         run, at = place
-        bits = known.tiers[tier].get(run, 0)
-        if not bits >> at & 1:
-            return False
-        left = bits & ~(1 << at)
-        run.whole &= ~known.bit
-        if left:
-            known.tiers[tier][run] = left
-        else:
-            self._let_go(known, tier, run)
-        return True
+        found = False
+        for each in (DEVICE, *GUESSES) if tier == DEVICE else (tier,):
+            bits = known.tiers[each].get(run, 0)
+            if not bits >> at & 1:
+                continue
+            found = True
+            run.whole &= ~known.bit
+            if left := bits & ~(1 << at):
+                known.tiers[each][run] = left
+            else:
+                self._let_go(known, each, run)
+        return found
 
     def _clear(self, known: _Instance, tiers: Sequence[int]) -> None:
         for tier in tiers:
             for run in [*known.tiers[tier]]:
                 self._let_go(known, tier, run)
-
-    def _unlearn(self, known: _Instance) -> None:
-        """An event has come: from now on events say what is held. What is filed by chunks has none."""
-        for run in [*known.tiers[LEARNED]]:
-            if run.forest.filed[0] is not By.CHUNK:
-                self._let_go(known, LEARNED, run)
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
@@ -450,7 +465,7 @@ class FleetIndex:
             assert run.holders == sum(known.bit for known in holders)
             all_of_it = _BITS[len(run.prints)]
             assert all(
-                all_of_it in {known.tiers[DEVICE].get(run), known.tiers[LEARNED].get(run)}
+                all_of_it in {held.get(run) for held in known.warm()}
                 for known in self._instances
                 if run.whole & known.bit
             )
@@ -472,7 +487,7 @@ class FleetIndex:
 @functools.lru_cache(LOOKED_UP_MAX)
 def slots_of(mask: int) -> tuple[int, ...]:
     """The slots whose bits are set."""
-    return tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
+    return tuple(slot for slot, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
 
 
 def _depth(path: Sequence[Place], tiers: Sequence[dict[Run, int]]) -> int:
