@@ -24,6 +24,8 @@ XGRAMMAR := 0.2.8
 LMCACHE_VENV := .venv-lmcache
 LMCACHE_READY := $(LMCACHE_VENV)/.ready
 LMCACHE := 0.5.6
+DYNAMO_VENV := .venv-dynamo
+DYNAMO := 1.6.1
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 ARGS ?=
@@ -33,7 +35,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
 .PHONY: help demo test test-long test-vllm fuzz lint format types docs generate bench check clean engine redis-server \
-	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env
+	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env bench-dynamo-env
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,7 +88,7 @@ bench: $(ENGINE) ## Measure one budget: NAME=ttft (ARGS="--json --save"); withou
 check: test lint types docs ## All that .ci/run asks
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV) $(DYNAMO_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
 
@@ -108,7 +110,7 @@ redis-server:
 			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
-$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python $(DYNAMO_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(call say,making $* with $(PYTHON))
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
@@ -183,3 +185,7 @@ $(ROUTERS_READY): | $(ROUTERS_VENV)/bin/python
 	$(call say,installing sglang-router 0.3.2 and vllm-router 0.1.17)
 	@$(ROUTERS_VENV)/bin/python -m pip install -q "sglang-router==0.3.2" "vllm-router==0.1.17"
 	@touch $@
+
+# Another peer, whose router core `bench route` asks what it asks ours. What else it needs is what makes the events.
+bench-dynamo-env: | $(DYNAMO_VENV)/bin/python ## Install Dynamo's router core on its own, for `thermocline bench route`
+	@$(DYNAMO_VENV)/bin/python -m pip install -q "ai-dynamo-runtime==$(DYNAMO)" pyzmq msgspec numpy xxhash
