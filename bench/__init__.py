@@ -40,12 +40,15 @@ BENCHES = {
             "redis-tier", "blocks from Redis over MGET with a copy, and over two keys per block as a peer has them", 20
         ),
         Entry("recovery", "a million blocks found again at a start, over reading and verifying their log alone", 60),
+        Entry("locality", "1,600 prefixes on 8 instances: what four policies find, in both senses of a hit", 30),
         Entry("start", "`import thermocline` and `thermocline --help` over bare python", 10),
         Entry("ttft", "first token: no cache, memory, new process on the same disk, retained cache", 120, engine=True),
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),
         Entry("node", "a match of 64 blocks by a node: idle, under load, asked again, over a bare round trip", 30),
         Entry("route", "a routing decision, events taken in and memory per block, over Dynamo's router core", 150),
-        Entry("gateway", "CPU time of a request through the gateway, and the first streamed byte, beside two peers", 150),
+        Entry(
+            "gateway", "CPU time of a request through the gateway, and the first streamed byte, beside two peers", 150
+        ),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
         Entry("vs-lmcache", "the same vLLM with LMCache and with us: first tokens, misses, faults", 480, engine=True),
     )

@@ -16,6 +16,7 @@ from thermocline.fleet.instance import Ask, Choice, Instance, InstanceState, Out
 
 SESSIONS_MAX = 65_536
 RENTS_MAX = 4_096
+HOT_ROUNDS = 2
 RENT_SHARE = 0.1
 """What is owed for a prefix also grows by this share of the work done for it: so a copy is made where nobody waits."""
 SESSION_SECONDS = 5.0
@@ -31,6 +32,8 @@ REGIME_TRUST = 0.5
 STREAM_SECONDS_PRIOR = 1.0
 UNIT_MAX = 1e100
 FADING = 0.9
+FORGOTTEN_TURNS = 64
+"""What an instance has shown is forgotten when it had no request among so many per instance."""
 NEVER = 1 << 30
 
 
@@ -72,8 +75,7 @@ class Fleet:
         self.until: list[float] = []
         self.floor: list[float] = []
         self.late: list[float] = []
-        self.extra: list[float] = []  # seconds that streams and missing seats add
-        self.base: list[float] = []  # extra, with what others say; infinite where nothing may be sent
+        self.base: list[float] = []  # what streams and missing seats add; infinite where nothing may be sent
         self.fixed: list[float] = []
         self.per_token: list[float] = []
         self.per_pair: list[float] = []  # half of the formula's c: of (N - k) * (N + k)
@@ -84,13 +86,16 @@ class Fleet:
         self.unit = 1.0
         self.no_tokens: list[int] = []
         self.sessions: OrderedDict[str, tuple[int, int, float]] = OrderedDict()
-        self.rents: OrderedDict[int, float] = OrderedDict()  # seconds waited for a prefix, by its name
+        self.rents: OrderedDict[int, tuple[float, int]] = OrderedDict()  # seconds waited for a prefix, and when last
         self._costs: list[InstanceCosts] = []
+        self._weights: list[tuple[float, ...]] = []
+        self._per_stream: list[float] = []
         self._waiting: list[dict[int, Booking]] = []
         self._work: list[float] = []
         self._head_since: list[float] = []
         self._streams: list[int] = []
         self._incarnation: list[int] = []
+        self._unknown: set[int] = set()
         self._stream_seconds: list[float] = []
         self._handicap: list[float] = []
         self._found: list[list[float]] = []  # tokens found cached, predicted to be, and of prompts
@@ -119,7 +124,7 @@ class Fleet:
         costs, slot = self._costs_like(), len(self.instances)
         self.instances.append(instance)
         self.available.append(True)
-        for zeros in (self.until, self.floor, self.late, self.extra, self.base, self.fixed, self.per_token):
+        for zeros in (self.until, self.floor, self.late, self.base, self.fixed, self.per_token, self._per_stream):
             zeros.append(0.0)
         for zeros in (self.per_pair, self._work, self._head_since, self._handicap, *self.per_loaded):
             zeros.append(0.0)
@@ -129,9 +134,11 @@ class Fleet:
         self.turns.append(-1)
         self.no_tokens.append(0)
         self._costs.append(costs)
+        self._weights.append(())
         self._waiting.append({})
         self._streams.append(0)
         self._incarnation.append(0)
+        self._unknown.add(slot)
         self._stream_seconds.append(STREAM_SECONDS_PRIOR)
         self._found.append([0.0, 0.0, 0.0])
         self._weigh(slot)
@@ -176,6 +183,8 @@ class Fleet:
         self._settle(slot)
         self._turn += 1
         self.turns[slot] = self._turn
+        if not self._turn % FORGOTTEN_TURNS:
+            self._forget()
         self._remember(slot, own, now, ask.prompt_tokens - choice.cached_tokens)
         if ask.overlaps.name is not None:
             self._rent(ask.overlaps.name, choices)
@@ -206,7 +215,7 @@ class Fleet:
                 if booking.stretch is not None:
                     terms = terms_of(booking.ask, choice, booking.streams, known)
                     self._costs[slot].finished(booking.stretch, terms, idle=not self._waiting[slot])
-                    self._weigh(slot)
+                    self._learned(slot)
                 seconds = self._stream_seconds[slot]
                 self._stream_seconds[slot] = FADING * seconds + (1 - FADING) * (now - booking.first_at)
             if cached_tokens is not None:
@@ -280,8 +289,9 @@ class Fleet:
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
-    def _costs_like(self) -> InstanceCosts:
-        like = max(self._costs, key=lambda costs: costs.observations, default=None)
+    def _costs_like(self, besides: int = -1) -> InstanceCosts:
+        others = (costs for slot, costs in enumerate(self._costs) if slot != besides)
+        like = max(others, key=lambda costs: costs.observations, default=None)
         return InstanceCosts(like if like is not None and like.observations else None)
 
     def _clear(self, slot: int, now: float) -> None:
@@ -339,11 +349,32 @@ class Fleet:
         seats = self.instances[slot].seats
         standing = max(0, len(waiting) + streams + 1 - seats)
         wait = standing * self._stream_seconds[slot] / seats
-        self.extra[slot] = self._costs[slot].weights[3] * streams + wait
-        self.base[slot] = self.extra[slot] + self._handicap[slot] if self.available[slot] else math.inf
+        extra = self._per_stream[slot] * streams + wait + self._handicap[slot]
+        self.base[slot] = extra if self.available[slot] else math.inf
+
+    def _forget(self) -> None:
+        """One that was dear once gets nothing, so nobody would notice that it is not any more: give it another try."""
+        for slot, turn in enumerate(self.turns):
+            if self._turn - turn > FORGOTTEN_TURNS * len(self.turns) and self._costs[slot].observations:
+                self._costs[slot] = self._costs_like(slot)
+                self._weigh(slot)
+
+    def _learned(self, slot: int) -> None:
+        """What was learned of one instance is what is believed of those of which nothing is known."""
+        self._weigh(slot)
+        for other in [*self._unknown]:
+            if self._costs[other].observations:
+                self._unknown.discard(other)
+            elif self._costs[slot].observations and not self.in_flight(other):
+                self._costs[other] = InstanceCosts(self._costs[slot])
+                self._weigh(other)
 
     def _weigh(self, slot: int) -> None:
-        fixed, per_token, per_pair, _, *loads = self._costs[slot].weights
+        weights = self._costs[slot].weights
+        if weights is self._weights[slot]:
+            return
+        self._weights[slot] = weights
+        fixed, per_token, per_pair, self._per_stream[slot], *loads = weights
         self.fixed[slot], self.per_token[slot], self.per_pair[slot] = fixed, per_token, per_pair / 2
         for lengths, seconds in zip(self.per_loaded, loads, strict=True):
             lengths[slot] = seconds
@@ -364,14 +395,19 @@ class Fleet:
         self._span_seconds = self._span_seconds * kept + passed
 
     def _rent(self, name: int, choices: Sequence[Choice]) -> None:
-        """Waiting where a prefix lies is rent, a copy of it elsewhere is bought by computing: see `router`."""
-        owed = self.rents.pop(name, 0.0)
-        if Why.SPILLED not in choices[0].reasons:
-            others = [choice.queue_seconds for choice in choices[1:]]
-            waited = max(0.0, choices[0].queue_seconds - min(others, default=math.inf))
-            self.rents[name] = owed + waited + RENT_SHARE * choices[0].recompute_seconds
-            if len(self.rents) > RENTS_MAX:
-                self.rents.popitem(last=False)
+        """Waiting where a prefix lies is rent, a copy of it elsewhere is bought by computing: see `router`.
+
+        Only a prefix that comes at least every other round of the fleet owes any: others do not make the queue.
+        """
+        owed, turn = self.rents.pop(name, (0.0, -HOT_ROUNDS * len(self.instances)))
+        if Why.SPILLED in choices[0].reasons:
+            owed = 0.0
+        elif self._turn - turn <= HOT_ROUNDS * len(self.instances):
+            waited = choices[0].queue_seconds - min([choice.queue_seconds for choice in choices[1:]], default=math.inf)
+            owed += max(0.0, waited) + RENT_SHARE * choices[0].recompute_seconds
+        self.rents[name] = owed, self._turn
+        if len(self.rents) > RENTS_MAX:
+            self.rents.popitem(last=False)
 
     def _visit(self, session: str, slot: int, tokens: int, now: float) -> None:
         before = self.sessions.pop(session, None)

@@ -22,9 +22,9 @@ LOADED_FROM = {Tier.HOST: 4, Tier.DISK: 5, Tier.PEER: 6}
 OPEN_OBSERVATIONS = 8
 ODD = 2.0
 """After the first few, what is further off its prediction than this factor counts only if the one before was so too."""
-EVERY_SECONDS = 0.1
+EVERY_SECONDS = 1.0
 EAGER_OBSERVATIONS = 32
-"""A fit costs some 0.2 ms: later ones are made ten times a second at most."""
+"""A fit costs some 0.2 ms: later ones are made once a second at most."""
 TOGETHER = 0.1
 """First tokens that come within so much of a stretch's length after it are of the same step."""
 WAIT_LEARNING = 0.05

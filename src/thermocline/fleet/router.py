@@ -28,17 +28,18 @@ from thermocline.fleet.instance import Ask, Choice, Hint, Tier, Why
 
 CHOICES_MAX = 3
 """More are not priced in parts: the gateway tries no more than these before it asks again."""
-GUARD = 0.02
-"""What a second of work, sent lately, counts when instances are compared."""
+GUARD, GUARD_NEW = 0.02, 0.2
+"""What a second of work that was sent lately counts, and more of it as less of the prompt is held anywhere: where a
+conversation begins is the time to balance them, as it will stay there."""
 TIE = 1e-6
-"""The same where nothing else tells them apart."""
+"""The same for `least_loaded`: where nothing else tells instances apart."""
 FETCHERS_MAX = 3
 """A fetch makes all instances equal but for their queues: those with the shortest ones are looked at."""
-GUARD_NEW = 0.2
 EXTERNAL_MAX = 9.0
 UTILISATION_MAX = 0.9
 INFINITE = math.inf
 PEER = 2
+NO_RENT = (0.0, 0)
 
 
 class Known(NamedTuple):
@@ -81,8 +82,8 @@ def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
     known = _known(ask, fleet, now)
     tokens, longest = ask.prompt_tokens, max(known.device, default=0)
     work = 1.0 + _external(fleet)
-    guard = (GUARD + GUARD_NEW * (1.0 - longest / max(tokens, 1))) * work if longest else TIE
-    guard /= fleet.unit
+    new = 1.0 - longest / tokens if longest else 0.0
+    guard = work * (GUARD + GUARD_NEW * new) / fleet.unit
     scores = [
         (ahead if (ahead := until - now) > floor else floor + late * (floor - ahead))
         + base
@@ -104,7 +105,7 @@ def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
     for tier, (warm, cold) in enumerate(((known.device, known.host), (known.host or known.device, known.disk))):
         if cold and cold != warm:
             scores = _with_loads(fleet, scores, work, warm, cold, fleet.per_loaded[tier])
-    owed = fleet.rents.get(ask.overlaps.name, 0.0) if ask.overlaps.name is not None else 0.0
+    owed = fleet.rents.get(ask.overlaps.name, NO_RENT)[0] if ask.overlaps.name is not None else 0.0
     if owed:
         scores = [score + owed if held == longest else score for score, held in zip(scores, known.device, strict=True)]
     for slot in ask.exclude:
