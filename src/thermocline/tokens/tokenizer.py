@@ -24,7 +24,7 @@ _LOCAL_PIECES = frozenset({"ByteLevel", "Digits", "Punctuation", "Sequence", "Sp
 _LOCAL_FORMS = frozenset({"Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Sequence"})
 _LOOKS_BACK = re.compile(r"\(\?<|\\[bBAG]|(?<!\[)\^")
 _AROUND = ("bos_token", "eos_token")
-_LINE = r"(?<=\n)[!-~]"
+_LINE = re.compile(r"\n[!-~]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,11 @@ class Cuts:
 
     characters: array[int]
     tokens: array[int]
+
+    @property
+    def last(self) -> int:
+        """The last of them; 0 where there is none."""
+        return self.characters[-1] if self.characters else 0
 
     def before(self, character: int) -> tuple[int, int]:
         """The last cut at or before that character and its token; the beginning where there is none."""
@@ -62,13 +67,13 @@ class Tokenizer:
         found = _around(tokenizer)
         self.begin = array("I", found[0] if begin is None else begin)
         self.end = array("I", found[1] if end is None else end)
-        added = tokenizer.get_added_tokens_decoder().values()
-        marks = [token.content for token in added if not token.normalized and not token.single_word]
-        self.margin = 1 + max((len(token.content) for token in added), default=0)
+        added = tokenizer.get_added_tokens_decoder()
+        self._marks = {
+            at: token.content for at, token in added.items() if not token.normalized and not token.single_word
+        }
+        self._lines = _is_local(tokenizer)
+        self.margin = 1 + max((len(token.content) for token in added.values()), default=0)
         """Characters behind a cut that must be known before it is one: a longer special token could begin before it."""
-        lines = [_LINE] if _is_local(tokenizer) else []
-        pattern = "|".join([*map(re.escape, sorted(marks, key=len, reverse=True)), *lines])
-        self._cut = re.compile(pattern) if pattern else None
 
     def encode(self, text: str, *, special: bool = True) -> array[int]:
         """Token ids; `special` adds what the model expects around a text, such as a token for its beginning."""
@@ -84,16 +89,20 @@ class Tokenizer:
         the rules by which a text is split do not look back. Where the split is not seen there, it is no cut.
         """
         encoded = self._encode(text)
+        ids = array("I", encoded.ids)
+        places = [(encoded.token_to_chars(at), at) for at, token in enumerate(ids) if token in self._marks]
+        found = [(chars[0], at) for chars, at in places if chars and text.startswith(self._marks[ids[at]], chars[0])]
+        line = _LINE.search(text) if self._lines else None
+        while line:
+            start = line.end() - 1
+            found.append((start, encoded.char_to_token(start) or 0))
+            line = _LINE.search(text, start + CUT_EVERY_CHARACTERS)
         cuts = Cuts(array("I"), array("I"))
-        found = self._cut.search(text, 1) if self._cut else None
-        while found and self._cut:
-            start = found.start()
-            token = encoded.char_to_token(start)
-            if token and _begins(encoded, token, start):
-                cuts.characters.append(start)
+        for character, token in sorted(found):
+            if character >= CUT_EVERY_CHARACTERS + cuts.last and _begins(encoded, token, character):
+                cuts.characters.append(character)
                 cuts.tokens.append(token)
-            found = self._cut.search(text, start + CUT_EVERY_CHARACTERS)
-        return array("I", encoded.ids), cuts
+        return ids, cuts
 
     def decode(self, tokens: Any) -> str:  # noqa: ANN401  # any sequence of ints
         """The text of some tokens; incomplete characters become replacement characters."""
@@ -155,7 +164,8 @@ def _begins(encoded: tokenizers.Encoding, token: int, character: int) -> bool:
     """True where that token begins exactly there, as the first of its piece of text."""
     chars = encoded.token_to_chars(token)
     return (
-        chars is not None
+        token > 0
+        and chars is not None
         and chars[0] == character
         and encoded.char_to_token(character - 1) != token
         and (encoded.token_to_word(token) is None or encoded.token_to_word(token) != encoded.token_to_word(token - 1))
