@@ -1,0 +1,109 @@
+"""Whatever is lost on the way, and whenever an instance starts again, its taker gets every batch once and in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import closing
+
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thermocline.clock import until
+from thermocline.wire.publisher import END
+from thermocline.wire.subscriber import Subscriber
+
+TOPIC = b"kv@one@m"
+WAIT_SECONDS = 10.0
+ARRIVES, LOST, RESTART = "arrives", "lost", "restart"
+
+
+class Instance:
+    """Numbers what it says, sends it unless it is to be lost, and keeps it all for replays of this life."""
+
+    def __init__(self, place: str) -> None:
+        self._context = zmq.Context()
+        self._pub = self._context.socket(zmq.XPUB)
+        self._pub.connect(place)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.bind(place + "-replay")
+        assert self._pub.poll(5000)
+        self._pub.recv()
+        self.life, self.said = 0, 0
+        self.closing = False
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def payload(self, number: int) -> bytes:
+        return b"%d %d" % (self.life, number)
+
+    def say(self, *, lost: bool) -> None:
+        number, self.said = self.said, self.said + 1
+        if not lost:
+            self._pub.send_multipart((TOPIC, number.to_bytes(8, "big"), self.payload(number)))
+
+    def restart(self) -> None:
+        self.life, self.said = self.life + 1, 0
+
+    def _answer(self) -> None:
+        while not self.closing:
+            if self._router.poll(5):
+                asker, empty, first = self._router.recv_multipart()
+                for number in range(int.from_bytes(first, "big"), self.said):
+                    frames = (asker, empty, TOPIC, number.to_bytes(8, "big"), self.payload(number))
+                    self._router.send_multipart(frames)
+                self._router.send_multipart((asker, empty, b"", END, b""))
+
+    def close(self) -> None:
+        self.closing = True
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from([ARRIVES, ARRIVES, LOST, RESTART]), max_size=40))
+def test_nothing_is_missed_and_nothing_comes_twice(steps):
+    """With a replay to ask, a taker gets all batches of every life whose start it hears, each once, in their order."""
+    place = f"ipc://@kv-{os.urandom(6).hex()}"
+    taken: list[tuple[int, int]] = []
+
+    def take(source: str, sequence: int, payload: bytes) -> None:
+        assert source.encode() == TOPIC
+        life, number = map(int, payload.split())
+        assert number == sequence
+        taken.append((life, number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("thermocline.wire.subscriber.REPLAY_PAUSE_SECONDS", 0.0)
+        subscriber = Subscriber([place], take, replays={TOPIC.decode(): place + "-replay"})
+        with closing(subscriber), closing(Instance(place)) as instance:
+            expected: list[tuple[int, int]] = []
+
+            def settled() -> bool:
+                return until(lambda: taken == expected, WAIT_SECONDS, pause_seconds=0.002)
+
+            for step in (*steps, ARRIVES):
+                if step == RESTART:
+                    # the last batch of a life has to be heard, or nobody could know of it
+                    instance.say(lost=False)
+                    expected = [*expected[: _lives(expected, instance.life)], *_life(instance)]
+                    assert settled(), (taken, expected)
+                    instance.restart()
+                    instance.say(
+                        lost=False
+                    )  # a life that is first heard of further on than the last one went on with it
+                else:
+                    instance.say(lost=step == LOST)
+            expected = [*expected[: _lives(expected, instance.life)], *_life(instance)]
+            assert settled(), (taken, expected)
+            assert subscriber.counts["gaps"] == subscriber.counts["late"] == subscriber.counts["failed"] == 0
+
+
+def _life(instance: Instance) -> list[tuple[int, int]]:
+    return [(instance.life, number) for number in range(instance.said)]
+
+
+def _lives(expected: list[tuple[int, int]], life: int) -> int:
+    return sum(each[0] < life for each in expected)
