@@ -149,34 +149,38 @@ class FleetIndex:
         return found
 
     def _overlaps(self, path: Sequence[Place], unit: float) -> Overlaps:
+        run, count = path[-1]
+        name, device = run.prints[count - 1], self._on_device(path, unit)
+        if not self._has_colder:
+            return Overlaps(device, name=name)
+        host, disk = device.copy(), device.copy()
+        for slot in slots_of(path[0][0].holders):
+            known = self._instances[slot]
+            on_host, on_disk = known.tiers[HOST], known.tiers[DISK]
+            if on_host:
+                host[slot] = disk[slot] = int(unit * _depth(path, [*known.warm(), on_host]))
+            if on_disk:
+                disk[slot] = int(unit * _depth(path, [*known.warm(), on_host, on_disk]))
+        return Overlaps(device, host, disk, name) if disk != device else Overlaps(device, name=name)
+
+    def _on_device(self, path: Sequence[Place], unit: float) -> list[int]:
         """Most slots hold a run wholly or not at all: only where one holds a part of it, its blocks are looked at."""
-        first, instances = path[0][0].holders, self._instances
-        device, blocks, through = [0] * len(instances), 0, first
+        through, blocks = path[0][0].holders, 0
+        tokens = [0] * len(self._instances)
         for run, count in path:
             whole, holders = through & run.whole, through & run.holders
             if whole != through:
                 for slot in slots_of(through ^ holders):
-                    device[slot] = int(unit * blocks)
+                    tokens[slot] = int(unit * blocks)
                 for slot in slots_of(holders & ~whole):
-                    device[slot] = int(unit * _depth(path, instances[slot].warm()))
+                    tokens[slot] = int(unit * _depth(path, self._instances[slot].warm()))
                 through = whole
                 if not through:
                     break
             blocks += count
         for slot in slots_of(through):
-            device[slot] = int(unit * blocks)
-        run, count = path[-1]
-        name = run.prints[count - 1]
-        if not self._has_colder:
-            return Overlaps(device, name=name)
-        host, disk = device.copy(), device.copy()
-        for slot in slots_of(first):
-            on_host, on_disk = instances[slot].tiers[HOST], instances[slot].tiers[DISK]
-            if on_host:
-                host[slot] = disk[slot] = int(unit * _depth(path, [*instances[slot].warm(), on_host]))
-            if on_disk:
-                disk[slot] = int(unit * _depth(path, [*instances[slot].warm(), on_host, on_disk]))
-        return Overlaps(device, host, disk, name) if disk != device else Overlaps(device, name=name)
+            tokens[slot] = int(unit * blocks)
+        return tokens
 
     def _root(self, salt: str, lora: str) -> int:
         found = self._roots.get((salt, lora))
