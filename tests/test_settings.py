@@ -46,6 +46,9 @@ OTHER = {
     "costs_path": "/nowhere/costs.json",
     "write_queue_bytes": "16MiB",
     "load_seconds_max": "500ms",
+    "events_endpoint": "tcp://127.0.0.1:5557",
+    "events_replay_endpoint": "tcp://127.0.0.1:5558",
+    "events_name": "node-a",
 }
 
 
