@@ -113,6 +113,7 @@ class Fleet:
 
         Its costs begin as those that another one has shown, where one has.
         """
+        assert slot is None or slot <= len(self.instances), "slots are given out in order"
         if slot is not None and slot < len(self.instances):
             self._clear(slot, now)
             if self.instances[slot].url != instance.url:
