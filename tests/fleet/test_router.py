@@ -156,7 +156,7 @@ def test_affinity_that_cannot_pay_gives_way_to_load():
 @pytest.mark.slow
 def test_mooncake_conversations():
     """On the public conversation trace the mean first token beats least_loaded and the session hash."""
-    requests = mooncake("conversation", 6_000)
+    requests = mooncake("conversation", 4_000)
     mean = {}
     for policy in (BEST, "least_loaded", "session_hash"):
         world = World(8, 2_500, 512, policy).run(requests)
