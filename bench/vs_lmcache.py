@@ -50,11 +50,14 @@ class Seen:
     cache_cpu: dict[str, list[float]] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     partly_saved: dict[str, int] = field(default_factory=dict)
+    not_held: list[str] = field(default_factory=list)
 
     def add(self, phase: str, who: str, length: int, answer: Answer) -> None:
         """One answer's first token. An answer that was not cached as it should be is kept under another name."""
         wanted = 0 if phase == COLD else length - 1
         name = phase if answer.cached_tokens == wanted else f"{phase}, not held"
+        if name != phase:
+            self.not_held.append(f"{name}: {who}, {length} tokens, {answer.cached_tokens} cached: {answer.why}")
         self.seconds.setdefault((name, who, length), []).append(answer.seconds)
 
 
@@ -332,9 +335,10 @@ def _report(seen: Seen, same: int) -> Report:
         "ratios": quotients | {f"CPU time of a miss: {who} / {ALONE}": row for who, row in cpu.items()},
         "cache_cpu_seconds": {who: statistics.median(taken) for who, taken in seen.cache_cpu.items()},
         "partly_saved": seen.partly_saved,
+        "not_held": seen.not_held,
         "faults": seen.faults,
         "new_tokens": NEW_TOKENS,
-        "notes": [*_fault_lines(seen), "", *_cpu_lines(seen, cpu)],
+        "notes": [*_fault_lines(seen), "", *_cpu_lines(seen, cpu), *seen.not_held],
     }
     return Report(checks, details)
 
