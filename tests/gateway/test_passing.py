@@ -186,6 +186,43 @@ def test_decided_aside():
         assert door.counted("decisions_missed_total") == {"": 2}
 
 
+def test_removed_while_it_was_decided():
+    """An instance that is removed while a decision for it is made aside costs another decision."""
+
+    class Slow(InTurn):
+        def choose(self, request):
+            found = super().choose(request)
+
+            async def later():
+                import asyncio
+
+                await asyncio.sleep(0.2)
+                return found
+
+            return later()
+
+    with served(2, chooser=Slow()) as (door, _), door.connect() as line:
+        line.send(post(b"{}"))
+        assert until(lambda: door.chooser.asked == 1)
+        door.world.call(lambda: door.gateway.standings.remove(door.gateway.standings[0]))
+        assert line.answer().headers["x-thermocline-instance"] == "i1"
+        assert until(lambda: door.chooser.open == 0)
+
+
+def test_a_chooser_that_fails():
+    """Whatever goes wrong where decisions are made, answers pass through whole."""
+
+    class Deaf(InTurn):
+        def first_byte(self, decision, now):
+            raise ValueError
+
+        finished = failed = first_byte
+
+    with served(chooser=Deaf()) as (door, _), door.connect() as line:
+        for _ in range(3):
+            assert line.ask(post(b'{"stream":true}')).whole
+
+
 @pytest.mark.parametrize("body", [b"{}", b" { } ", b'{"a":1}', b'\n{ "a" : {} }'])
 def test_spliced(body):
     """Fields of ours are put in first, and the rest of a body stays as it is."""

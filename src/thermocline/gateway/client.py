@@ -270,9 +270,8 @@ class Client(asyncio.Protocol):
             name = self._gateway.new_id()
             if not told:
                 self._headers.append(b"x-request-id: %b\r\n" % name.encode())
-        key = self._gateway.instance_key if self._gateway.keys else seen.get(b"authorization")
-        if key:
-            self._headers.append(b"authorization: %b\r\n" % key)
+        if b"authorization" in seen and self._gateway.keys is None:  # else it is our key, and goes no further
+            self._headers.append(b"authorization: %b\r\n" % seen[b"authorization"])
         session = seen.get(b"x-session-id")
         return Ask(
             name,
@@ -287,7 +286,8 @@ class Client(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._transport.write(data)
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def respond(
         self, body: bytes, status: int = 200, content_type: str = "application/json", more: bytes = b""
@@ -297,7 +297,7 @@ class Client(asyncio.Protocol):
         line = LINES[status]
         kept = KEEP if self.keep_alive and not self._gateway.stopping else CLOSE
         head = b"content-type: %b\r\ncontent-length: %d\r\n" % (content_type.encode(), len(body))
-        self._transport.write(b"%b%b%b%b\r\n%b" % (line, head, kept, more, body))
+        self.write(b"%b%b%b%b\r\n%b" % (line, head, kept, more, body))
         self.done()
 
     def refuse(self, error: RequestError) -> None:

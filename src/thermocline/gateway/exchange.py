@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -123,7 +123,13 @@ class Exchange:
 
     def _go(self, decision: Decision, now: float, *, chosen: bool) -> None:
         self._decision, self._chosen = decision, chosen
-        self._standing = standing = self._gateway.standings[decision.instance]
+        standing = self._gateway.standings.at(decision.instance)
+        if standing is None:  # removed while this was decided aside
+            self._tell(self._gateway.chooser.failed, now, Trouble.UNREACHABLE)
+            self._decision = None
+            self._again()
+            return
+        self._standing = standing
         self._gateway.standings.tried(standing, now)
         self.deadline = min(now + self._gateway.rules.first_byte_seconds, self._total_deadline)
         link = standing.take()
@@ -135,7 +141,7 @@ class Exchange:
     async def _connect(self, standing: Standing) -> None:
         try:
             link = await standing.connect()
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, ValueError):
             self._task = None
             self.failed(Trouble.UNREACHABLE)
             return
@@ -176,8 +182,8 @@ class Exchange:
         decision, standing = self._decision, self._standing
         assert decision is not None
         assert standing is not None
-        if self._chosen and status == OK:
-            self._gateway.chooser.first_byte(decision, now)
+        if status == OK:
+            self._tell(self._gateway.chooser.first_byte, now)
         if not framed or self._gateway.stopping:
             self.client.keep_alive = False
         if self.client.paused:
@@ -209,8 +215,7 @@ class Exchange:
         assert self._decision is not None
         assert self._standing is not None
         usage = read_usage(self._before, self._last) if self._status == OK else None
-        if self._chosen:
-            gateway.chooser.finished(self._decision, now, usage)
+        self._tell(gateway.chooser.finished, now, usage)
         self._standing.in_flight -= 1
         self._standing.routed += 1
         if self._status in BUSY:
@@ -290,8 +295,7 @@ class Exchange:
         now, gateway = self._gateway.clock.now(), self._gateway
         assert self._decision is not None
         assert self._standing is not None
-        if self._chosen:
-            gateway.chooser.failed(self._decision, now, trouble)
+        self._tell(gateway.chooser.failed, now, trouble)
         self._standing.in_flight -= 1
         if trouble is not Trouble.CLIENT_LEFT:
             gateway.standings.failed(self._standing, now, self._try_started)
@@ -318,6 +322,14 @@ class Exchange:
         """No instance's answer comes: ours does."""
         self._close(error.status, by_us=True)
         self.client.refuse(error)
+
+    def _tell(self, hear: Callable[..., None], *what: object) -> None:
+        """Word to whoever decided. What goes wrong there goes no further."""
+        if self._chosen:
+            try:
+                hear(self._decision, *what)
+            except Exception:
+                LOG.exception("whoever decides could not take in what came of it")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import socket
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from thermocline.metrics import Metrics
 from thermocline.settings import is_loopback
 from thermocline.wire.http import Limits
 
+LOG = logging.getLogger("thermocline.gateway")
 SWEEP_SECONDS = 0.1
 """How late a deadline may be noticed. One timer looks at all connections: one each would cost every request."""
 HOSTS_KNOWN_MAX = 64
@@ -39,10 +41,7 @@ TEXT, JSON = "text/plain; version=0.0.4", "application/json"
 
 
 class Gateway:
-    """Listens until stopped. All of it runs on the loop that `start` was called on.
-
-    With `keys`, those of clients go no further, and instances are shown `instance_key` if there is one.
-    """
+    """Listens until stopped. All of it runs on the loop that `start` was called on."""
 
     def __init__(
         self,
@@ -51,7 +50,6 @@ class Gateway:
         *,
         host: str = "127.0.0.1",
         keys: Keys | None = None,
-        instance_key: str | None = None,
         limits: Limits | None = None,
         rules: Rules | None = None,
         clock: Clock | None = None,
@@ -61,7 +59,6 @@ class Gateway:
             msg = f"host {host} can be reached from other machines, and no API keys protect it"
             raise SettingsError(msg, hint="give it API keys, or listen on 127.0.0.1")
         self.chooser, self.keys = chooser, keys
-        self.instance_key = f"Bearer {instance_key}".encode() if instance_key else b""
         self.limits, self.rules = limits or Limits(connections_max=4096), rules or Rules()
         self.clock, self.metrics = clock or SystemClock(), metrics or Metrics()
         self.budget = RetryBudget(self.rules.retry_share, self.rules.retry_burst)
@@ -113,10 +110,11 @@ class Gateway:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = self.clock.now()
-            for client in tuple(self._clients):
-                client.sweep(now)
-            for standing in self.standings:
-                standing.sweep(now)
+            for each in (*self._clients, *self.standings):
+                try:
+                    each.sweep(now)
+                except Exception:
+                    LOG.exception("a deadline could not be held")  # those of the others are
 
     # -- who comes in --------------------------------------------------------------------------------------------------
 
@@ -202,11 +200,11 @@ class Gateway:
         """A request is over, however it ended."""
         self.in_flight -= 1
         self.decisions.keep(record)
-        if not record.tries or record.tries[-1].first_byte_seconds is None:
+        last, usage = record.tries[-1] if record.tries else None, record.usage
+        if last is None or last.first_byte_seconds is None:
             return
-        last, usage, metrics = record.tries[-1], record.usage, self.metrics
-        metrics.observe("first_byte_seconds", last.first_byte_seconds)
-        metrics.observe("answer_seconds", record.seconds)
+        self.metrics.observe("first_byte_seconds", last.first_byte_seconds)
+        self.metrics.observe("answer_seconds", record.seconds)
         if usage is not None:
             self._prompt_tokens += usage.prompt_tokens or 0
             self._cached_tokens += usage.cached_tokens or 0

@@ -122,7 +122,7 @@ class Standing:
             link.transport.close()
 
     async def connect(self) -> Link:
-        """A new connection. Raises OSError or TimeoutError."""
+        """A new connection. Raises OSError, TimeoutError, or ValueError for a name that cannot be one."""
         host, port = self.address
         async with asyncio.timeout(self.rules.connect_seconds):
             _, link = await asyncio.get_running_loop().create_connection(lambda: Link(self), host, port)
@@ -139,7 +139,7 @@ class Standing:
                 with contextlib.closing(writer):
                     writer.write(request)
                     line = await reader.read(ANSWER_BYTES)
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError, ValueError):
             return False
         return line.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()]
 
@@ -176,6 +176,10 @@ class Standings:
 
     def __getitem__(self, slot: int) -> Standing:
         return self._by_slot[slot]
+
+    def at(self, slot: int) -> Standing | None:
+        """The instance in that slot, if there is one."""
+        return self._by_slot.get(slot)
 
     def named(self, name: str) -> Standing | None:
         """The instance of that name."""
