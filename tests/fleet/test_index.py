@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.fleet.chains import RUN_BLOCKS, Chain
-from thermocline.fleet.index import LATELY_PROMPTS, RUN_WEIGHT, FleetIndex
+from thermocline.fleet.index import LATELY_PROMPTS, RUN_WEIGHT, Applied, FleetIndex
 from thermocline.fleet.instance import Overlaps
 from thermocline.fleet.wiring import EVIDENCE, State, Unplaced
 from thermocline.wire.events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, read_batch, write_batch
@@ -52,12 +52,13 @@ class Engine:
     """Sends one index its batches, numbered."""
 
     def __init__(self, index: FleetIndex, slot: int = 0, source: str = "") -> None:
-        self.index, self.slot, self.source, self.sequence = index, slot, source, 0
+        self.index, self.slot, self.source, self.sequence, self.seconds = index, slot, source, 0, 0.0
 
     def says(self, *events, skip: int = 0, rank: int = 0):
         """One batch, after `skip` that are lost, over the wire's form."""
         self.sequence += 1 + skip
-        batch = read_batch(write_batch(Batch(0.0, events, rank)))
+        self.seconds += 1.0
+        batch = read_batch(write_batch(Batch(self.seconds, events, rank)))
         return self.index.apply(self.slot, batch, self.sequence - 1, source=self.source)
 
 
@@ -245,6 +246,16 @@ def test_a_number_that_goes_back_is_a_new_life(index):
     found = index.match(index.chain(tokens))
     assert (found.device, found.host) == ([0, 64], [128, 64])
     index.check_integrity()
+
+
+def test_a_copy_behind_its_own_replay_changes_nothing(index):
+    """A batch that came by replay already, and comes again, is no new life."""
+    tokens, engine = text(8), Engine(index)
+    for at in range(4):
+        engine.says(stored(tokens, 2 * at, 2 * at + 2))
+    engine.sequence, engine.seconds = 1, 1.0
+    assert engine.says(stored(tokens, 2, 4)) == Applied()
+    assert index.match(index.chain(tokens)).device == [128]
 
 
 def test_ranks_count_for_themselves(index):

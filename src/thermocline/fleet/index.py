@@ -69,14 +69,14 @@ class Applied(NamedTuple):
 class _Source:
     """One stream of batches: an engine's rank, or the node behind an instance."""
 
-    __slots__ = ("expected", "other_groups", "tiers")
+    __slots__ = ("expected", "other_groups", "seconds", "tiers")
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
         """As before its first batch."""
-        self.expected = 0
+        self.expected, self.seconds = 0, 0.0
         self.tiers: set[int] = set()
         self.other_groups: set[int | None] = set()
 
@@ -196,8 +196,9 @@ class FleetIndex:
         """Take a batch in. `source` tells the streams of one slot apart: "" for its engine, else a name for its node.
 
         Batches come in order, replays included. Numbers that were left out are lost: what they removed stays held here
-        until it is announced again or forgotten for room. A number that goes back is another incarnation of the source:
-        what it had announced is dropped.
+        until it is announced again or forgotten for room. A number that goes back in a batch that is newer by the
+        sender's clock is another incarnation: what this source had announced is dropped. In one that is not newer, it
+        is a copy behind its own replay, and passed over.
         """
         with self._lock:
             known = self._instance(instance)
@@ -205,6 +206,8 @@ class FleetIndex:
             if stream is None:
                 stream = known.sources[source, batch.rank] = _Source()
             restarted = sequence < stream.expected
+            if restarted and batch.seconds <= stream.seconds:
+                return Applied()
             if restarted:
                 self._clear(known, (*stream.tiers, *GUESSES))
                 stream.begin()
@@ -212,7 +215,7 @@ class FleetIndex:
             gap = (stream.expected, sequence) if sequence > stream.expected else None
             if gap and stream.expected:  # else it is the past of an instance that we meet for the first time
                 known.lost += sequence - stream.expected
-            stream.expected = sequence + 1
+            stream.expected, stream.seconds = sequence + 1, max(batch.seconds, stream.seconds)
             stored, removed, unplaced = self._take(known, stream, batch)
             self._settle()
             return Applied(stored, removed, tuple(unplaced.items()), gap, restarted)
