@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("thermocline.gateway")
 BUSY = frozenset({429, 502, 503, 504})
 OK = 200
-NO_DECISION = "no decision was made; the request goes to the least busy instance"
 LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
 KEEP, CLOSE = b"connection: keep-alive\r\n", b"connection: close\r\n"
 
@@ -90,8 +90,8 @@ class Exchange:
             found = self._gateway.chooser.choose(arrived)
         except RequestError:
             raise
-        except Exception:
-            LOG.exception(NO_DECISION)
+        except Exception as error:  # noqa: BLE001  # whatever goes wrong there, requests go on
+            _log(error)
             self._go(self._least_busy(exclude), now, chosen=False)
         else:
             if type(found) is Decision:
@@ -108,8 +108,8 @@ class Exchange:
         except RequestError as error:
             self.refuse(error)
             return
-        except Exception:
-            LOG.exception(NO_DECISION)
+        except Exception as error:  # noqa: BLE001  # as above
+            _log(error)
             decision, chosen = self._least_busy(exclude), False
         self._task = None
         self._go(decision, self._gateway.clock.now(), chosen=chosen)
@@ -328,8 +328,8 @@ class Exchange:
         if self._chosen:
             try:
                 hear(self._decision, *what)
-            except Exception:
-                LOG.exception("whoever decides could not take in what came of it")
+            except Exception as error:  # noqa: BLE001  # as above
+                _log(error)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -357,6 +357,12 @@ class Exchange:
         gateway.over(
             Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, tuple(self._tries))
         )
+
+
+def _log(error: Exception) -> None:
+    """What went wrong where decisions are made. Not what the error says: that could quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    LOG.error("whoever decides failed: %s at %s:%s", type(error).__name__, last.filename, last.lineno)
 
 
 def _no_answer(trouble: Trouble) -> RequestError:
