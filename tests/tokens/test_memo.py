@@ -8,9 +8,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Tok
+from tokenizers import models, pre_tokenizers, trainers
 
 from tests.tokens.tokenizers_made import SPECIAL, gpt_2, llama_3
 from thermocline.blocks.key import BlockKey, block_keys, root_key
+from thermocline.tokens.chunks import CHUNK_BYTES
 from thermocline.tokens.memo import Memo, Read
 from thermocline.tokens.tokenizer import Tokenizer
 
@@ -105,6 +108,19 @@ def test_a_shared_beginning_is_read_once():
     assert second.known_tokens > 0.9 * len(tokenizer.encode(system))
     assert first.tokens[:100] == second.tokens[:100]
     assert first.tokens[0] == 0, "the token for the beginning is there"
+
+
+def test_a_special_token_that_is_not_all_known_is_no_place_to_begin():
+    """Where what is known ends inside a special token, the next text may go on otherwise, and so be split otherwise."""
+    raw = Tok(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(["x !<! x !<! x"], trainers.BpeTrainer(special_tokens=["<s>"], show_progress=False))
+    tokenizer = Tokenizer(raw)
+    memo: Memo[Chain] = Memo(tokenizer, 1 << 20)
+    known = "x " * 255 + "!<"
+    assert len(known) == 2 * CHUNK_BYTES
+    check(memo, tokenizer, known + "s> x")
+    check(memo, tokenizer, known + "! x")
 
 
 def test_tenants_do_not_share():
