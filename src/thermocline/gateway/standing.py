@@ -97,11 +97,11 @@ class Standing:
 
     def give_back(self, link: Link) -> None:
         """An exchange is over and its connection still good."""
-        if len(self._links) < self.rules.links_idle_max:
-            link.idle_since = -1.0
-            self._links.append(link)
-        else:
+        if self.draining or len(self._links) >= self.rules.links_idle_max:
             link.transport.close()
+            return
+        link.idle_since = -1.0
+        self._links.append(link)
 
     def forget(self, link: Link) -> None:
         """The connection is closed."""
