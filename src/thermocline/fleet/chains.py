@@ -26,7 +26,7 @@ STEP_BYTES = TOKENS_PER_KEY * TOKEN_BYTES
 RUN_BLOCKS = 64
 NAME_MASK = (1 << 60) - 1
 """Numbers below 2**60 take 32 bytes in Python, others 48."""
-SPAN_BLOCKS_MIN = 8
+SPAN_BLOCKS_MIN, WHOLE_FROM = 8, 4
 NO_NAME = 0
 """Stands where no engine has named the block: it was learned from what was sent."""
 
@@ -69,10 +69,11 @@ class Chain:
     __slots__ = ("_chunks", "_ids", "_key", "_keys", "_list", "_lora", "_salt", "chunk_tokens", "root", "tokens")
 
     def __init__(self, tokens: Sequence[int] | Tokens, root: int, salt: str = "", lora: tuple[str, ...] = ()) -> None:
-        self._list: Sequence[int] = ()
+        self._list: list[int] = []
         self._ids: array[int] | memoryview[int]
         if isinstance(tokens, list | tuple):
-            self._list, self._ids, self.tokens = tokens, array("I"), len(tokens)
+            self._list = tokens if isinstance(tokens, list) else [*tokens]
+            self._ids, self.tokens = array("I"), len(tokens)
         else:
             self._ids = memoryview(tokens).cast("B").cast("I")  # type: ignore[arg-type]  # what is no list has a buffer
             self.tokens = len(self._ids)
@@ -114,7 +115,11 @@ class Chain:
         first, stop = first * TOKENS_PER_KEY, stop * TOKENS_PER_KEY
         read = len(self._ids)
         if stop > read and isinstance(self._ids, array):
-            self._ids += array("I", self._list[read:stop])
+            if stop * WHOLE_FROM >= self.tokens:  # all of a list costs a third of as much in slices
+                self._ids = array("I")
+                self._ids.fromlist(self._list)
+            else:
+                self._ids += array("I", self._list[read:stop])
         return self._ids[first:stop].tobytes()
 
     def _grown_keys(self, count: int) -> list[int]:
