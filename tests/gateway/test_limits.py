@@ -7,6 +7,7 @@ import hashlib
 import resource
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -301,6 +302,14 @@ def keys(tmp_path):
     digests = {name: hashlib.sha256(f"key-{name}".encode()).hexdigest() for name in ("acme", "ops")}
     path.write_text(KEYS.format(**digests))
     return Keys.read(path)
+
+
+def test_documented_keys(tmp_path):
+    """The keys file of the guide is one."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "gateway.md").read_text()
+    path = tmp_path / "keys.toml"
+    path.write_text(guide.partition("```text\n[[keys]]")[2].partition("```")[0].join(("[[keys]]", "")))
+    assert Keys.read(path)
 
 
 def _bearer(name):
