@@ -150,11 +150,15 @@ class Subscriber:
             source = topic if read_topic(topic) else self._sockets[sock]
             stream = self._streams.get(source)
             if stream is None:
-                if len(self._streams) >= SOURCES_MAX:
-                    self.counts["refused"] += 1
-                    continue
+                self._forget_one()
                 stream = self._streams[source] = _Stream()
             self._heard(source, stream, int.from_bytes(frames[1], "big"), frames[2])
+
+    def _forget_one(self) -> None:
+        """Make room for a source: the first that is not being replayed. If it is still there, it is heard as new."""
+        if len(self._streams) >= SOURCES_MAX:
+            del self._streams[next(name for name, stream in self._streams.items() if stream.replay is None)]
+            self.counts["forgotten"] += 1
 
     def _heard(self, source: str, stream: _Stream, sequence: int, payload: bytes) -> None:
         if stream.replay is not None:
