@@ -60,7 +60,7 @@ def prompts(kind: str, form: str) -> list[Any]:
     found = []
     for at in range(PROMPTS):
         known = {
-            "cached": lambda at=at: conversation(97 * at),
+            "cached": lambda at=at: conversation(97 * at % CONVERSATIONS),
             "long": lambda at=at: conversation(CONVERSATIONS + at),
             "shared": lambda at=at: _ids(1, at, SHARED_BLOCKS),
             "nothing": lambda: np.empty(0, np.uint32),
