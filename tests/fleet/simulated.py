@@ -105,13 +105,18 @@ class World:
         self.fleet.check_integrity()
         return self
 
-    def arrive(self, request: Request) -> None:
-        held = [cache.leading(request.blocks) * self.block_tokens for cache in self.caches]
-        held = [min(tokens, request.tokens - 1) for tokens in held]
+    def cached(self, slot: int, request: Request) -> int:
+        return min(self.caches[slot].leading(request.blocks) * self.block_tokens, request.tokens - 1)
+
+    def choose(self, request: Request):
+        held = [self.cached(slot, request) for slot in range(self.slots)]
         longest = max(cache.leading(request.blocks) for cache in self.caches)
         name = request.blocks[longest - 1] if longest else None
         ask = Ask(request.tokens, Overlaps(held, name=name), request.session)
-        booking = choose(ask, self.fleet, self.policy, self.now)
+        return choose(ask, self.fleet, self.policy, self.now)
+
+    def arrive(self, request: Request) -> None:
+        booking = self.choose(request)
         queue = self.queues[booking.choice.instance]
         queue.append((request, booking))
         if len(queue) == 1:
@@ -119,7 +124,7 @@ class World:
 
     def begin(self, slot: int) -> None:
         request, _ = self.queues[slot][0]
-        cached = min(self.caches[slot].leading(request.blocks) * self.block_tokens, request.tokens - 1)
+        cached = self.cached(slot, request)
         fixed, linear, square = self.costs
         seconds = fixed + linear * (request.tokens - cached) + square * (request.tokens**2 - cached**2)
         slower = self.slowness[slot] if self.slowness else 1.0
@@ -163,6 +168,61 @@ class World:
 
     def imbalance(self) -> float:
         return max(self.shares) * self.slots
+
+
+class Batched(World):
+    """Instances that batch as vLLM does: a step computes up to `budget` prompt tokens, and a token of every answer."""
+
+    budget, answer_tokens, step_seconds, stream_seconds, front_seconds = 2_048, 8, 0.02, 0.004, 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.stepping = [False] * self.slots
+        self.writing: list[list] = [[] for _ in range(self.slots)]
+        self.random = seeded(5)
+
+    def arrive(self, request: Request) -> None:
+        self.at(self.now + self.front_seconds, self.enter, request, self.choose(request))
+
+    def enter(self, request: Request, booking) -> None:
+        slot = booking.choice.instance
+        self.queues[slot].append([request, booking, None, 0])
+        if not self.stepping[slot]:
+            self.begin(slot)
+
+    def begin(self, slot: int) -> None:
+        writing = self.writing[slot]
+        self.stepping[slot] = bool(self.queues[slot] or writing)
+        if not self.stepping[slot]:
+            return
+        left, seconds, done = self.budget - len(writing), self.step_seconds + self.stream_seconds * len(writing), []
+        for row in self.queues[slot]:
+            request = row[0]
+            if row[2] is None:
+                row[2] = row[3] = self.cached(slot, request)
+            new = min(left, request.tokens - row[3])
+            left -= new
+            seconds += self.costs[1] * new + self.costs[2] * ((row[3] + new) ** 2 - row[3] ** 2)
+            row[3] += new
+            self.caches[slot].touch(request.blocks[: row[3] // self.block_tokens])
+            if row[3] == request.tokens:
+                done.append(row)
+        self.at(self.now + seconds * self.random.uniform(0.9, 1.15), self.stepped, slot, done)
+
+    def stepped(self, slot: int, done: list) -> None:
+        writing = self.writing[slot]
+        for row in writing:
+            row[0] -= 1
+        over = [row for row in writing if not row[0]]
+        writing[:] = [row for row in writing if row[0]]
+        for _, request, booking, first_at, cached in over:
+            self.finish(request, booking, first_at, cached)
+        for row in done:
+            request, booking, cached, _ = row
+            self.queues[slot].remove(row)
+            self.fleet.first_token(booking, self.now)
+            writing.append([self.answer_tokens - 1, request, booking, self.now, cached])
+        self.begin(slot)
 
 
 def seeded(seed: int) -> Random:

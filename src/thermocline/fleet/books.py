@@ -24,7 +24,7 @@ SESSION_SECONDS = 5.0
 RECENT_BOOKINGS = 32
 """The load guard remembers about so many requests per instance."""
 RATE_SECONDS = 30.0
-SPAN_PRIOR_SECONDS = 5.0
+SPAN_PRIOR_SECONDS = 1.0
 TRUST_FADING = 0.97
 TRUST_PRIOR_TOKENS = 4096.0
 TRUST_MIN, TRUST_FULL = 0.02, 0.9
@@ -93,6 +93,7 @@ class Fleet:
         self._waiting: list[dict[int, Booking]] = []
         self._work: list[float] = []
         self._head_since: list[float] = []
+        self._first_at: list[float] = []
         self._streams: list[int] = []
         self._incarnation: list[int] = []
         self._unknown: set[int] = set()
@@ -127,7 +128,7 @@ class Fleet:
         self.available.append(True)
         for zeros in (self.until, self.floor, self.late, self.base, self.fixed, self.per_token, self._per_stream):
             zeros.append(0.0)
-        for zeros in (self.per_pair, self._work, self._head_since, self._handicap, *self.per_loaded):
+        for zeros in (self.per_pair, self._work, self._head_since, self._handicap, self._first_at, *self.per_loaded):
             zeros.append(0.0)
         mean = sum(self.recent) / slot if slot else 0.0  # one that is new has nothing to catch up with
         self.recent.append(mean + 1e-9 * self.unit * ((slot + self._offset) * 0.618_034 % 1))
@@ -200,6 +201,8 @@ class Fleet:
             return
         booking.first_at = now
         self._streams[slot] += 1
+        self._busy_seconds += max(0.0, now - max(booking.arrived, self._first_at[slot]))
+        self._first_at[slot] = now
         costs = self._costs[slot]
         booking.stretch = costs.first_token(booking.arrived, now)
         queue = booking.choice.queue_seconds
@@ -243,7 +246,7 @@ class Fleet:
         return ahead if ahead > floor else floor + self.late[slot] * (floor - ahead)
 
     def utilisation(self) -> float:
-        """Seconds of booked work per second and instance, over the last half a minute or so."""
+        """The share of time in which a first token was waited for, per instance, over the last half a minute or so."""
         return self._busy_seconds / self._span_seconds / max(1, len(self.instances))
 
     def regime(self) -> Regime:
@@ -392,7 +395,7 @@ class Fleet:
         kept = math.exp(-passed / RATE_SECONDS)
         self._rated_at = now
         self._new_tokens = self._new_tokens * kept + new_tokens
-        self._busy_seconds = self._busy_seconds * kept + own_seconds
+        self._busy_seconds *= kept
         self._span_seconds = self._span_seconds * kept + passed
 
     def _rent(self, name: int, choices: Sequence[Choice]) -> None:
