@@ -143,6 +143,14 @@ def test_the_socket_is_ours(folder):
     assert file.read_text() == "kept"
 
 
+def test_removed_after_it_was_tried():
+    """An instance that was tried and is gone does not stand in the way of one that is there."""
+    standings = _standings(2, ManualClock(100))
+    standings.remove(standings[0])
+    assert not standings.all_in(frozenset({0}))
+    assert standings.all_in(frozenset({0, 1}))
+
+
 # -- standings ---------------------------------------------------------------------------------------------------------
 
 

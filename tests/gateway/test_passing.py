@@ -187,7 +187,7 @@ def test_decided_aside():
 
 
 def test_removed_while_it_was_decided():
-    """An instance that is removed while a decision for it is made aside costs another decision."""
+    """Where an instance is removed while a decision for it is made aside, another answers; without another, 503."""
 
     class Slow(InTurn):
         def choose(self, request):
@@ -206,7 +206,12 @@ def test_removed_while_it_was_decided():
         assert until(lambda: door.chooser.asked == 1)
         door.world.call(lambda: door.gateway.standings.remove(door.gateway.standings[0]))
         assert line.answer().headers["x-thermocline-instance"] == "i1"
+        line.send(post(b"{}"))
+        assert until(lambda: door.chooser.asked == 2)
+        door.world.call(lambda: door.gateway.standings.remove(door.gateway.standings[1]))
+        assert line.answer().code == "no_instance"
         assert until(lambda: door.chooser.open == 0)
+        assert door.gateway.in_flight == 0
 
 
 def test_a_chooser_that_fails():

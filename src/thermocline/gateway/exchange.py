@@ -70,9 +70,8 @@ class Exchange:
     def start(self, now: float) -> None:
         """The first try, or the next one. Raises RequestError where no instance takes requests."""
         exclude = self._gateway.standings.excluded(now) | self._tried
-        if len(exclude) >= len(self._gateway.standings):
-            msg = "no instance takes requests now"
-            raise RequestError(msg, hint="`thermocline ps` shows what is down", status=503, code="no_instance")
+        if self._gateway.standings.all_in(exclude):
+            raise _nobody()
         self._try_started = now
         ask, front = self.ask, self.ask.front
         arrived = Arrived(
@@ -92,7 +91,7 @@ class Exchange:
             raise
         except Exception as error:  # noqa: BLE001  # whatever goes wrong there, requests go on
             _log(error)
-            self._go(self._least_busy(exclude), now, chosen=False)
+            self._go_undecided(exclude, now)
         else:
             if type(found) is Decision:
                 self._go(found, now, chosen=True)
@@ -101,25 +100,28 @@ class Exchange:
 
     async def _aside(self, deciding: Awaitable[Decision], exclude: frozenset[int]) -> None:
         """Wait for a decision, not for ever."""
-        chosen = True
         try:
             async with asyncio.timeout(self._gateway.rules.choose_seconds):
                 decision = await deciding
         except RequestError as error:
             self.refuse(error)
-            return
         except Exception as error:  # noqa: BLE001  # as above
             _log(error)
-            decision, chosen = self._least_busy(exclude), False
-        self._task = None
-        self._go(decision, self._gateway.clock.now(), chosen=chosen)
+            self._task = None
+            self._go_undecided(exclude, self._gateway.clock.now())
+        else:
+            self._task = None
+            self._go(decision, self._gateway.clock.now(), chosen=True)
 
-    def _least_busy(self, exclude: frozenset[int]) -> Decision:
-        """Where to go when whoever decides has failed or is late: requests go on."""
-        self._gateway.metrics.count("decisions_missed_total")
+    def _go_undecided(self, exclude: frozenset[int], now: float) -> None:
+        """Whoever decides has failed, or is late: the least busy instance is as good as any."""
         standings = [each for each in self._gateway.standings if each.slot not in exclude]
-        slot = min(standings or self._gateway.standings, key=lambda each: each.in_flight).slot
-        return Decision(instance=slot, predicted_seconds=0.0, cached_tokens=0)
+        if not standings:
+            self.refuse(_nobody())
+            return
+        self._gateway.metrics.count("decisions_missed_total")
+        slot = min(standings, key=lambda each: each.in_flight).slot
+        self._go(Decision(instance=slot, predicted_seconds=0.0, cached_tokens=0), now, chosen=False)
 
     def _go(self, decision: Decision, now: float, *, chosen: bool) -> None:
         self._decision, self._chosen = decision, chosen
@@ -127,7 +129,7 @@ class Exchange:
         if standing is None:  # removed while this was decided aside
             self._tell(self._gateway.chooser.failed, now, Trouble.UNREACHABLE)
             self._decision = None
-            self._again()
+            self._go_undecided(self._gateway.standings.excluded(now) | self._tried, now)
             return
         self._standing = standing
         self._gateway.standings.tried(standing, now)
@@ -311,7 +313,7 @@ class Exchange:
             not self._over
             and len(self._tries) + (self._decision is not None) < gateway.rules.tries_max
             and now < self._total_deadline
-            and len(gateway.standings.excluded(now) | self._tried | self._now_trying()) < len(gateway.standings)
+            and not gateway.standings.all_in(gateway.standings.excluded(now) | self._tried | self._now_trying())
             and gateway.budget.spend()
         )
 
@@ -357,6 +359,11 @@ class Exchange:
         gateway.over(
             Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, tuple(self._tries))
         )
+
+
+def _nobody() -> RequestError:
+    msg = "no instance takes requests now"
+    return RequestError(msg, hint="`thermocline ps` shows what is down", status=503, code="no_instance")
 
 
 def _log(error: Exception) -> None:

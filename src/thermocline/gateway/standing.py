@@ -177,6 +177,10 @@ class Standings:
     def __getitem__(self, slot: int) -> Standing:
         return self._by_slot[slot]
 
+    def all_in(self, slots: frozenset[int]) -> bool:
+        """True where there is no instance outside these slots."""
+        return self._by_slot.keys() <= slots
+
     def at(self, slot: int) -> Standing | None:
         """The instance in that slot, if there is one."""
         return self._by_slot.get(slot)
