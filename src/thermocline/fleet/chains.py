@@ -26,7 +26,7 @@ STEP_BYTES = TOKENS_PER_KEY * TOKEN_BYTES
 RUN_BLOCKS = 64
 NAME_MASK = (1 << 60) - 1
 """Numbers below 2**60 take 32 bytes in Python, others 48."""
-SPAN_BLOCKS_MIN, WHOLE_FROM = 8, 4
+SPAN_BLOCKS_MIN, WHOLE_FROM = 8, 8
 NO_NAME = 0
 """Stands where no engine has named the block: it was learned from what was sent."""
 
@@ -257,7 +257,8 @@ class Forest:
         step = self.filed[1] // TOKENS_PER_KEY
         at, last, seed = 0, chain.tokens // self.filed[1], chain.root
         while at < last:
-            run = self.heads.get(grow_prints(chain.ids(at * step, (at + 1) * step), seed)[-1])
+            ids = chain.ids(at * step, (at + 1) * step)
+            run = self.heads.get(xxhash.xxh3_64_intdigest(ids, seed) if step == 1 else grow_prints(ids, seed)[-1])
             same = _along(run, chain, at, seed, step) if run is not None else 0
             if run is None or not same:
                 break
