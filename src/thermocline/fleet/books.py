@@ -101,7 +101,6 @@ class Fleet:
         self._handicap: list[float] = []
         self._found: list[list[float]] = []  # tokens found cached, predicted to be, and of prompts
         self._turn = 0
-        self._growth = 1.0
         self._rated_at: float | None = None
         self._span_seconds = SPAN_PRIOR_SECONDS
         self._new_tokens = self._busy_seconds = 0.0
@@ -247,7 +246,7 @@ class Fleet:
 
     def utilisation(self) -> float:
         """The share of time in which a first token was waited for, per instance, over the last half a minute or so."""
-        return self._busy_seconds / self._span_seconds / max(1, len(self.instances))
+        return self._busy_seconds / self._span_seconds / max(1, sum(self.available))
 
     def regime(self) -> Regime:
         """Whether affinity can pay now; see `Regime`."""
@@ -385,8 +384,7 @@ class Fleet:
 
     def _remember(self, slot: int, own_seconds: float, now: float, new_tokens: int) -> None:
         """What was sent lately, counted in requests for the guard and in seconds for rates; older ones fade."""
-        self._growth = 1 + 1 / (RECENT_BOOKINGS * len(self.instances))
-        self.unit *= self._growth
+        self.unit *= 1 + 1 / (RECENT_BOOKINGS * len(self.instances))
         if self.unit > UNIT_MAX:
             self.recent = [seconds / self.unit for seconds in self.recent]
             self.unit = 1.0
