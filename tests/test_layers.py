@@ -29,8 +29,11 @@ ONLY_IN = {
     "transformers": "engines/",
     "vllm": "engines/",
     "time": "clock.py",
-    "asyncio": "wire/ gateway/ node/ near/ engines/api fleet/membership.py",
+    "asyncio": "wire/ gateway/ node/ near/ engines/api engines/light fleet/membership.py",
     "redis": "tiers/redis.py near/",
+    "zmq": "wire/",
+    "uvloop": "gateway/ engines/api engines/light",
+    "httptools": "gateway/ wire/",
 }
 NOWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 CALLS_NOWHERE = {"eval", "exec", "torch.load", "np.load", "numpy.load"}

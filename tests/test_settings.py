@@ -49,6 +49,14 @@ OTHER = {
     "events_endpoint": "tcp://127.0.0.1:5557",
     "events_replay_endpoint": "tcp://127.0.0.1:5558",
     "events_name": "node-a",
+    "route_to": "a=http://127.0.0.1:8001",
+    "policy": "least_loaded",
+    "tokenizer_path": "/models/m",
+    "tenants_path": "/etc/keys.toml",
+    "admin_socket": "/run/user/1000/gateway.sock",
+    "events_listen": "tcp://127.0.0.1:5557",
+    "gateway_processes": "4",
+    "index_blocks": "1000000",
 }
 
 

@@ -124,14 +124,14 @@ class Message(Struct):
     tool_calls: list[Any] | None = None
 
     def text(self) -> str:
-        """The text of all parts. Raises RequestError for a message that is more than text, or nothing."""
+        """The text of all parts, a line each, as vLLM joins them. Raises RequestError for more than text, or nothing."""
         parts = [ContentPart("text", self.content)] if isinstance(self.content, str) else self.content
         if parts is None or self.tool_calls or any(part.type != "text" for part in parts):
             msg = f"a message of role {self.role} has no text, or more than text"
             raise RequestError(
                 msg, hint="send text only: images, audio and tool calls are not supported", param="messages"
             )
-        return "".join(part.text for part in parts)
+        return "\n".join(part.text for part in parts)
 
 
 class ChatRequest(_Common, kw_only=True):
