@@ -50,6 +50,7 @@ BENCHES = {
             "gateway", "CPU time of a request through the gateway, and the first streamed byte, beside two peers", 150
         ),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
+        Entry("fleet-vllm", "two vLLM servers behind routers: hits, rate, first tokens, predictions", 900, engine=True),
         Entry("vs-lmcache", "the same vLLM with LMCache and with us: first tokens, misses, faults", 480, engine=True),
     )
 }

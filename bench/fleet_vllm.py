@@ -14,12 +14,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.routers import peer_routers
 from bench.fleet_workload import CONVERSATIONS, TURNS, Ran, conversations, fresh
 from bench.harness import CLOCK, ROOT, Progress, Report, check, percentile, ratios, spread
+from bench.routers import peer_routers
 from bench.vllm_server import BLOCK_TOKENS, MODEL_NAME, Server, free_port, vllm_python
 from tests.faults.process import Process
 from thermocline.blocks.key import block_keys, root_key
@@ -29,7 +30,7 @@ from thermocline.tokens.tokenizer import load_tokenizer
 
 OURS, ROUND_ROBIN, LEAST, SESSION = "predicted_ttft", "round_robin", "least_loaded", "session_hash"
 POLICIES = (OURS, ROUND_ROBIN, LEAST, SESSION)
-ROUNDS, FRESH_ROUNDS, FRESH_REQUESTS = 5, 4, 32
+ROUNDS, FRESH_ROUNDS, FRESH_REQUESTS = 3, 3, 32
 NAMES = ("a", "b")
 BLOCKS = 192
 REST_SECONDS = 1.0
@@ -93,23 +94,23 @@ def run(progress: Progress) -> Report:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tcl-bench-")))
         model, events = tiny.ensure(), f"tcp://127.0.0.1:{free_port()}"
         servers, instances = _servers(stack, folder, model, events, progress)
-        predictions: list[tuple[float, float]] = []
         peers = peer_routers([server.url for server in servers])
         arms = [*POLICIES, *peers]
+
+        def measured(seen: Seen, name: str, ask: Callable[[str], Ran]) -> None:
+            with _router(name, folder, instances, events, model, peers) as url:
+                _measured(seen, servers, model, lambda: ask(url))
+
         for at in range(ROUNDS):
             for name in arms[at % len(arms) :] + arms[: at % len(arms)]:
                 progress(f"round {at + 1} of {ROUNDS}: {name}")
-                with _router(name, folder, instances, events, model, peers) as url:
-                    _measured(seen.setdefault(name, Seen()), servers, model, lambda url=url, name=name, at=at: conversations(
-                        url, f"{name} {at}", sessions="session" in name or "hash" in name
-                    ))  # fmt: skip
+                talk = partial(conversations, salt=f"{name} {at}", sessions="session" in name or "hash" in name)
+                measured(seen.setdefault(name, Seen()), name, talk)
         for at in range(FRESH_ROUNDS):
             for name in (OURS, LEAST)[:: 1 if at % 2 else -1]:
                 progress(f"nothing reused, round {at + 1} of {FRESH_ROUNDS}: {name}")
-                with _router(name, folder, instances, events, model, peers) as url:
-                    _measured(without.setdefault(name, Seen()), servers, model, lambda url=url, name=name, at=at: fresh(
-                        url, f"fresh {name} {at}", FRESH_REQUESTS
-                    ))  # fmt: skip
+                talk = partial(fresh, salt=f"fresh {name} {at}", count=FRESH_REQUESTS)
+                measured(without.setdefault(name, Seen()), name, talk)
         predictions = _predictions(folder, instances, events, model, progress)
     return _report(seen, without, predictions)
 

@@ -22,10 +22,11 @@ CONVERSATIONS, TURNS, AT_ONCE = 24, 4, 8
 SYSTEM_WORDS, TURN_WORDS, FRESH_WORDS = 256, 300, 700
 NEW_TOKENS = 8
 WAIT_SECONDS = 165.0
-WORDS = tuple(
-    "import return class def self value index result cache block token prefix worker route score model load time list "
-    "dict string number open close read write send recv node tree hash key".split(" ")
-)
+WORDS = [
+    *("import", "return", "class", "def", "self", "value", "index", "result", "cache", "block", "token", "prefix"),
+    *("worker", "route", "score", "model", "load", "time", "list", "dict", "string", "number", "open", "close"),
+    *("read", "write", "send", "recv", "node", "tree", "hash", "key"),
+]
 
 
 @dataclass(slots=True)
