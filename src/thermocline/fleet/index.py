@@ -170,16 +170,18 @@ class FleetIndex:
         for run, count in path:
             whole, holders = through & run.whole, through & run.holders
             if whole != through:
+                so_far = int(unit * blocks)
                 for slot in slots_of(through ^ holders):
-                    tokens[slot] = int(unit * blocks)
+                    tokens[slot] = so_far
                 for slot in slots_of(holders & ~whole):
                     tokens[slot] = int(unit * _depth(path, self._instances[slot].warm()))
                 through = whole
                 if not through:
                     break
             blocks += count
+        so_far = int(unit * blocks)
         for slot in slots_of(through):
-            tokens[slot] = int(unit * blocks)
+            tokens[slot] = so_far
         return tokens
 
     def _root(self, salt: str, lora: str) -> int:
