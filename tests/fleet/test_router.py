@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fleet.simulated import Batched, MultiTurn, Request, World, mooncake, seeded
+from thermocline.demo import locality
 from thermocline.errors import SettingsError
 from thermocline.fleet.books import Fleet
 from thermocline.fleet.instance import Ask, Instance, Overlaps, Tier, Why
@@ -75,6 +76,14 @@ def test_one_hot_prefix_is_shared_out(gap):
     )
     assert max(world.shares) <= 0.6
     assert world.hit_rate > 0.75
+
+
+def test_prefixes_stay_in_caches_that_hold_an_eighth_each(monkeypatch):
+    """Of 1,600 prefixes over eight caches of 200, nearly all that can be found is found, and load is even."""
+    monkeypatch.setattr(locality, "REQUESTS", 8_000)
+    told = locality.simulate(BEST)
+    assert told.hit_rate >= 0.98 * (1 - locality.PREFIXES / 8_000)
+    assert told.load_max_over_mean <= 1.1
 
 
 class Closed(World):
