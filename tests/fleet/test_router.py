@@ -1,6 +1,6 @@
-import dataclasses
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -382,4 +382,4 @@ def test_a_decision_is_pure(device, more, most, tokens, peers, policy):
         assert choice.seconds == pytest.approx(parts)
         assert 0 <= choice.cached_tokens < tokens
         assert choice.reasons
-        assert dataclasses.asdict(choice)
+        assert msgspec.structs.asdict(choice)

@@ -1,5 +1,7 @@
 """The values that go in and out of a routing decision. All of them are frozen, so a decision can be kept and read.
 
+Those that every request makes are msgspec's: made in a quarter of a microsecond, where a frozen dataclass takes two.
+
 A **slot** is an instance's small number in a fleet: its place in every flat list here and its bit in the index.
 """
 
@@ -8,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 NO_INSTANCES: frozenset[int] = frozenset()
 
@@ -51,8 +55,7 @@ class Instance:
     seats: int = 256  # requests that it runs at once; more wait
 
 
-@dataclass(frozen=True, slots=True)
-class Overlaps:
+class Overlaps(Struct, frozen=True, gc=False):
     """Leading tokens of one prompt that each slot holds. A list is as long as the fleet has slots, or empty.
 
     `host` counts what device and host memory hold together, `disk` what all three do: a colder tier is never shorter.
@@ -69,8 +72,7 @@ class Overlaps:
 NOTHING = Overlaps()
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True, gc=False):
     """One request, as far as routing needs to know it.
 
     `session` is a digest of whatever names the conversation, or None. It is evidence of where a prefix lies, and what
@@ -86,8 +88,7 @@ class Ask:
     streamed: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
+class Hint(Struct, frozen=True, gc=False):
     """Where a better copy lies than the chosen instance has: for its connector, which may fetch it."""
 
     instance: str
@@ -101,8 +102,7 @@ class Hint:
         return {"thermocline": found | ({"node": self.node} if self.node else {})}
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True, gc=False):
     """One candidate of a decision. `seconds` is the predicted time to the first token, the sum of the parts below.
 
     `score_seconds` is what candidates are ranked by: the prediction, and what this request would cost those behind it.
@@ -122,8 +122,7 @@ class Choice:
     hint: Hint | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True, gc=False):
     """A finished decision beside what was predicted. None where nobody could tell.
 
     `regret_seconds`: how much sooner the best other candidate was predicted to answer than the chosen one did; 0 where

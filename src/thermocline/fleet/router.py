@@ -15,11 +15,11 @@ enter the ranking, and not the prediction:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import xxhash
 
 from thermocline.errors import SettingsError
@@ -259,7 +259,7 @@ def _explained(ask: Ask, fleet: Fleet, choices: list[Choice], known: Known, long
         reasons.append(Why.SESSION)
     if fleet.trust[slot] < 1.0 and not fleet.regime().affinity:
         reasons.append(Why.LOAD_REGIME)
-    choices[0] = dataclasses.replace(first, reasons=tuple(reasons), hint=_hint(fleet, first, known))
+    choices[0] = msgspec.structs.replace(first, reasons=tuple(reasons), hint=_hint(fleet, first, known))
     return choices
 
 
@@ -320,7 +320,7 @@ def _by(ask: Ask, fleet: Fleet, scores: list[float], now: float) -> list[Choice]
         _priced(ask, fleet, slot, known, _loaded(fleet, slot, known), score, now) for slot, score in _best(scores)
     ]
     if choices:
-        choices[0] = dataclasses.replace(choices[0], reasons=(Why.POLICY,))
+        choices[0] = msgspec.structs.replace(choices[0], reasons=(Why.POLICY,))
     return choices
 
 
