@@ -9,7 +9,7 @@ from typing import Self
 from thermocline.engines import api
 from thermocline.engines.transformers import Engine
 from thermocline.settings import Settings
-from thermocline.wire.http import Limits
+from thermocline.wire.http import Limits, listening
 
 
 class ApiServer:
@@ -19,7 +19,7 @@ class ApiServer:
     """
 
     def __init__(self, engine: Engine, settings: Settings, *, limits: Limits | None = None) -> None:
-        self._sock = api._bound_socket(settings)
+        self._sock = listening(settings.host, settings.port)
         self._api = api._Api(engine, settings)
         self._limits = limits
         self.url = api._url(self._sock)

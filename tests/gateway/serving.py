@@ -18,11 +18,11 @@ from thermocline.clock import SystemClock
 from thermocline.errors import RequestError
 from thermocline.fleet.instance import Instance
 from thermocline.gateway.admission import Keys
-from thermocline.gateway.proxy import Gateway, listening
+from thermocline.gateway.proxy import Gateway
 from thermocline.gateway.rules import Rules
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
 from thermocline.wire import openai
-from thermocline.wire.http import Limits, Server
+from thermocline.wire.http import Limits, Server, listening
 from thermocline.wire.routes import Request, Response, Routes
 
 WAIT_SECONDS = 10

@@ -420,3 +420,29 @@ def test_the_policy_decides_among_leaves():
     enter(index, short, now=0.0)
     enter(index, long, now=9.0)
     assert list(drain(index, "warm"))[:2] == long[:0:-1]
+
+
+@given(order=st.permutations(range(6)), depth=st.integers(1, 40), count=st.integers(1, 9), gone=st.integers(0, 39))
+def test_what_is_held_is_told_a_little_at_a_time(order, depth, count, gone):
+    """However its nodes are numbered, one call tells few blocks, and all of them tell each once, parents first."""
+    index = make_index("warm")
+    for name in range(6):  # numbers are used again, so that children may have smaller ones than their parents
+        enter(index, chain(f"was {name}", depth))
+    for _ in range(6 * depth - min(gone, 6 * depth - 1)):
+        index.remove(index.victim("warm"), "warm")
+    paths = [chain(f"is {name}", depth) for name in order]
+    for path in paths:
+        enter(index, path)
+    told, start, seen = bytearray(), 0, []
+    while True:
+        start, found = index.held(start, count, told)
+        keys = [key for each, _ in found.values() for key in each]
+        assert len(keys) <= max(count, 0 if seen else depth)
+        seen += keys
+        if not start:
+            break
+    all_keys = [key for name in range(6) for kind in ("was", "is") for key in chain(f"{kind} {name}", depth)]
+    held = [key for key in all_keys if index.holds(index.node(LAYOUT.id, key), "warm")]
+    assert sorted(seen) == sorted(held)
+    for path in paths:
+        assert [key for key in seen if key in set(path)] == path

@@ -107,3 +107,20 @@ def _life(instance: Instance) -> list[tuple[int, int]]:
 
 def _lives(expected: list[tuple[int, int]], life: int) -> int:
     return sum(each[0] < life for each in expected)
+
+
+def test_a_replay_that_is_quicker_than_what_comes_live():
+    """What a replay has brought comes once more over the slower way: that is no new life, and is passed over."""
+    place = f"ipc://@kv-{os.urandom(6).hex()}"
+    taken: list[int] = []
+    replays = {TOPIC.decode(): place + "-replay"}
+    subscriber = Subscriber([place], lambda _, number, __: taken.append(number), replays=replays)
+    with closing(subscriber), closing(Instance(place)) as instance:
+        for number in range(6):
+            instance.say(lost=number != 2)  # the replay brings 0 to 5
+        assert until(lambda: taken == [0, 1, 2, 3, 4, 5], WAIT_SECONDS, pause_seconds=0.002)
+        for number in (3, 4, 5, 6):  # as if they had waited in the socket
+            instance.said = number
+            instance.say(lost=False)
+        assert until(lambda: taken == [0, 1, 2, 3, 4, 5, 6], WAIT_SECONDS, pause_seconds=0.002), taken
+        assert subscriber.counts["gaps"] == 0

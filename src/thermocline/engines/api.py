@@ -39,7 +39,7 @@ from thermocline.store.receipt import ExcerptedReceipt, Receipt
 from thermocline.store.store import Store
 from thermocline.store.verbs import StoreVerbs
 from thermocline.wire import openai
-from thermocline.wire.http import Limits, Server
+from thermocline.wire.http import Limits, Server, listening
 from thermocline.wire.routes import Handler, Request, Response, Routes
 
 T = TypeVar("T")
@@ -62,7 +62,8 @@ def serve(settings: Settings, *, as_json: bool = False) -> None:
     The address goes to stdout once requests are answered, as JSON if asked; progress goes to stderr. Raises
     ThermoclineError for a port in use, a disk path that cannot be used, or a model that cannot be served.
     """
-    sock = _bound_socket(settings)
+    settings.require_key()
+    sock = listening(settings.host, settings.port)
     with contextlib.closing(sock), contextlib.closing(_store(settings)) as store, contextlib.ExitStack() as opened:
         model = load_model(
             settings.model,
@@ -126,25 +127,6 @@ def _run(main: Any) -> None:  # noqa: ANN401  # a coroutine
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main)
-
-
-def _bound_socket(settings: Settings) -> socket.socket:
-    """Bound, not listening yet: a port in use is found before a model is loaded, and nobody connects too early."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        msg = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="stop what listens there, or choose another port with --port") from None
-    return sock
 
 
 def _url(sock: socket.socket) -> str:

@@ -49,7 +49,8 @@ class Hearing:
             self.counts["malformed"] += 1
             return
         self.counts["batches"] += 1
-        for slot, stream in slots:
+        for slot, kind in slots:
+            stream = f"{kind} {topic.model}" if kind and topic is not None else kind  # a node numbers each model's
             applied = self._index.apply(slot, batch, sequence, source=stream)
             if applied.gap is not None:  # the subscriber has asked already, and it was not to be had
                 self.counts["lost"] += applied.gap[1] - applied.gap[0]

@@ -16,9 +16,9 @@ import threading
 from pathlib import Path
 
 from thermocline.clock import SystemClock
-from thermocline.gateway.proxy import listening
 from thermocline.gateway.serve import announce
 from thermocline.settings import DECLARED, Settings
+from thermocline.wire.http import listening
 
 LOG = logging.getLogger("thermocline.gateway")
 LOOK_SECONDS, AGAIN_SECONDS, STOP_SECONDS = 0.1, 1.0, 15.0

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.errors import RequestError, SettingsError, ThermoclineError
+from thermocline.errors import RequestError, SettingsError
 from thermocline.fleet.instance import Instance
 from thermocline.gateway.admission import Keys, RetryBudget, Tenant
 from thermocline.gateway.client import Client
@@ -232,27 +232,3 @@ class Gateway:
         metrics.gauge("client_connections", len(self._clients))
         metrics.gauge("held_body_bytes", self.held_bytes)
         return metrics.text()
-
-
-def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A bound socket. With `shared`, other processes may bind the same address, and the kernel spreads connections.
-
-    Raises ThermoclineError where it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if shared:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        msg = f"cannot listen on {host} port {port}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="stop what listens there, or choose another port") from None
-    return sock

@@ -27,10 +27,10 @@ from thermocline.gateway.admin import admin, admin_socket
 from thermocline.gateway.admission import Keys
 from thermocline.gateway.door import Door
 from thermocline.gateway.hearing import Hearing
-from thermocline.gateway.proxy import Gateway, listening
+from thermocline.gateway.proxy import Gateway
 from thermocline.settings import Settings, read_key
 from thermocline.tokens.reader import Reader
-from thermocline.wire.http import Limits
+from thermocline.wire.http import Limits, listening
 
 LOG = logging.getLogger("thermocline.gateway")
 CONNECTIONS_MAX = 4096

@@ -58,7 +58,9 @@ class Announcer:
         Of one model two layouts may be announced; what one of them loses counts as lost, though the other may have it.
         """
         first = not (layout.tp_rank or layout.pp_rank or layout.kv_group)
-        if first and layout.id not in self._declared and len(self._declared) < LAYOUTS_MAX:
+        if first and layout.id not in self._declared:
+            if len(self._declared) >= LAYOUTS_MAX:
+                del self._declared[next(iter(self._declared))]  # nobody loads what was saved so many layouts ago
             self._declared[layout.id] = write_topic(Topic(self._name, layout.model)), layout.tokens_per_block
             self._publisher.tell_again()
 

@@ -172,9 +172,10 @@ class Books:
     def tell_held(self, watch: Watch, start: int, count: int, told: bytearray) -> int:
         """See `Store.tell_held`."""
         with self.lock:
-            for (name, layout), (keys, parents) in self.index.held(start, start + count, told).items():
+            next_start, held = self.index.held(start, count, told)
+            for (name, layout), (keys, parents) in held.items():
                 watch.entered(name, layout, keys, parents)
-            return start + count if start + count < len(told) else 0
+            return next_start
 
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""

@@ -148,30 +148,39 @@ class Index:
         return nodes
 
     def held(
-        self, start: int, stop: int, told: bytearray
-    ) -> dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]]:
-        """What each tier holds undamaged of the nodes [start, stop) and the paths to them: keys, and parents' keys.
+        self, start: int, count: int, told: bytearray
+    ) -> tuple[int, dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]]]:
+        """What each tier holds undamaged of the nodes from `start` on and the paths to them: keys, and parents' keys.
 
-        Parents come before their children. `told` marks the nodes that were given already, and grows with the index.
+        Looks at `count` nodes at most, and gives about as many; parents come before their children. Returns where to go
+        on, 0 at the end. `told` marks the nodes that were given already, and grows with the index.
         """
         told += bytes(len(self._keys) - len(told))
         found: dict[tuple[str, LayoutId], tuple[list[BlockKey], list[BlockKey]]] = {}
-        for node in range(start, min(stop, len(self._keys))):
-            for each in self._untold(node, told) if self._keys[node] is not None else ():
+        left, stop = count, min(start + count, len(self._keys))
+        for node in range(start, stop):
+            path = self._untold(node, told) if self._keys[node] is not None else []
+            rest = path[left:] if node else []  # 0 is the end, and no place to go on at
+            for each in path[: len(path) - len(rest)]:
+                told[each] = 1
                 place, above = self.place(each), self._parents[each]
                 for tier in filter(lambda tier: self.holds(each, tier), self._bits):
                     keys, parents = found.setdefault((tier, place.layout), ([], []))
                     keys.append(place.key)
                     parents.append(NO_PARENT if above == NO_NODE else self.place(above).key)
-        return found
+            if rest:
+                return node, found
+            left = max(0, left - len(path))
+        return stop if stop < len(self._keys) else 0, found
 
-    def _untold(self, node: int, told: bytearray) -> Iterator[int]:
+    def _untold(self, node: int, told: bytearray) -> list[int]:
+        """The path to a node, from the first of it that was not given yet."""
         path: list[int] = []
         while node != NO_NODE and not told[node]:
-            told[node] = 1
             path.append(node)
             node = self._parents[node]
-        return reversed(path)
+        path.reverse()
+        return path
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from thermocline.wire.events import Batch, Event, write_batch
 
 LOG = logging.getLogger("thermocline.events")
 QUEUED_MAX, KEPT_MAX, KEPT_BYTES_MAX = 10_000, 10_000, 32 << 20
+WAITING_MAX = 1000
+"""Messages that wait for one subscriber who does not read; what comes then it has missed, and may ask for."""
 TOPICS_MAX = 256
 REQUEST_BYTES_MAX = 1024
 TELL_ALL_SECONDS = 1.0
@@ -160,7 +162,7 @@ class Publisher:
 
     def _socket(self, kind: int, endpoint: Endpoint) -> zmq.Socket[bytes]:
         sock = self._context.socket(kind)
-        sock.set(zmq.SNDHWM, self._kept_max + self._queued_max)
+        sock.set(zmq.SNDHWM, WAITING_MAX if kind == zmq.XPUB else self._kept_max + 1)
         sock.set(zmq.MAXMSGSIZE, REQUEST_BYTES_MAX)
         sock.set(zmq.LINGER, 200)
         endpoint.open(sock)

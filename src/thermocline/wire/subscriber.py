@@ -38,7 +38,8 @@ Take = Callable[[str, int, bytes], object]
 class _Stream:
     """What has been heard of one source. While a replay runs, what comes live is held back behind it."""
 
-    last: int = -1
+    last: int = -1  # handed on
+    live: int = -1  # heard, but for replays: a number that goes back is a new life
     replay: zmq.Socket[bytes] | None = None
     started: float = 0.0
     heard: float = 0.0
@@ -161,14 +162,17 @@ class Subscriber:
             self.counts["forgotten"] += 1
 
     def _heard(self, source: str, stream: _Stream, sequence: int, payload: bytes) -> None:
+        again, stream.live = sequence <= stream.live, sequence
         if stream.replay is not None:
             stream.held.append((sequence, payload))
             stream.held_bytes += len(payload)
             if len(stream.held) > HELD_MAX or stream.held_bytes > HELD_BYTES_MAX:
                 self._end_replay(source, stream, "late")
             return
-        if sequence <= stream.last:
+        if again:
             stream.last = -1
+        elif sequence <= stream.last:
+            return  # a replay was quicker
         if sequence > stream.last + 1 and self._ask(source, stream):
             stream.held.append((sequence, payload))
             stream.held_bytes += len(payload)

@@ -320,7 +320,7 @@ class Thermocline(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # as 
 
     def shutdown(self) -> None:
         """VLLM ends: loads and saves under way end, then the client leaves. A private node stays for a while."""
-        for part in (self._worker, self._client, self._node):
+        for part in (self._scheduler, self._worker, self._client, self._node):
             if part is not None:
                 part.close()
 

@@ -290,6 +290,10 @@ class DevicePages:
             bay.free.synchronize()
         return Loaded(done, {"memory": done} if done else {}, missing, seconds)
 
+    def behind_engine(self) -> None:
+        """See `GroupPages.behind_engine`."""
+        self._loading.behind_engine()
+
     def _send(self, bay: _Bay, pages: Sequence[int]) -> None:
         if not pages:
             return

@@ -15,7 +15,7 @@ from thermocline.tiers.tier import Job, Piece
 
 
 class GroupPages(Protocol):
-    """How blocks are moved. `save` is called by the model's thread; `load` by that too, or by one of its own."""
+    """How blocks are moved. `load` has a thread of its own; the model's thread calls the other verbs."""
 
     layout: Layout
 
@@ -25,6 +25,9 @@ class GroupPages(Protocol):
         Only the first `Loaded.blocks` of the pages hold their block then; later ones hold anything at all. After the
         return nothing writes into them.
         """
+
+    def behind_engine(self) -> None:
+        """Loads from now on come behind what the engine has told its device until now. Does not wait."""
 
     def save(self, keys: Sequence[BlockKey], pages: Sequence[int], start: int) -> Job:
         """Copy the blocks in these pages to the node: that of keys[start], of keys[start + 1], ...
@@ -61,6 +64,9 @@ class HostPages:
     def load(self, places: Places, pages: Sequence[int]) -> Loaded:
         """See `GroupPages.load`."""
         return self._client.fetch(places, [self.view(page) for page in pages])
+
+    def behind_engine(self) -> None:
+        """See `GroupPages.behind_engine`: the processor has done it when this is called."""
 
     def save(self, keys: Sequence[BlockKey], pages: Sequence[int], start: int) -> Job:
         """See `GroupPages.save`."""

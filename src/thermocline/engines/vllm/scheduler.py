@@ -151,7 +151,7 @@ class Scheduler:
         plan = self._plan(tracked)
         if plan is None:
             return None
-        alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and len(self._tracked) == 1
+        alone = len(self._layouts) == 1 and len(self._layouts[0]) == 1 and len(self._tracked) == 1 and not self._loading
         tracked.at_once = self._may_load_at_once and alone
         return max(0, plan.tokens - computed)
 
@@ -223,7 +223,7 @@ class Scheduler:
             self._later.append(staging.cancel)
 
     def _tell_what_waits(self) -> None:
-        """Tell the node what no request waits for. VLLM has a step after the last request's end, too."""
+        """Tell the node what no request waits for. A step comes after the last request's end, too."""
         later, self._later = self._later, []
         for tell in later:
             _tried(tell)
@@ -456,6 +456,11 @@ class Scheduler:
             tracked.may_load = tracked.may_save = False
             if not tracked.loading:
                 self._unstage(tracked)
+        self._tell_what_waits()
+
+    def close(self) -> None:
+        """No step comes any more: tell what waits for one."""
+        self._tell_what_waits()
 
     def take_counts(self) -> dict[tuple[str, str], int]:
         """What was counted since this was last asked, by name and label."""

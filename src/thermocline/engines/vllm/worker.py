@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,6 +25,8 @@ LOG = logging.getLogger("thermocline.vllm")
 LOAD_WAIT_SECONDS = 0.01
 """How long a step in which nothing is computed waits for a load: vLLM would sleep and come back meanwhile."""
 CLOSE_SECONDS = 5.0
+THREAD_SECONDS = 0.5
+"""How often a step that waits for a load looks whether the thread that does it is still there."""
 PART_BLOCKS = 8
 _ON_THEIR_WAY = frozenset({Outcome.HIT, Outcome.PENDING})
 """PENDING: another engine is saving the very block."""
@@ -87,10 +89,25 @@ class Worker:
             self._epoch = orders.epoch
             for pages, layout in zip(self._pages, self._base, strict=True):
                 pages.relabel(layout_in(orders.epoch, layout))
-        for order in orders.loads if orders.early else ():
-            if order.at_once and order.request not in self._early:
-                self._early.add(order.request)
-                self._orders.put(order)
+        at_once = {order.request: order for order in orders.loads if order.at_once}
+        self._forget_early(at_once.keys())
+        for order in at_once.values() if orders.early else ():
+            self._load_early(order)
+
+    def _load_early(self, order: LoadOrder) -> None:
+        """Have the thread do it, behind whatever vLLM has told the device to do with these pages."""
+        if order.request not in self._early:
+            self._early.add(order.request)
+            for pages in self._pages:
+                pages.behind_engine()
+            self._orders.put(order)
+
+    def _forget_early(self, but: Collection[str]) -> None:
+        """Of steps that vLLM began and gave up."""
+        self._early.intersection_update(but)
+        with self._done:
+            for request in self._early_done.keys() - but:
+                del self._early_done[request]
 
     def start_loads(self, orders: Orders) -> None:
         """Load what this step computes on; start what else is to be loaded: `ended_loads` tells when that is over."""
@@ -104,14 +121,13 @@ class Worker:
             self._orders.put(order)
 
     def _load_at_once(self, order: LoadOrder) -> None:
-        if order.request in self._early:
-            self._early.discard(order.request)
-            with self._done:
-                self._done.wait_for(lambda: order.request in self._early_done)
-                failed = self._early_done.pop(order.request)
-        else:
-            failed = self._try_load(order)
+        self._load_early(order)
+        self._early.discard(order.request)
         with self._done:
+            while order.request not in self._early_done and self._thread.is_alive():
+                self._done.wait(THREAD_SECONDS)
+            late = LoadFailed(order.request, self.rank, 0, 0, str(Reason.LATE), "the worker has ended")
+            failed = self._early_done.pop(order.request, late)
             self._at_once.append(order.request)
             if failed is not None:
                 self._failed.append(failed)
