@@ -364,6 +364,15 @@ class Settings:
         values: dict[str, Any] = {key: raw for key, (raw, _) in given.items()}
         return cls(**values, origins={key: origin for key, (_, origin) in given.items()})
 
+    def flags(self, without: frozenset[str] = frozenset()) -> list[str]:
+        """The settings that are not at their default, as a child process takes them; but for those of these names."""
+        words: list[str] = []
+        for name, setting in DECLARED.items():
+            value = getattr(self, name)
+            if name not in without and value != setting.default:
+                words += [setting.flag, setting.show(value)]
+        return words
+
     def where_from(self, name: str) -> str:
         """Where the value of `name` came from: a flag, a variable, a file, or "default"."""
         return self.origins.get(name, "default")
@@ -408,6 +417,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str
         for variable, raw in environ.items()
         if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE and not _is_service_link(variable, raw)
     }
+
+
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child: its settings are resolved already, and it gets them as flags."""
+    return {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
 
 
 def _is_service_link(variable: str, raw: str) -> bool:

@@ -363,7 +363,7 @@ def test_free_ports_skip_those_in_use():
 def test_settings_become_flags():
     """A child is told every setting that is not at its default, in a form that reads back the same."""
     settings = Settings(memory_bytes=3 << 20, ttl_seconds=90.5, disk_path=Path("a b"), port=9)
-    words = launch.flags(settings, without=frozenset({"port"}))
+    words = settings.flags(without=frozenset({"port"}))
     told = dict(zip(words[::2], words[1::2], strict=True))
     given = {word.removeprefix("--").replace("-", "_"): value for word, value in told.items()}
     assert set(given) == {"memory_bytes", "ttl_seconds", "disk_path"}

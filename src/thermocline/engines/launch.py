@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from thermocline.engines.vllm.config import NOT_THE_NODES
 from thermocline.errors import LaunchError
-from thermocline.settings import DECLARED, PREFIX, Settings, read_key
+from thermocline.settings import Settings, read_key, without_settings
 from thermocline.wire.events import Topic, write_topic
 
 START_SECONDS_MAX, STOP_SECONDS_MAX = 1800.0, 45.0
@@ -61,16 +61,16 @@ class Launch:
 
 def node(settings: Settings, socket: Path, ready: Callable[[], bool]) -> Launch:
     """A node on `socket`, with the tiers of the settings."""
-    words = (*_thermocline("node"), "--socket", str(socket), *flags(settings, without=NOT_THE_NODES))
-    return Launch("node", words, ready, environment=_environment(), start_seconds_max=NODE_START_SECONDS_MAX)
+    words = (*_thermocline("node"), "--socket", str(socket), *settings.flags(without=NOT_THE_NODES))
+    return Launch("node", words, ready, "", without_settings(os.environ), NODE_START_SECONDS_MAX)
 
 
 def transformers(settings: Settings, socket: Path, port: int, *, more: Sequence[str] = ()) -> Launch:
     """Our own engine, whose tiers are the node's; `more` are flags of `thermocline serve`."""
     words = (*_thermocline("serve"), "--port", str(port), "--node-socket", str(socket))
-    words = (*words, *flags(settings, without=_NODE_ONLY | {"port", "node_socket"}), *more)
+    words = (*words, *settings.flags(without=_NODE_ONLY | {"port", "node_socket"}), *more)
     url = address(settings.host, port)
-    return Launch(f"transformers-{port}", words, lambda: is_healthy(url), url, _environment())
+    return Launch(f"transformers-{port}", words, lambda: is_healthy(url), url, without_settings(os.environ))
 
 
 def inside(settings: Settings, port: int) -> Settings:
@@ -89,12 +89,12 @@ def gateway(settings: Settings, port: int, inside: Settings, engines: Sequence[L
             raise LaunchError(f"a gateway needs {package}", hint="pip install 'thermocline[gateway]', or --no-gateway")
     named = ", ".join(f"{each.name}={each.url} node={NODE_NAME}" for each in engines)
     words = (*_thermocline("route"), "--port", str(port), "--route-to", named)
-    words = (*words, "--events-listen", str(inside.events_endpoint), *flags(settings, without=_NOT_THE_GATEWAYS))
+    words = (*words, "--events-listen", str(inside.events_endpoint), *settings.flags(without=_NOT_THE_GATEWAYS))
     folder = Path(model_folder(settings.model))
     if settings.tokenizer_path is None and (folder / "tokenizer.json").is_file():
         words = (*words, "--tokenizer-path", str(folder))
     url = address(settings.host, port)
-    return Launch("gateway", words, lambda: is_healthy(url), url, _environment(), NODE_START_SECONDS_MAX)
+    return Launch("gateway", words, lambda: is_healthy(url), url, without_settings(os.environ), NODE_START_SECONDS_MAX)
 
 
 def vllm(
@@ -116,8 +116,9 @@ def vllm(
         environment |= _cpu_defaults(settings, instances)
     if settings.api_key_file is not None:
         environment["VLLM_API_KEY"] = read_key(settings.api_key_file)
+    environment |= without_settings(os.environ)
     url = address(settings.host, port)
-    return Launch(f"vllm-{port}", (*words, *more), lambda: is_healthy(url), url, {**environment, **_environment()})
+    return Launch(f"vllm-{port}", (*words, *more), lambda: is_healthy(url), url, environment)
 
 
 def _events_config(settings: Settings, name: str) -> str:
@@ -176,16 +177,6 @@ def model_folder(model: str) -> str:
     return str(tiny.folder())
 
 
-def flags(settings: Settings, *, without: frozenset[str]) -> list[str]:
-    """The settings that are not at their default, as a child takes them."""
-    words: list[str] = []
-    for name, setting in DECLARED.items():
-        value = getattr(settings, name)
-        if name not in without and value != setting.default:
-            words += [setting.flag, setting.show(value)]
-    return words
-
-
 def free_ports(host: str, first: int, count: int) -> list[int]:
     """So many ports from `first` on that nobody listens on; any ports where `first` is 0. Raises LaunchError."""
     found: list[int] = []
@@ -231,8 +222,3 @@ def is_healthy(url: str) -> bool:
 
 def _thermocline(verb: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "thermocline", verb)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without settings: they are resolved already, and every child gets its own as flags."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
