@@ -166,7 +166,6 @@ def up(
     each engine as it is. What dies is started again; Ctrl-C stops the gateway, the engines, then the node.
     """
     settings = _load_settings(config_path, flags)
-    settings.require_key()
     from thermocline.engines.up import up
     from thermocline.node import paths
 
@@ -191,7 +190,7 @@ def route(config_path: str | None, shared: bool, as_json: bool, **flags: str | N
 
     admin = settings.admin_socket or paths.socket_path(f"gateway-{settings.port}")
     if settings.gateway_processes > 1:
-        serve_many(settings, admin, as_json=as_json)
+        serve_many(settings, admin, shared=shared, as_json=as_json)
     else:
         serve(settings, admin, shared=shared, as_json=as_json)
 

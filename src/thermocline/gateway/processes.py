@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,19 +17,23 @@ import threading
 from pathlib import Path
 
 from thermocline.clock import SystemClock
+from thermocline.errors import SettingsError, ThermoclineError
 from thermocline.gateway.serve import announce
-from thermocline.settings import DECLARED, Settings
+from thermocline.settings import Settings, without_settings
 from thermocline.wire.http import listening
 
 LOG = logging.getLogger("thermocline.gateway")
 LOOK_SECONDS, AGAIN_SECONDS, STOP_SECONDS = 0.1, 1.0, 15.0
 
 
-def serve_many(settings: Settings, admin_path: Path, *, as_json: bool = False) -> None:
+def serve_many(settings: Settings, admin_path: Path, *, shared: bool = False, as_json: bool = False) -> None:
     """Run so many gateways until SIGINT or SIGTERM; one that dies is started again.
 
-    Each is administered at a socket of its own: `admin_path` with its number behind the name.
+    Each is administered at a socket of its own: `admin_path` with its number behind the name. Raises ThermoclineError
+    where one of them does not start, and SettingsError where this is one of several (`shared`) itself.
     """
+    if shared:
+        raise SettingsError("one of several gateways is one process", hint="leave --shared out, or gateway_processes")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -58,16 +63,11 @@ def numbered(admin_path: Path, number: int) -> Path:
 
 
 def _words(settings: Settings) -> list[str]:
-    words = [sys.executable, "-m", "thermocline", "route", "--shared", "--json"]
-    for name, setting in DECLARED.items():
-        value = getattr(settings, name)
-        if value != setting.default:
-            words += [setting.flag, setting.show(value)]
-    return words
+    return [sys.executable, "-m", "thermocline", "route", "--shared", "--json", *settings.flags()]
 
 
 class _Children:
-    """The processes. Each says on stdout when it listens."""
+    """The processes. Each says on stdout when it listens, and ends when its stdin does: with whoever started it."""
 
     def __init__(self, words: list[list[str]]) -> None:
         self._words, self._clock = words, SystemClock()
@@ -75,10 +75,11 @@ class _Children:
         self._started = [self._clock.now()] * len(words)
 
     def wait_ready(self) -> None:
-        """Until each has told its address, or has ended."""
+        """Until each has told its address. Raises ThermoclineError where one has ended instead."""
         for child in self._running:
             assert child.stdout is not None
-            child.stdout.readline()
+            if not child.stdout.readline():
+                raise ThermoclineError("a gateway did not start", hint="what it said of that stands above")
 
     def look(self) -> None:
         """Start again what has died, no more often than once a second each."""
@@ -86,8 +87,7 @@ class _Children:
         for at, child in enumerate(self._running):
             if child.poll() is not None and now > self._started[at] + AGAIN_SECONDS:
                 LOG.warning("a gateway ended with %s; it is started again", child.returncode)
-                if child.stdout is not None:
-                    child.stdout.close()
+                _close(child)
                 self._running[at], self._started[at] = self._start(self._words[at]), now
 
     def close(self) -> None:
@@ -100,9 +100,15 @@ class _Children:
                 child.wait(max(0.1, deadline - self._clock.now()))
             child.kill()
             child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
+            _close(child)
 
     @staticmethod
     def _start(words: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(words, stdout=subprocess.PIPE)  # noqa: S603  # ourselves
+        pipe = subprocess.PIPE
+        return subprocess.Popen(words, stdin=pipe, stdout=pipe, env=without_settings(os.environ))  # noqa: S603  # ourselves
+
+
+def _close(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class Routed:
 
 
 def serve(settings: Settings, admin_path: Path, *, shared: bool = False, as_json: bool = False) -> None:
-    """Listen until SIGINT or SIGTERM, then let requests in flight finish. `shared`: others listen there too.
+    """Listen until SIGINT or SIGTERM, then let requests in flight finish.
+
+    `shared`: others listen there too, and this one ends with whoever started it, that is when stdin ends.
 
     The address goes to stdout, as JSON if asked. Raises SettingsError and ThermoclineError for what cannot be had.
     """
@@ -59,15 +62,17 @@ def serve(settings: Settings, admin_path: Path, *, shared: bool = False, as_json
         raise SettingsError(f"no policy {settings.policy}", hint=f"one of {', '.join(POLICIES)}")
     sock = listening(settings.host, settings.port, shared=shared)
     with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_signal(settings, routed, sock, admin_path, as_json=as_json))
+        runner.run(_until_signal(settings, routed, sock, admin_path, shared=shared, as_json=as_json))
 
 
 async def _until_signal(
-    settings: Settings, routed: list[Routed], sock: socket.socket, admin_path: Path, *, as_json: bool
+    settings: Settings, routed: list[Routed], sock: socket.socket, admin_path: Path, *, shared: bool, as_json: bool
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    if shared:
+        threading.Thread(target=_end_with_stdin, args=(loop, stop), daemon=True).start()
     with contextlib.ExitStack() as stack:
         secret = secrets.token_bytes(32)
         index = FleetIndex(settings.index_blocks, secret=int.from_bytes(secret[:8], "little"))
@@ -92,6 +97,14 @@ async def _until_signal(
         await asyncio.gather(gateway.stop(), door_for_operators.stop())
         if watch is not None:
             watch.cancel()
+
+
+def _end_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Whoever started this holds the other end of stdin, and never writes: it ends with them, however they end."""
+    while os.read(0, 4096):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(stop.set)
 
 
 def _gateway(settings: Settings, door: Door, instances: list[Instance]) -> Gateway:
