@@ -71,6 +71,9 @@ class _Nobody:
     def joined(self, slot: int, instance: Instance) -> None:
         pass
 
+    def lost(self, slot: int) -> None:
+        pass
+
     def choose(self, request: Arrived) -> Decision:
         self.arrived.append(request)
         raise RequestError("nobody", status=503)

@@ -66,6 +66,9 @@ class InTurn:
     def left(self, slot: int) -> None:
         del self.slots[slot]
 
+    def lost(self, slot: int) -> None:
+        self.heard.append(("lost", slot))
+
     def choose(self, request: Arrived) -> Decision | Awaitable[Decision]:
         self.arrived.append(request)
         may = sorted(self.slots.keys() - request.exclude)

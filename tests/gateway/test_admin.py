@@ -17,7 +17,7 @@ from thermocline.errors import SettingsError, ThermoclineError
 from thermocline.fleet.instance import Instance
 from thermocline.gateway.admin import admin, admin_socket
 from thermocline.gateway.rules import Rules
-from thermocline.gateway.standing import Standings, State
+from thermocline.gateway.standing import Health, Standings, State
 
 
 @contextlib.contextmanager
@@ -206,9 +206,10 @@ def test_health():
     """Two failed questions set an instance aside; one that succeeds brings it back, slowly."""
     clock = ManualClock(100)
     standing = _standings(1, clock)[0]
-    assert [standing.checked(clock.now(), well=False) for _ in range(3)] == [False, True, False]
+    assert [standing.checked(clock.now(), Health.ILL) for _ in range(3)] == [False, True, False]
     assert standing.state(clock.now()) is State.DOWN
-    assert standing.checked(clock.now(), well=True)
+    assert standing.refused_checks == 0, "lateness is no loss"
+    assert standing.checked(clock.now(), Health.WELL)
     assert standing.state(clock.now()) is State.UP
     assert standing.ramp(clock.now()) == pytest.approx(0.1)
 
@@ -228,16 +229,19 @@ def test_unhealthy_answers(answer):
         door = world.gateway([port], rules=replace(RULES, health_seconds=60))
         standing = door.gateway.standings[0]
         standing.rules = replace(RULES, health_seconds=0.2)
-        assert world.run(standing.check()) == (answer == b"HTTP/1.1 200")
+        assert world.run(standing.check()) is (Health.WELL if answer == b"HTTP/1.1 200" else Health.ILL)
 
 
 def test_all_down():
-    """Where no instance is up, requests get 503 with Retry-After at once, and health says so."""
+    """Where no instance is up, health says so; one is tried all the same, unless it drains: then it is 503 at once."""
     with World() as world, socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
         nobody.close()
         door = world.gateway([port])
         assert until(lambda: not door.gateway.standings[0].healthy)
+        assert door.ask().status == 502
+        door.gateway.standings[0].draining = True
+        world.call(door.gateway.standings.changed)
         answer = door.ask()
         assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "no_instance", "1")
         with door.connect() as line:

@@ -228,10 +228,12 @@ def test_killed_and_back():
         door = world.gateway([first.port, second.port])
         world.run(first.server.stop(0))
         assert until(lambda: _state(door, 0) is State.DOWN)
+        assert until(lambda: ("lost", 0) in door.chooser.heard)
         assert door.ask().headers["x-thermocline-instance"] == "i1"
         world.good(port=first.port)
         assert until(lambda: _state(door, 0) is State.UP)
         assert door.ask().headers["x-thermocline-instance"] == "i0"
+        assert door.chooser.heard.count(("lost", 0)) == 1
 
 
 def _state(door, slot):

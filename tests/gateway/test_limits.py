@@ -404,3 +404,10 @@ def test_front_of_any_body(body):
     """Whatever a body is, it is looked into or refused."""
     with contextlib.suppress(RequestError):
         read_front(body)
+
+
+def test_a_long_model_name():
+    """Records of requests are thousands, so what a client calls the model is kept only so far."""
+    with served() as (door, _):
+        assert door.ask(b'{"model":"%b"}' % (b"m" * 50_000)).status == 200
+        assert door.gateway.decisions.get("last").model == "m" * 128

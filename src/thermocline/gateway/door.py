@@ -84,6 +84,10 @@ class Door:
         self._fleet.leave(slot, self._clock.now())
         self._index.drop(slot)
 
+    def lost(self, slot: int) -> None:
+        """See `Chooser`. Its bookings end as the requests do."""
+        self._index.drop(slot)
+
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def choose(self, request: Arrived) -> Decision | Awaitable[Decision]:

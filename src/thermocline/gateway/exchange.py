@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("thermocline.gateway")
 BUSY = frozenset({429, 502, 503, 504})
 OK = 200
+MODEL_CHARACTERS_MAX = 128
+"""Of what a client calls the model, in a record: thousands of those are kept."""
 LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
 KEEP, CLOSE = b"connection: keep-alive\r\n", b"connection: close\r\n"
 
@@ -353,7 +355,7 @@ class Exchange:
         if self.ask.tenant is not None:
             self.ask.tenant.in_flight -= 1
         gateway, front = self._gateway, self.ask.front
-        model = front.model if isinstance(front.model, str) else None
+        model = front.model[:MODEL_CHARACTERS_MAX] if isinstance(front.model, str) else None
         tenant = self.ask.tenant.name if self.ask.tenant else None
         seconds = gateway.clock.now() - self._started
         gateway.over(

@@ -77,6 +77,9 @@ class Chooser(Protocol):
     def left(self, slot: int) -> None:
         """The instance is gone for good: forget what it held."""
 
+    def lost(self, slot: int) -> None:
+        """Nobody listens at the instance's address any more: whoever comes back there holds nothing."""
+
     def choose(self, request: Arrived) -> Decision | Awaitable[Decision]:
         """The best instance, booked at once. Awaitable where finding out would hold up the loop.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
@@ -20,11 +21,22 @@ from thermocline.gateway.rules import Rules
 from thermocline.gateway.seam import Chooser
 from thermocline.store.breaker import Breaker
 
+LOG = logging.getLogger("thermocline.gateway")
 _URL = re.compile(r"http://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})/?")
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SLOW_START_LEAST = 0.1
 """The share of its share that an instance takes at once."""
 ANSWER_BYTES = 64
+
+
+class Health(enum.Enum):
+    """What a question for an instance's health came to."""
+
+    WELL = enum.auto()
+    ILL = enum.auto()
+    """It answered something else, or too late: it may be as busy as it can be, and hold all that it held."""
+    GONE = enum.auto()
+    """Nobody listens there: what comes back there begins with nothing."""
 
 
 class State(enum.StrEnum):
@@ -48,7 +60,7 @@ class Standing:
         self.label = instance.name.encode()
         self.breaker = Breaker()
         self.healthy, self.draining = True, False
-        self.failed_checks = self.in_flight = self.routed = 0
+        self.failed_checks = self.refused_checks = self.in_flight = self.routed = 0
         self._links: list[Link] = []
         self._since, self._turn = since, 1.0
 
@@ -130,7 +142,7 @@ class Standing:
 
     # -- health --------------------------------------------------------------------------------------------------------
 
-    async def check(self) -> bool:
+    async def check(self) -> Health:
         """Ask it for its health."""
         request = b"GET /health HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n\r\n" % self.host
         try:
@@ -139,13 +151,16 @@ class Standing:
                 with contextlib.closing(writer):
                     writer.write(request)
                     line = await reader.read(ANSWER_BYTES)
+        except ConnectionRefusedError:
+            return Health.GONE
         except (OSError, TimeoutError, ValueError):
-            return False
-        return line.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()]
+            return Health.ILL
+        return Health.WELL if line.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()] else Health.ILL
 
-    def checked(self, now: float, *, well: bool) -> bool:
+    def checked(self, now: float, health: Health) -> bool:
         """Take in an answer of `check`. True if that changed whether it may be asked."""
-        if well:
+        self.refused_checks = self.refused_checks + 1 if health is Health.GONE else 0
+        if health is Health.WELL:
             self.failed_checks = 0
             if self.healthy:
                 return False  # a breaker that is open closes by a request that succeeds
@@ -217,10 +232,16 @@ class Standings:
         self.on_change()
 
     def excluded(self, now: float) -> frozenset[int]:
-        """Slots that may not be asked now. Slow starters stay out of other requests' way, unless nobody else is up."""
+        """Slots that may not be asked now. Slow starters stay out of other requests' way, unless nobody else is up.
+
+        Where all are down, they are asked all the same, but for those that drain: more likely than that all died is
+        that what is known of them is wrong (Envoy calls this its panic mode).
+        """
         if now < self._valid_until:
             return self._excluded
         out = {each.slot for each in self if each.state(now) is not State.UP}
+        if len(out) == len(self):
+            out = {each.slot for each in self if each.draining}
         slow = {each.slot for each in self if each.slot not in out and not each.its_turn(now)}
         if len(out) + len(slow) < len(self):
             out |= slow
@@ -256,12 +277,22 @@ class Standings:
         """Ask every instance for its health, again and again."""
         while True:
             standings: Sequence[Standing] = tuple(self)
-            answers = await asyncio.gather(*(each.check() for each in standings))
+            answers = await asyncio.gather(*(each.check() for each in standings), return_exceptions=True)
             now = self._clock.now()
-            for standing, well in zip(standings, answers, strict=True):
-                if standing.checked(now, well=well):
-                    self.changed()
+            for standing, answer in zip(standings, answers, strict=True):
+                self._take(standing, answer if isinstance(answer, Health) else Health.ILL, now)
             await asyncio.sleep(self._rules.health_seconds)
+
+    def _take(self, standing: Standing, health: Health, now: float) -> None:
+        if self.at(standing.slot) is not standing:
+            return  # removed while it was asked
+        if standing.checked(now, health):
+            self.changed()
+        if standing.refused_checks == self._rules.unhealthy_after:
+            try:
+                self._chooser.lost(standing.slot)
+            except Exception:
+                LOG.exception("what an instance held could not be forgotten")
 
 
 def _address(instance: Instance) -> tuple[str, int]:
