@@ -17,8 +17,8 @@ from thermocline.engines import launch
 from thermocline.engines.child import Child, State, backoff
 from thermocline.engines.launch import Launch
 from thermocline.engines.telling import Event, Telling
-from thermocline.engines.up import Stop, Up
-from thermocline.errors import LaunchError
+from thermocline.engines.up import Stop, Up, up
+from thermocline.errors import LaunchError, SettingsError
 from thermocline.settings import Settings
 
 SECONDS_MAX = 30.0
@@ -376,6 +376,35 @@ def test_no_setting_reaches_a_child_twice(monkeypatch, tmp_path):
     started = launch.node(Settings.load(), tmp_path / "s", lambda: True)
     assert "THERMOCLINE_DISK_PATH" not in started.environment
     assert started.words[-2:] == ("--disk-path", str(tmp_path))
+
+
+def test_only_the_gateway_asks_for_keys(monkeypatch, tmp_path):
+    """Engines behind a gateway get neither its key nor its tenants, in words or environment; the gateway gets both."""
+    pytest.importorskip("uvloop")
+    for name in ("VLLM_API_KEY", "THERMOCLINE_API_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    key, tenants = tmp_path / "key", tmp_path / "tenants.toml"
+    key.write_text("secret\n")
+    settings = Settings(host="0.0.0.0", model="m", api_key_file=key, tenants_path=tenants)  # noqa: S104  # not listened on
+    behind = launch.inside(settings, 8000)
+    engines = [
+        launch.transformers(behind, tmp_path / "s", 8001),
+        launch.vllm(behind, "{}", 8002, instances=2, events=True),
+    ]
+    for each in (*engines, launch.node(behind, tmp_path / "s", lambda: True)):
+        said = (*each.words, *each.environment.values())
+        assert not {str(key), str(tenants), "secret"} & set(said)
+        assert "VLLM_API_KEY" not in each.environment
+    door = launch.gateway(settings, 8000, behind, engines).words
+    assert door[door.index("--api-key-file") + 1] == str(key)
+    assert door[door.index("--tenants-path") + 1] == str(tenants)
+
+
+def test_engines_that_others_reach_need_a_key(tmp_path):
+    """Without a gateway, a tenants file is no key: engines on a public address are refused before anything starts."""
+    settings = Settings(host="0.0.0.0", tenants_path=tmp_path / "tenants.toml")  # noqa: S104  # not listened on
+    with pytest.raises(SettingsError, match="no API key protects it"):
+        up(settings, tmp_path / "s", "transformers", 1, ())
 
 
 def test_vllm_on_a_cpu_shares_cores_and_memory(monkeypatch):

@@ -74,9 +74,13 @@ def transformers(settings: Settings, socket: Path, port: int, *, more: Sequence[
 
 
 def inside(settings: Settings, port: int) -> Settings:
-    """What the node and engines behind a gateway at `port` are started with: loopback, ports behind it, and events."""
+    """What the node and engines behind a gateway at `port` are started with: loopback, ports behind it, and events.
+
+    They ask for no key: the gateway judges who may ask, and hands no key on.
+    """
     events = f"tcp://127.0.0.1:{free_ports(LOOPBACK, 0, 1)[0]}"
-    return dataclasses.replace(settings, host=LOOPBACK, port=port + 1, events_endpoint=events, events_name=NODE_NAME)
+    behind = dataclasses.replace(settings, host=LOOPBACK, port=port + 1, api_key_file=None, tenants_path=None)
+    return dataclasses.replace(behind, events_endpoint=events, events_name=NODE_NAME)
 
 
 def gateway(settings: Settings, port: int, inside: Settings, engines: Sequence[Launch]) -> Launch:

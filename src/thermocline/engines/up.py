@@ -39,9 +39,11 @@ def up(
     """Start a node at `socket` and `instances` engines of one kind, and keep them running until a signal.
 
     With a gateway that one listens at the settings' address, and engines on loopback behind it. `more` are arguments of
-    the engine's own. Raises LaunchError where something does not come up or stay up, and NodeError where the runtime
-    folder, in which the logs lie, is not ours.
+    the engine's own. Raises LaunchError where something does not come up or stay up, NodeError where the runtime
+    folder, in which the logs lie, is not ours, and SettingsError where others would reach engines without a key.
     """
+    if not gateway:
+        settings.require_key()
     if _answers(socket):
         text = f"a node is there already, at {socket}"
         raise LaunchError(text, hint="stop it (`thermocline ps` shows its process), or name another --socket")
