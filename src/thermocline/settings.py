@@ -281,10 +281,14 @@ class Settings:
     events_endpoint: str | None = _setting(
         Kind.TEXT,
         None,
-        "Where KV events go, for a router: tcp://127.0.0.1:5557 or ipc:///path connects, @tcp://... listens.",
+        "Where KV events go, for a router: tcp://127.0.0.1:5557 or ipc:///path connects, @tcp://... listens; "
+        "@!tcp://10.0.0.5:5557 listens where other machines reach it.",
     )
     events_replay_endpoint: str | None = _setting(
-        Kind.TEXT, None, "Where a router may ask for KV events that it missed: an address to listen on."
+        Kind.TEXT,
+        None,
+        "Where a router may ask for KV events that it missed: an address to listen on; !tcp://10.0.0.5:5558 where "
+        "other machines reach it.",
     )
     events_name: str | None = _setting(
         Kind.TEXT, None, "What KV events call this instance or node: by default its URL, or the machine's name."
@@ -310,7 +314,8 @@ class Settings:
     events_listen: str | None = _setting(
         Kind.TEXT,
         None,
-        "Where a gateway hears KV events: tcp://127.0.0.1:5557 or ipc:///path, which engines connect to.",
+        "Where a gateway hears KV events: tcp://127.0.0.1:5557 or ipc:///path, which engines connect to; "
+        "!tcp://10.0.0.5:5557 for engines on other machines.",
     )
     gateway_processes: int = _setting(
         Kind.COUNT, 1, "Gateways that share one address, each with an index of its own.", least=1, most=64

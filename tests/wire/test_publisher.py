@@ -306,21 +306,32 @@ def test_closed_is_closed(opened, place):
         ("tcp://127.0.0.1:5557", False),
         ("@tcp://127.0.0.1:5557", True),
         ("@tcp://[::1]:5557", True),
-        ("@tcp://10.0.0.5:5557", True),
+        ("@!tcp://10.0.0.5:5557", True),
+        ("tcp://10.0.0.5:5557", False),
         (">ipc:///run/kv", False),
     ],
 )
 def test_endpoints(text, binds):
-    """A leading @ binds, a leading > connects."""
-    assert Endpoint.parse(text, binds=False) == Endpoint(text.lstrip("@>"), binds)
+    """A leading @ binds, a leading > connects, and ! means an address that other machines reach."""
+    assert Endpoint.parse(text, binds=False) == Endpoint(text.lstrip("@>!"), binds)
 
 
-@pytest.mark.parametrize("text", ["@tcp://*:5557", "@tcp://0.0.0.0:1", "@tcp://[::]:1", "@tcp://eth0:1"])
-def test_nobody_listens_to_the_world(text):
+@pytest.mark.parametrize("mark", ["", "!"])
+@pytest.mark.parametrize("text", ["tcp://*:5557", "tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://eth0:1"])
+def test_nobody_listens_to_the_world(text, mark):
     """Binding to every address is refused with a hint: events tell token ids, and ask nobody who they are."""
     with pytest.raises(SettingsError) as refused:
-        Endpoint.parse(text, binds=False)
+        Endpoint.parse(f"@{mark}{text}", binds=False)
     assert refused.value.hint
+
+
+@pytest.mark.parametrize("text", ["tcp://10.0.0.5:5557", "tcp://[fd00::5]:5557", "tcp://192.0.2.7:5557"])
+def test_a_network_is_trusted_only_where_it_is_said(text):
+    """An address that other machines reach is bound where a ! says that it is meant, and refused without."""
+    assert Endpoint.parse(f"!{text}", binds=True) == Endpoint(text, binds=True)
+    with pytest.raises(SettingsError) as refused:
+        Endpoint.parse(text, binds=True)
+    assert "@!tcp://" in refused.value.hint
 
 
 @pytest.mark.parametrize(

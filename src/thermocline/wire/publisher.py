@@ -44,17 +44,18 @@ class Endpoint:
     def parse(cls, text: str, *, binds: bool) -> Endpoint:
         """tcp://HOST:PORT or ipc:///PATH; a leading @ says that it binds, a leading > that it connects.
 
-        Raises SettingsError for anything else, and for binding to every address of the machine: events tell token ids,
-        to whoever connects. An address of a private network may be named.
+        Raises SettingsError for anything else, and for binding where other machines reach it: events tell token ids, to
+        whoever connects. A further ! says that one address of a network that is trusted is meant: @!tcp://10.0.0.5:5557
         """
-        address = text.removeprefix("@").removeprefix(">")
+        address = text.removeprefix("@").removeprefix(">").removeprefix("!")
         binds = text.startswith("@") or (binds and not text.startswith(">"))
         scheme, _, rest = address.partition("://")
         host, _, port = rest.rpartition(":")
         if scheme not in {"tcp", "ipc"} or not rest or (scheme == "tcp" and not (host and port.isdecimal())):
             raise SettingsError(f"{text} is no endpoint", hint="write tcp://127.0.0.1:5557 or ipc:///run/user/1000/kv")
-        if binds and scheme == "tcp" and not is_loopback(host.strip("[]")) and not _is_one_address(host.strip("[]")):
-            hint = "name the one address, as in @tcp://127.0.0.1:5557"
+        meant = "!" in text and _is_one_address(host.strip("[]"))
+        if binds and scheme == "tcp" and not is_loopback(host.strip("[]")) and not meant:
+            hint = "listen on 127.0.0.1, or name one address of a network that you trust, as in @!tcp://10.0.0.5:5557"
             raise SettingsError(f"{text} would give events to anyone who can reach this machine", hint=hint)
         return cls(address, binds)
 
