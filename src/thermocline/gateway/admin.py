@@ -38,6 +38,8 @@ class Listed(Struct, frozen=True):
     ramp: float
     """The share of its share that it takes: below 1.0 while it starts slowly."""
     failures: int
+    wiring: str
+    """Whether its events can be believed; empty where none are listened for."""
 
 
 def admin(gateway: Gateway) -> Server:
@@ -143,11 +145,11 @@ class _Doors:
         return found
 
     def _listed(self, standings: Sequence[Standing]) -> list[Listed]:
-        now = self._gateway.clock.now()
+        now, observer = self._gateway.clock.now(), self._gateway.observer
         return [
             Listed(
                 each.slot, each.instance.name, each.instance.url, each.state(now), each.in_flight, each.ramp(now),
-                each.breaker.failures,
+                each.breaker.failures, observer.wiring(each) if observer is not None else "",
             )
             for each in standings
         ]  # fmt: skip

@@ -24,6 +24,7 @@ from thermocline.fleet.instance import Instance
 from thermocline.gateway.admission import Keys, RetryBudget, Tenant
 from thermocline.gateway.client import Client
 from thermocline.gateway.decisions import Decisions, Record
+from thermocline.gateway.observe import Observer
 from thermocline.gateway.routes import ROUTES, Kind, Route, openapi
 from thermocline.gateway.rules import Rules
 from thermocline.gateway.seam import Chooser
@@ -66,6 +67,7 @@ class Gateway:
         self.standings = Standings(chooser, self.rules, self.clock)
         for instance in instances:
             self.standings.add(instance, slowly=False)
+        self.observer: Observer | None = None
         self.stopping = False
         self.held_bytes = self.in_flight = 0
         self._local = is_loopback(host)
@@ -231,4 +233,6 @@ class Gateway:
         metrics.gauge("requests_in_flight", self.in_flight)
         metrics.gauge("client_connections", len(self._clients))
         metrics.gauge("held_body_bytes", self.held_bytes)
+        if self.observer is not None:
+            self.observer.measure(metrics, self.standings)
         return metrics.text()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -23,21 +23,19 @@ from thermocline.fleet.chains import Chain
 from thermocline.fleet.index import FleetIndex
 from thermocline.fleet.instance import Instance
 from thermocline.fleet.router import POLICIES
-from thermocline.fleet.wiring import State
 from thermocline.gateway.admin import admin, admin_socket
 from thermocline.gateway.admission import Keys
 from thermocline.gateway.door import Door
 from thermocline.gateway.hearing import Hearing
+from thermocline.gateway.observe import Observer
 from thermocline.gateway.proxy import Gateway
 from thermocline.settings import Settings, read_key
 from thermocline.tokens.reader import Reader
 from thermocline.wire.http import Limits, listening
 
-LOG = logging.getLogger("thermocline.gateway")
 CONNECTIONS_MAX = 4096
 MEMO_BYTES = 256 << 20
 _OPTIONS = {"node": "node", "capacity": "capacity_tokens", "seats": "seats"}
-_FINE = frozenset({State.NEW, State.EXACT})
 _COUNTS = frozenset({"capacity", "seats"})
 
 
@@ -60,6 +58,7 @@ def serve(settings: Settings, admin_path: Path, *, shared: bool = False, as_json
     routed = instances_of(settings.route_to or "")
     if settings.policy not in POLICIES:
         raise SettingsError(f"no policy {settings.policy}", hint=f"one of {', '.join(POLICIES)}")
+    _open_many()
     sock = listening(settings.host, settings.port, shared=shared)
     with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(settings, routed, sock, admin_path, shared=shared, as_json=as_json))
@@ -86,17 +85,26 @@ async def _until_signal(
         )
         stack.callback(door.close)
         gateway = _gateway(settings, door, [each.instance for each in routed])
-        hearing = _heard(settings, index, gateway, routed, stack)
+        gateway.observer = observer = Observer(index)
+        hears = _heard(settings, index, gateway, routed, stack)
         door_for_operators, admin_sock = admin(gateway), admin_socket(admin_path)
         stack.callback(admin_path.unlink, missing_ok=True)
         await gateway.start(sock)
         await door_for_operators.start(admin_sock)
-        watch = loop.create_task(_tell_wiring(gateway, index)) if hearing is not None else None
+        watch = loop.create_task(observer.watch(gateway.standings)) if hears else None
         announce(sock, admin_path, as_json=as_json)
         await stop.wait()
         await asyncio.gather(gateway.stop(), door_for_operators.stop())
         if watch is not None:
             watch.cancel()
+
+
+def _open_many() -> None:
+    """As many connections as may be: shells begin with 1,024 files, which is fewer than clients and instances are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # where "no bound" is more than the system gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _end_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -125,12 +133,12 @@ def _reader(settings: Settings) -> Reader[Chain] | None:
 
 def _heard(
     settings: Settings, index: FleetIndex, gateway: Gateway, routed: list[Routed], stack: contextlib.ExitStack
-) -> Hearing | None:
+) -> bool:
     """Hear KV events, where there is an address for them."""
     own = {each.events: each.instance.name for each in routed if each.events}
     listen = [*([settings.events_listen] if settings.events_listen else []), *own]
     if not listen:
-        return None
+        return False
     from thermocline.wire.subscriber import Subscriber
 
     hearing = Hearing(index, own)
@@ -145,19 +153,9 @@ def _heard(
     for each in routed:
         if each.replay:
             subscriber.replay_from(each.events or each.instance.name, each.replay)
-    return hearing
-
-
-async def _tell_wiring(gateway: Gateway, index: FleetIndex) -> None:
-    """Say it once, plainly, when an instance's events do not come or do not match what is routed."""
-    told: dict[int, str] = {}
-    while True:
-        await asyncio.sleep(5.0)
-        for standing in gateway.standings:
-            wiring = index.wiring(standing.slot)
-            if wiring.state not in _FINE and told.get(standing.slot, wiring.state) != wiring.state:
-                LOG.warning("instance %s: %s: %s", standing.instance.name, wiring.state, wiring.advice)
-            told[standing.slot] = wiring.state
+    if gateway.observer is not None:
+        gateway.observer.hears(hearing.counts, subscriber)
+    return True
 
 
 def announce(sock: socket.socket, admin_path: Path, *, as_json: bool) -> None:
