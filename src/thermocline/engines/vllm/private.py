@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-from thermocline.engines.launch import flags
 from thermocline.engines.vllm.config import NOT_THE_NODES, NodeChoice
 from thermocline.errors import LaunchError
 
@@ -33,7 +32,7 @@ class PrivateNode:
         """`is_up` says whether this engine is attached: then somebody runs a node. Raises LaunchError."""
         assert choice.settings is not None
         words = [sys.executable, "-m", "thermocline", "node", "--socket", str(choice.socket)]
-        self._words = [*words, "--idle-exit", f"{ORPHAN_SECONDS:g}", *flags(choice.settings, without=NOT_THE_NODES)]
+        self._words = [*words, "--idle-exit", f"{ORPHAN_SECONDS:g}", *choice.settings.flags(without=NOT_THE_NODES)]
         self._is_up = is_up
         self._closing = threading.Event()
         self.pid = 0
