@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import struct
 from array import array
 from collections.abc import Callable, Sequence
@@ -9,6 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from thermocline.errors import RequestError
+from thermocline.gateway.admission import read_front, spliced
+from thermocline.tokens.prompt import prompt_of
 from thermocline.wire import messages as say
 from thermocline.wire.events import (
     AllBlocksCleared,
@@ -79,6 +84,51 @@ def _bodies(pieces: Sequence[bytes]) -> list[bytes]:
     return found
 
 
+def _requests(payload: bytes) -> None:
+    """A body is refused, or what is put into it is what its engine reads there, and nothing else has changed."""
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"):
+        prompt = prompt_of(path, payload)
+        if prompt is not None:
+            assert prompt.cost_bytes <= len(payload)
+            prompt.chunks(b"salt")
+            for read in (prompt.ids, prompt.text):
+                try:
+                    assert len(read()) <= len(payload)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    continue
+    try:
+        front = read_front(payload)
+    except RequestError:
+        return
+    assert len(front.session or "") <= 256
+    if front.cache_salt is not msgspec.UNSET or front.kv_transfer_params is not msgspec.UNSET:
+        return
+    try:
+        before = json.loads(payload)
+    except (ValueError, RecursionError):
+        return  # no engine reads it
+    after = json.loads(b"".join(spliced(payload, b"s", b'{"x":1}')))
+    # a number that is none is not equal to itself
+    assert after == {"cache_salt": "s", "kv_transfer_params": {"x": 1}} | before or b"NaN" in payload
+
+
+def _in_two(feed: Callable[[bytes, int], None]) -> Callable[[bytes], None]:
+    def fed(payload: bytes) -> None:
+        """Pieces as a connection brings them."""
+        feed(payload, payload[-1] * len(payload) >> 8 if payload else 0)
+
+    return fed
+
+
+def _http() -> list[Target]:
+    """The gateway's two readers of HTTP, where its parser is installed."""
+    if importlib.util.find_spec("httptools") is None:
+        return []
+    from tests.gateway.glue import CLIENT_SEEDS, LINK_SEEDS, feed_client, feed_link
+
+    return [Target("http", _in_two(feed_client), CLIENT_SEEDS), Target("answers", _in_two(feed_link), LINK_SEEDS)]
+
+
 _STORED = BlockStored(
     (1, 2**63, b"k" * 32),
     b"p" * 32,
@@ -105,6 +155,13 @@ _BODIES = [
 ]
 _ENCODED = [say.encode(body) for body in _BODIES]
 _MESSAGES = [each[struct.calcsize("<I") :] for each in _ENCODED] + _ENCODED
+_REQUESTS = [
+    b'{"model":"m","messages":[{"role":"user","content":"hi"}],"tools":[{}],"stream":true,"user":"u"}',
+    b'{"prompt":[[1,2,70000],[3]],"max_tokens":4,"prompt_cache_key":"k"}',
+    b'{"prompt":["a\\u00e4","b"],"kv_transfer_params":{"a":1}}',
+    b' { "input" : "text" , "instructions" : "be", "max_output_tokens":1, "cache\\u005fsalt":"x"}',
+    b"{}",
+]
 
 TARGETS = {
     target.name: target
@@ -121,6 +178,8 @@ TARGETS = {
         Target("topics", _topics, [write_topic(Topic("http://127.0.0.1:8000", "org/model")).encode(), b"kv", b"kv@@"]),
         Target("client", _says(say.client_says), _MESSAGES),
         Target("node", _says(say.node_says), _MESSAGES),
+        Target("requests", _requests, _REQUESTS),
+        *_http(),
     )
 }
 """By name, as `make fuzz TARGET=events` takes them."""

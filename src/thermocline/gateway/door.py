@@ -113,13 +113,13 @@ class Door:
                 return self._index.chain(tokens, salt=salt, lora=lora)
             return before.continued(tokens, known)
 
-        if self._reader is not None:
-            read = self._reader.read(prompt, grow, apart=(salt.encode(), *(name.encode() for name in lora)))
-            return None if read is None else read.chain
         try:
-            return grow(None, prompt.ids(), 0)
-        except msgspec.MsgspecError:
+            if self._reader is None:
+                return grow(None, prompt.ids(), 0)
+            read = self._reader.read(prompt, grow, apart=(salt.encode(), *(name.encode() for name in lora)))
+        except (msgspec.MsgspecError, UnicodeError):  # the instance says what it thinks of such a prompt
             return None
+        return None if read is None else read.chain
 
     def _adapter(self, model: str | None) -> tuple[str, ...]:
         return (model,) if model and self._model and model != self._model else ()
