@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from thermocline.blocks.key import block_keys, root_key
-from thermocline.fleet.chains import RUN_BLOCKS, Chain
-from thermocline.fleet.index import LATELY_PROMPTS, RUN_WEIGHT, Applied, FleetIndex
+from thermocline.fleet.chains import RUN_BLOCKS, By, Chain
+from thermocline.fleet.index import LATELY_PROMPTS, RUN_WEIGHT, SENT_MAX, Applied, FleetIndex
 from thermocline.fleet.instance import Overlaps
 from thermocline.fleet.wiring import EVIDENCE, State, Unplaced
 from thermocline.wire.events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, read_batch, write_batch
@@ -360,6 +360,64 @@ def test_a_next_turn_hashes_only_what_is_new(index):
     assert index.match(first.continued(tokens, 333)) == index.match(index.chain(tokens))
 
 
+def test_turns_grow_apart(index):
+    """A chain and the one that continues it may be read on in any order: neither gets what the other has read."""
+    tokens = text(50)
+    other = tokens[:320] + text(30, seed=1)
+    node = block_keys(array("I", other), root=root_key(), tokens_per_block=BLOCK)
+    Engine(index, 0, "node").says(BlockStored(tuple(node), None, array("I"), BLOCK, medium="CPU"))
+    Engine(index, 1).says(stored(tokens))
+    first = index.chain(tokens)
+    first.names((By.KEY, BLOCK), 20)
+    turn = first.continued(other, 320)
+    assert index.match(first) == index.match(index.chain(tokens))
+    assert index.match(turn) == index.match(index.chain(other))
+    assert index.match(turn).host == [800, 320]
+    assert index.match(first.continued(tokens, 800)) == index.match(index.chain(tokens))
+
+
+class _Slow(tuple):
+    """Events that are being taken in until somebody says go on."""
+
+    __slots__ = ()
+
+    def __iter__(self):
+        """Tell that it began, and wait."""
+        begun, go_on = tuple.__iter__(self)
+        begun.set()
+        assert go_on.wait(30.0)
+        return iter(())
+
+
+def test_learning_waits_for_no_batch(index):
+    """What is learned while a batch is taken in comes back at once, and is found when the batch is done."""
+    tokens, begun, go_on = text(5), threading.Event(), threading.Event()
+    taker = threading.Thread(target=index.apply, args=(0, Batch(1.0, _Slow((begun, go_on))), 0))
+    taker.start()
+    assert begun.wait(30.0)
+    for seed in range(2 * SENT_MAX):
+        index.learn(1, index.chain(text(2, seed=seed + 1)))
+    index.learn(1, index.chain(tokens))
+    assert index.match(index.chain(tokens)) == Overlaps()
+    go_on.set()
+    taker.join()
+    assert index.match(index.chain(tokens)).device == [0, 5 * BLOCK]
+    assert index.blocks == 5 + 2 * (SENT_MAX - 1)
+    index.check_integrity()
+
+
+def test_ends_are_forgotten_before_beginnings():
+    """Of one long text that came at once, the cap takes the end: what is left is found from its beginning on."""
+    index = FleetIndex(10 * RUN_BLOCKS)
+    tokens, engine = text(7 * RUN_BLOCKS), Engine(index)
+    engine.says(stored(tokens))
+    engine.says(stored(text(2 * RUN_BLOCKS, seed=1)))
+    assert index.evicted_blocks == 0
+    engine.says(stored(text(2 * RUN_BLOCKS, seed=2)))
+    assert index.evicted_blocks == 2 * RUN_BLOCKS
+    assert index.match(index.chain(tokens)).device == [5 * RUN_BLOCKS * BLOCK]
+
+
 @pytest.mark.parametrize("length", [1, 3, 64, 100])
 def test_the_cap_holds(length):
     """Whatever comes, the weight of what is filed stays below the cap; what was used last is kept."""
@@ -392,6 +450,14 @@ def test_no_events_is_told_plainly(index):
     found = index.wiring(0)
     assert found.state is State.NO_EVENTS
     assert "KV event" in found.advice
+
+
+def test_no_events_is_told_without_the_engines_word(index):
+    """An engine that tells neither events nor cached tokens is found out by what was sent to it."""
+    for seed in range(EVIDENCE):
+        assert index.wiring(1).state is State.NEW
+        index.learn(1, index.chain(text(2, seed=seed)))
+    assert index.wiring(1).state is State.NO_EVENTS
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,11 @@ def name_of(name: int | bytes) -> int:
 class Chain:
     """One prompt, as the index looks it up. Tokens are read, and keys made, only as far as they are asked for.
 
-    `tokens` are a list, or u32 in a buffer; they are read later, so they must stay as they are.
+    `tokens` are a list, or u32 in a buffer; they are read later, so they must stay as they are. Several threads may
+    look it up: what was read and made so far is replaced whole, at worst by less of it, and each goes on with its own.
     """
 
-    __slots__ = ("_chunks", "_ids", "_key", "_keys", "_list", "_lora", "_salt", "chunk_tokens", "root", "tokens")
+    __slots__ = ("_chunks", "_grown", "_ids", "_list", "_lora", "_salt", "chunk_tokens", "root", "tokens")
 
     def __init__(self, tokens: Sequence[int] | Tokens, root: int, salt: str = "", lora: tuple[str, ...] = ()) -> None:
         self._list: list[int] = []
@@ -78,8 +79,7 @@ class Chain:
             self._ids = memoryview(tokens).cast("B").cast("I")  # type: ignore[arg-type]  # what is no list has a buffer
             self.tokens = len(self._ids)
         self.root, self._salt, self._lora = root, salt, lora
-        self._keys: list[int] = []
-        self._key: BlockKey | None = None
+        self._grown: tuple[Sequence[int], BlockKey | None] = ((), None)  # keys as filed, and the last: one value
         self._chunks: Sequence[int] = ()
         self.chunk_tokens = 0.0
 
@@ -93,8 +93,9 @@ class Chain:
     def continued(self, tokens: Sequence[int] | Tokens, known_tokens: int) -> Chain:
         """Another prompt whose first `known_tokens` are those of this one, which is the caller's word."""
         chain = Chain(tokens, self.root, self._salt, self._lora)
-        if len(self._keys) <= known_tokens // TOKENS_PER_KEY:
-            chain._keys, chain._key = self._keys.copy(), self._key
+        grown = self._grown
+        if len(grown[0]) <= known_tokens // TOKENS_PER_KEY:
+            chain._grown = grown
         return chain
 
     def names(self, filed: Filed, blocks: int) -> Sequence[int]:
@@ -112,26 +113,28 @@ class Chain:
 
     def ids(self, first: int, stop: int) -> bytes:
         """The token ids of steps from `first` to `stop`, as they are hashed, as far as the prompt goes."""
-        first, stop = first * TOKENS_PER_KEY, stop * TOKENS_PER_KEY
-        read = len(self._ids)
-        if stop > read and isinstance(self._ids, array):
+        first, stop, ids = first * TOKENS_PER_KEY, min(stop * TOKENS_PER_KEY, self.tokens), self._ids
+        read = len(ids)
+        if stop > read and isinstance(ids, array):
             if stop * WHOLE_FROM >= self.tokens:  # all of a list costs a third of as much in slices
-                self._ids = array("I")
-                self._ids.fromlist(self._list)
+                ids = array("I")
+                ids.fromlist(self._list)
             else:
-                self._ids += array("I", self._list[read:stop])
-        return self._ids[first:stop].tobytes()
+                ids = ids + array("I", self._list[read:stop])  # another may be reading the old one
+            self._ids = ids
+        return ids[first:stop].tobytes()
 
-    def _grown_keys(self, count: int) -> list[int]:
-        known = len(self._keys)
+    def _grown_keys(self, count: int) -> Sequence[int]:
+        names, last = self._grown
+        known = len(names)
         if count > known and (ids := self.ids(known, count)):
-            root = self._key or root_key(self._salt.encode())
+            root = last or root_key(self._salt.encode())
             extras = tuple(b"lora " + part.encode() for part in self._lora)
             keys = block_keys(ids, root=root, tokens_per_block=TOKENS_PER_KEY, extras=extras)
             if keys:
-                self._key = keys[-1]
-            self._keys += map(name_of, keys)
-        return self._keys
+                names = [*names, *map(name_of, keys)]
+                self._grown = names, keys[-1]
+        return names
 
 
 class Run:

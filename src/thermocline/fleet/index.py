@@ -5,7 +5,7 @@ Blocks are filed by what they mean, not by an engine's names for them: the print
 removed since, less what the cap took; a match is the longest prefix of the prompt within that set. It needs no order of
 removals: a block that goes from the middle hides those behind it until it is back.
 
-Any thread may call `match`, without waiting. The other verbs take turns.
+Any thread may call `match` and `learn`, without waiting. The other verbs take turns.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ RUN_WEIGHT = 4
 """A run of its own costs about as much memory as so many blocks."""
 RUN_BYTES, BLOCK_BYTES = 470, 48
 FADING = 0.98
+SENT_MAX = 256
+"""Prompts that wait to be learned while a batch is taken in. What comes on top pushes out the oldest."""
 LOOKED_UP_MAX = 4096
 _FULL_ATTENTION = ("full", "mla")
 _BITS = [(1 << count) - 1 for count in range(RUN_BLOCKS + 1)]
@@ -130,6 +132,7 @@ class FleetIndex:
         self._recent: OrderedDict[Run, None] = OrderedDict()
         self._has_colder = False
         self._used: deque[Run] = deque(maxlen=LOOKED_UP_MAX)
+        self._sent: deque[tuple[int, Chain]] = deque(maxlen=SENT_MAX)
         self._lock = threading.Lock()
 
     # -- looking up ----------------------------------------------------------------------------------------------------
@@ -227,18 +230,14 @@ class FleetIndex:
 
         It counts until a removal says otherwise. Where events come, they say what is held: then it counts for the next
         32 to 64 prompts only, as events may be late. What is known by its bytes goes on counting, as no event tells of
-        it.
+        it. While a batch is taken in nobody waits for it here: it is learned right behind that.
         """
-        with self._lock:
-            known = self._instance(instance)
-            tier, filed = (BYTES, (By.CHUNK, 0)) if chain.chunk_tokens else (LATELY, (By.PRINT, TOKENS_PER_KEY))
-            known.learned += 1
-            if known.batches and known.learned >= LATELY_PROMPTS:
-                known.learned = 0
-                self._clear(known, (BEFORE,))
-                known.tiers[LATELY], known.tiers[BEFORE] = known.tiers[BEFORE], known.tiers[LATELY]
-            self._hold(known, tier, self._forest(filed).place_chain(chain))
-            self._settle()
+        self._sent.append((instance, chain))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
 
     def told(self, instance: int, predicted_tokens: int, cached_tokens: int) -> None:
         """What an engine said it found cached of a prompt, beside what was predicted: for `wiring`."""
@@ -250,6 +249,7 @@ class FleetIndex:
     def drop(self, instance: int) -> None:
         """Forget all that the slot holds, and its sequences: another instance has it, or its heartbeat is lost."""
         with self._lock:
+            self._settle()
             known = self._instance(instance)
             self._clear(known, range(len(known.tiers)))
             known.sources.clear()
@@ -261,7 +261,9 @@ class FleetIndex:
         """Whether the instance's events come, can be filed, and match what is routed there."""
         known = self._instance(instance)
         unplaced = tuple(sorted(known.unplaced.items(), key=lambda item: -item[1]))
-        return judged(known.batches, known.stored, unplaced, known.lost, known.asked, known.predicted, known.cached)
+        # without events all prompts that were sent count as evidence, whether or not the engine told of its cache
+        asked = known.asked if known.batches else max(known.asked, known.learned)
+        return judged(known.batches, known.stored, unplaced, known.lost, asked, known.predicted, known.cached)
 
     def blocks_of(self, instance: int) -> tuple[int, int, int]:
         """Blocks that the slot holds on device, host and disk. Counts them all, so it is for people, not requests."""
@@ -366,11 +368,14 @@ class FleetIndex:
 
     def _hold(self, known: _Instance, tier: int, pieces: Iterable[Piece]) -> None:
         held, bit, recent = known.tiers[tier], known.bit, self._recent
+        touched = []
         for run, start, stop in pieces:
             bits = held[run] = held.get(run, 0) | _BITS[stop - start] << start
             run.holders |= bit
             if bits == _BITS[len(run.prints)] and tier not in {HOST, DISK}:
                 run.whole |= bit
+            touched.append(run)
+        for run in reversed(touched):  # ends behind beginnings, so that ends are forgotten first
             recent[run] = None
             recent.move_to_end(run)
 
@@ -423,9 +428,22 @@ class FleetIndex:
             self._recent.pop(run, None)
             run = run.parent
 
+    def _learn_sent(self) -> None:
+        while self._sent:
+            slot, chain = self._sent.popleft()
+            known = self._instance(slot)
+            tier, filed = (BYTES, (By.CHUNK, 0)) if chain.chunk_tokens else (LATELY, (By.PRINT, TOKENS_PER_KEY))
+            known.learned += 1
+            if known.batches and known.learned >= LATELY_PROMPTS:
+                known.learned = 0
+                self._clear(known, (BEFORE,))
+                known.tiers[LATELY], known.tiers[BEFORE] = known.tiers[BEFORE], known.tiers[LATELY]
+            self._hold(known, tier, self._forest(filed).place_chain(chain))
+
     def _settle(self) -> None:
-        """Note what was looked up, and keep within the cap."""
+        """Learn what was sent meanwhile, note what was looked up, and keep within the cap."""
         recent = self._recent
+        self._learn_sent()
         while self._used:
             run: Run | None = self._used.popleft()
             while run is not None and run in recent:  # the deepest first, so that ends are forgotten first
