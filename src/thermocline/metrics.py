@@ -65,6 +65,8 @@ _TABLE = (
     Metric("tries_failed_total", "counter", "Tries that came to nothing.", ("instance", "trouble")),
     Metric("retries_total", "counter", "Requests that were tried elsewhere."),
     Metric("decisions_missed_total", "counter", "Requests routed without a decision, as none was made in time."),
+    Metric("decisions_by_bytes_total", "counter", "Prompts not tokenised, as that was too much or late.", ("why",)),
+    Metric("learning_failed_total", "counter", "Decisions after which the index did not learn what was sent."),
     Metric("first_byte_seconds", "histogram", "Seconds from choosing an instance to its answer's first byte."),
     Metric("answer_seconds", "histogram", "Seconds from a whole request to a whole answer."),
     Metric("routed_cached_tokens_total", "counter", "Prompt tokens that instances say they did not compute."),

@@ -236,6 +236,16 @@ def test_killed_and_back():
         assert door.chooser.heard.count(("lost", 0)) == 1
 
 
+def test_errors_of_an_instance():
+    """Whatever status says that an instance is broken counts against it, though the client gets that answer."""
+    with served() as (door, _):
+        for _ in range(3):
+            assert door.ask(b'{"status":500}').status == 500
+        assert _state(door, 0) is State.OPEN
+        record = door.gateway.decisions.get("last")
+        assert (record.error, record.regret_seconds) == (0.5, 0.125)
+
+
 def _state(door, slot):
     return door.gateway.standings[slot].state(door.gateway.clock.now())
 

@@ -340,6 +340,14 @@ def test_salt_is_not_for_clients(keys, field):
         assert instance.requests == []
 
 
+def test_transfers_are_not_for_tenants(keys):
+    """Where keys have salts, a client does not tell the engine which blocks to load."""
+    with served(keys=keys) as (door, (instance,)):
+        answer = door.ask(b'{"kv_transfer_params":{"x":1}}', headers=_bearer("ops"))
+        assert (answer.status, answer.code) == (400, "transfer_not_allowed")
+        assert instance.requests == []
+
+
 def test_tenant_in_flight(keys):
     """A tenant with too many requests in flight gets 429; others do not."""
     with served(keys=keys) as (door, _), door.connect() as line:

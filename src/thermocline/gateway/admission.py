@@ -139,10 +139,13 @@ def read_front(body: bytes) -> Front:
 
 
 def refuse_salt(front: Front) -> None:
-    """A tenant's salt is not for clients to choose. Raises RequestError for a body that has one."""
+    """A tenant's salt is not for clients to choose, nor what is loaded. Raises RequestError for such a body."""
     if front.cache_salt is not UNSET:
         msg = "cache_salt is set by the API key here"
         raise RequestError(msg, hint="leave cache_salt out", param="cache_salt", code="salt_not_allowed")
+    if front.kv_transfer_params is not UNSET:
+        msg, name = "kv_transfer_params are not for clients with an API key of a tenant", "kv_transfer_params"
+        raise RequestError(msg, hint=f"leave {name} out", param=name, code="transfer_not_allowed")
 
 
 def spliced(body: bytes, salt: bytes, kv_transfer_params: bytes) -> tuple[bytes | memoryview, ...]:

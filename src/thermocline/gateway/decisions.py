@@ -22,7 +22,11 @@ class Try(Struct, frozen=True, gc=False):
 
 
 class Record(Struct, frozen=True, gc=False):
-    """One request. Status 499 is a client that left."""
+    """One request. Status 499 is a client that left.
+
+    `error` and `regret_seconds` are those of `fleet.instance.Outcome`: of streams alone, as only those tell of their
+    first token.
+    """
 
     request: str
     path: str
@@ -32,6 +36,8 @@ class Record(Struct, frozen=True, gc=False):
     seconds: float
     usage: Usage | None
     tries: tuple[Try, ...]
+    error: float | None = None
+    regret_seconds: float | None = None
 
 
 class Decisions:

@@ -9,28 +9,34 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import logging
 from array import array
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.errors import RequestError
 from thermocline.fleet.books import Booking, Fleet
 from thermocline.fleet.chains import Chain
 from thermocline.fleet.index import FleetIndex
-from thermocline.fleet.instance import NOTHING, Ask, Choice, Instance
+from thermocline.fleet.instance import NOTHING, Ask, Choice, Instance, Outcome
 from thermocline.fleet.router import choose
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
+from thermocline.metrics import Metrics
 from thermocline.tokens.chunks import CHUNK_BYTES, BytesPerToken
 from thermocline.tokens.prompt import Kind, Prompt, prompt_of
 from thermocline.tokens.reader import Reader
 
-AT_ONCE_BYTES = 4096
-"""A longer text that is new takes milliseconds to tokenise, which others would wait for."""
+LOG = logging.getLogger("thermocline.gateway")
+AT_ONCE_BYTES, IDS_AT_ONCE_BYTES = 4096, 64 << 10
+"""A longer text that is new takes milliseconds to tokenise, which others would wait for. Ids are quick to read."""
+ASIDE_BYTES_MAX, ASIDE_SECONDS_MAX = 256 << 10, 0.5
+"""While more than this is tokenised, or where it takes longer, a prompt is known by its bytes. 256 KiB take 0.1 s."""
 READ_THREADS = 2
+EARLY_EVENTS = frozenset({"/v1/responses"})
+"""A stream of these begins with events that say nothing of a first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +65,17 @@ class Door:
         model: str | None = None,
         reader: Reader[Chain] | None = None,
         clock: Clock | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._index, self._fleet, self._policy = index, fleet, policy
         self._secret, self._model, self._reader = secret, model, reader
-        self._clock = clock or SystemClock()
+        self._clock, self._metrics = clock or SystemClock(), metrics or Metrics()
         self._bytes_per_token = BytesPerToken()
         self._sent: dict[int, _Sent] = {}
         self._numbers = itertools.count()
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tokens")
+        self._aside: dict[Future[Chain | None], int] = {}
+        self._learning_failed = False
 
     def close(self) -> None:
         """Tokenise nothing more."""
@@ -95,13 +104,25 @@ class Door:
         prompt = prompt_of(request.path, request.body)
         if prompt is None or not prompt.exact:
             return self._decided(request, prompt, None)
-        if prompt.kind is Kind.TOKENS or (self._reader is not None and prompt.cost_bytes <= AT_ONCE_BYTES):
+        if prompt.kind is not Kind.TOKENS and self._reader is None:
+            return self._decided(request, prompt, None)
+        if prompt.cost_bytes <= (IDS_AT_ONCE_BYTES if prompt.kind is Kind.TOKENS else AT_ONCE_BYTES):
             return self._decided(request, prompt, self._chain(request, prompt))
-        return self._decided(request, prompt, None) if self._reader is None else self._read_aside(request, prompt)
+        if sum([*self._aside.values()]) > ASIDE_BYTES_MAX:
+            self._metrics.count("decisions_by_bytes_total", labels=(("why", "full"),))
+            return self._decided(request, prompt, None)
+        return self._read_aside(request, prompt)
 
     async def _read_aside(self, request: Arrived, prompt: Prompt) -> Decision:
-        loop = asyncio.get_running_loop()
-        chain = await loop.run_in_executor(self._threads, self._chain, request, prompt)
+        reading = self._threads.submit(self._chain, request, prompt)
+        self._aside[reading] = prompt.cost_bytes
+        reading.add_done_callback(self._aside.pop)
+        try:
+            async with asyncio.timeout(ASIDE_SECONDS_MAX):
+                chain = await asyncio.wrap_future(reading)
+        except TimeoutError:  # it goes on there, as it cannot be ended, and counts as long as it does
+            self._metrics.count("decisions_by_bytes_total", labels=(("why", "late"),))
+            chain = None
         return self._decided(request, prompt, chain)
 
     def _chain(self, request: Arrived, prompt: Prompt) -> Chain | None:
@@ -137,24 +158,41 @@ class Door:
             session=self._digest(request),
             output_tokens_expected=request.output_tokens or 0,
             exclude=request.exclude,
-            streamed=request.streamed,
+            streamed=request.streamed and request.path not in EARLY_EVENTS,
         )
         booking = choose(ask, self._fleet, self._policy, request.now)
         if booking is None:
-            raise RequestError("no instance can take this", hint="come again soon", status=503, code="no_instance")
+            raise LookupError("the books know no instance that can take this")
         choice = booking.choice
-        if chain is not None:
-            self._index.learn(choice.instance, chain)
         number = next(self._numbers)
         self._sent[number] = _Sent(booking, cost_bytes, choice.instance)
+        if chain is not None:
+            self._learn(choice.instance, chain)
         return Decision(
             instance=choice.instance,
             predicted_seconds=choice.seconds,
             cached_tokens=choice.cached_tokens,
             booking=number,
-            kv_transfer_params=_hint(choice),
+            kv_transfer_params=self._hint(choice),
             choices=tuple(booking.choices),
         )
+
+    def _learn(self, slot: int, chain: Chain) -> None:
+        """Remember what was sent there. What goes wrong in that costs knowledge, never the booking."""
+        try:
+            self._index.learn(slot, chain)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the request is booked and goes
+            self._metrics.count("learning_failed_total")
+            if not self._learning_failed:
+                LOG.error("what was sent where cannot be remembered: %s", type(error).__name__)  # noqa: TRY400  # a traceback could quote a prompt
+            self._learning_failed = True
+
+    def _hint(self, choice: Choice) -> bytes:
+        """Where a better copy lies, where the chosen instance has a node that could fetch it from another."""
+        hint = choice.hint
+        if hint is None or not hint.node or not self._fleet.instances[choice.instance].node:
+            return b""
+        return msgspec.json.encode(hint.kv_transfer_params())
 
     def _digest(self, request: Arrived) -> str | None:
         """What stands for a session here: it tells nobody what the client called it."""
@@ -171,17 +209,18 @@ class Door:
         if sent is not None and sent.booking.ask.streamed:
             self._fleet.first_token(sent.booking, now)
 
-    def finished(self, decision: Decision, now: float, usage: Usage | None) -> None:
+    def finished(self, decision: Decision, now: float, usage: Usage | None) -> Outcome | None:
         """See `Chooser`."""
         sent = self._sent.pop(decision.booking, None)
         if sent is None:
-            return
+            return None
         cached = usage.cached_tokens if usage is not None else None
-        self._fleet.finished(sent.booking, now, cached)
+        outcome = self._fleet.finished(sent.booking, now, cached)
         if usage is not None and usage.prompt_tokens:
             self._bytes_per_token.learn(sent.cost_bytes, usage.prompt_tokens)
         if cached is not None:
             self._index.told(sent.slot, decision.cached_tokens, cached)
+        return outcome
 
     def failed(self, decision: Decision, now: float, trouble: Trouble) -> None:  # noqa: ARG002  # Chooser's signature
         """See `Chooser`."""
@@ -197,7 +236,3 @@ class Door:
 
 def _salt(request: Arrived, prompt: Prompt) -> str:
     return request.salt.decode() or prompt.salt or ""
-
-
-def _hint(choice: Choice) -> bytes:
-    return msgspec.json.encode(choice.hint.kv_transfer_params()) if choice.hint is not None else b""

@@ -7,11 +7,12 @@ import logging
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from thermocline.errors import RequestError
+from thermocline.fleet.instance import Outcome
 from thermocline.gateway.admission import Front, Tenant, spliced
 from thermocline.gateway.decisions import Record, Try
 from thermocline.gateway.routes import Route
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from thermocline.gateway.proxy import Gateway
     from thermocline.gateway.standing import Standing
 
+T = TypeVar("T")
 LOG = logging.getLogger("thermocline.gateway")
 BUSY = frozenset({429, 502, 503, 504})
-OK = 200
+OK, BROKEN = 200, 500
 MODEL_CHARACTERS_MAX = 128
 """Of what a client calls the model, in a record: thousands of those are kept."""
 LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
@@ -219,15 +221,15 @@ class Exchange:
         assert self._decision is not None
         assert self._standing is not None
         usage = read_usage(self._before, self._last) if self._status == OK else None
-        self._tell(gateway.chooser.finished, now, usage)
+        outcome = self._tell(gateway.chooser.finished, now, usage)
         self._standing.in_flight -= 1
         self._standing.routed += 1
-        if self._status in BUSY:
+        if self._status in BUSY or self._status >= BROKEN:
             gateway.standings.failed(self._standing, now, self._try_started)
         else:
             gateway.standings.succeeded(self._standing)
         self._note(None)
-        self._close(self._status, usage)
+        self._close(self._status, usage, outcome)
         self.client.done()
 
     def pause(self) -> None:
@@ -327,13 +329,14 @@ class Exchange:
         self._close(error.status, by_us=True)
         self.client.refuse(error)
 
-    def _tell(self, hear: Callable[..., None], *what: object) -> None:
-        """Word to whoever decided. What goes wrong there goes no further."""
+    def _tell(self, hear: Callable[..., T], *what: object) -> T | None:
+        """Word to whoever decided, and what they say to it. What goes wrong there goes no further."""
         if self._chosen:
             try:
-                hear(self._decision, *what)
+                return hear(self._decision, *what)
             except Exception as error:  # noqa: BLE001  # as above
                 _log(error)
+        return None
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -347,7 +350,9 @@ class Exchange:
             Try(name, decision.predicted_seconds, decision.cached_tokens, decision.choices, trouble, first)
         )
 
-    def _close(self, status: int, usage: Usage | None = None, *, by_us: bool = False) -> None:
+    def _close(
+        self, status: int, usage: Usage | None = None, outcome: Outcome | None = None, *, by_us: bool = False
+    ) -> None:
         """Whatever became of it is written down, once. An answer `by_us` is counted where it is written."""
         self._over = True
         if not by_us:
@@ -358,8 +363,10 @@ class Exchange:
         model = front.model[:MODEL_CHARACTERS_MAX] if isinstance(front.model, str) else None
         tenant = self.ask.tenant.name if self.ask.tenant else None
         seconds = gateway.clock.now() - self._started
+        error, regret = (outcome.error, outcome.regret_seconds) if outcome is not None else (None, None)
+        tries = tuple(self._tries)
         gateway.over(
-            Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, tuple(self._tries))
+            Record(self.ask.id, self.ask.route.path, model, tenant, status, seconds, usage, tries, error, regret)
         )
 
 

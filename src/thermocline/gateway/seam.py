@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from thermocline.fleet.instance import Choice, Instance
+from thermocline.fleet.instance import Choice, Instance, Outcome
 
 
 class Arrived(Struct, frozen=True, gc=False):
@@ -84,14 +84,17 @@ class Chooser(Protocol):
         """The best instance, booked at once. Awaitable where finding out would hold up the loop.
 
         Never one of `request.exclude`, which always leaves at least one. Raises RequestError for a request that no
-        instance can answer.
+        instance can answer. Whatever else it raises costs the decision: the least busy instance gets the request.
         """
 
     def first_byte(self, decision: Decision, now: float) -> None:
         """The first byte of the answer's body came."""
 
-    def finished(self, decision: Decision, now: float, usage: Usage | None) -> None:
-        """The answer is complete. `usage` is None where the instance did not tell, or it was no success."""
+    def finished(self, decision: Decision, now: float, usage: Usage | None) -> Outcome | None:
+        """The answer is complete. `usage` is None where the instance did not tell, or it was no success.
+
+        Returns how right the decision was, where that is known.
+        """
 
     def failed(self, decision: Decision, now: float, trouble: Trouble) -> None:
         """The try came to nothing; the request may be tried elsewhere, as another decision."""

@@ -29,6 +29,7 @@ from thermocline.gateway.door import Door
 from thermocline.gateway.hearing import Hearing
 from thermocline.gateway.observe import Observer
 from thermocline.gateway.proxy import Gateway
+from thermocline.metrics import Metrics
 from thermocline.settings import Settings, read_key
 from thermocline.tokens.reader import Reader
 from thermocline.wire.http import Limits, listening
@@ -75,6 +76,7 @@ async def _until_signal(
     with contextlib.ExitStack() as stack:
         secret = secrets.token_bytes(32)
         index = FleetIndex(settings.index_blocks, secret=int.from_bytes(secret[:8], "little"))
+        metrics = Metrics()
         door = Door(
             index,
             Fleet(offset=os.getpid() % 64),
@@ -82,9 +84,10 @@ async def _until_signal(
             secret=secret,
             model=settings.model if "model" in settings.origins else None,
             reader=_reader(settings),
+            metrics=metrics,
         )
         stack.callback(door.close)
-        gateway = _gateway(settings, door, [each.instance for each in routed])
+        gateway = _gateway(settings, door, [each.instance for each in routed], metrics)
         gateway.observer = observer = Observer(index)
         hears = _heard(settings, index, gateway, routed, stack)
         door_for_operators, admin_sock = admin(gateway), admin_socket(admin_path)
@@ -115,14 +118,14 @@ def _end_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Non
         loop.call_soon_threadsafe(stop.set)
 
 
-def _gateway(settings: Settings, door: Door, instances: list[Instance]) -> Gateway:
+def _gateway(settings: Settings, door: Door, instances: list[Instance], metrics: Metrics) -> Gateway:
     keys = None
     if settings.tenants_path is not None:
         keys = Keys.read(settings.tenants_path)
     elif settings.api_key_file is not None:
         keys = Keys.of_one(read_key(settings.api_key_file))
     limits = Limits(body_bytes_max=settings.body_bytes_max, connections_max=CONNECTIONS_MAX)
-    return Gateway(door, instances, host=settings.host, keys=keys, limits=limits)
+    return Gateway(door, instances, host=settings.host, keys=keys, limits=limits, metrics=metrics)
 
 
 def _reader(settings: Settings) -> Reader[Chain] | None:

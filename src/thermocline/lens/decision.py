@@ -70,6 +70,8 @@ class Decided(Struct, frozen=True):
     seconds: float
     usage: Used | None
     tries: tuple[Try, ...]
+    error: float | None = None
+    regret_seconds: float | None = None
 
 
 def fetch(admin: Path, request_id: str) -> bytes:
@@ -112,14 +114,6 @@ def render(found: Decided) -> str:
     return "\n".join(lines)
 
 
-def regret_seconds(one: Try) -> float | None:
-    """How much sooner the best other candidate was predicted to answer than this one did; None where nobody can say."""
-    others = [choice.seconds for choice in one.choices[1:]]
-    if one.first_byte_seconds is None or not others:
-        return None
-    return max(0.0, one.first_byte_seconds - min(others))
-
-
 def _came(one: Try) -> str:
     predicted = f", predicted {_time(one.predicted_seconds)}"
     if one.trouble is not None:
@@ -146,10 +140,12 @@ def _outcome(found: Decided) -> list[str]:
     if found.usage is not None and found.usage.cached_tokens is not None:
         asked = f" of {found.usage.prompt_tokens:,}" if found.usage.prompt_tokens is not None else ""
         lines.append(f"found cached: {found.usage.cached_tokens:,}{asked} tokens (predicted {last.cached_tokens:,})")
-    regret = regret_seconds(last)
-    if regret is not None:
+    if found.error is not None:
+        lines.append(f"the first token was predicted {100 * found.error:.0f} % off")
+    if found.regret_seconds is not None:
+        seconds = found.regret_seconds
         lines.append(
-            f"regret: {_time(regret)}, over the best other candidate's prediction" if regret else "regret: none"
+            f"regret: {_time(seconds)}, over the best other candidate's prediction" if seconds else "regret: none"
         )
     return lines
 
