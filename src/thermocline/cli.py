@@ -359,7 +359,8 @@ def ps(socket: str | None, as_json: bool) -> None:
     from thermocline.lens.report import BAR
     from thermocline.node import ask, paths
 
-    sockets = [Path(socket)] if socket else sorted(paths.runtime_folder().glob("*.sock"))
+    found = sorted(paths.runtime_folder().glob("*.sock"))
+    sockets = [Path(socket)] if socket else [each for each in found if not each.name.startswith("gateway-")]
     seen = shown.look(sockets, ask.status, must_answer=socket is not None)
     if as_json:
         click.echo(msgspec.json.encode(seen).decode())
