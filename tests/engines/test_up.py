@@ -212,8 +212,8 @@ class _Run:
     def waited(self) -> None:
         pass
 
-    def run(self, node: Child, engines: list[Child]) -> list[tuple[str, str]]:
-        Up(node, engines, self, SystemClock(), self.stop).run(model="m", socket=Path("s"))
+    def run(self, node: Child, engines: list[Child], gateway: Child | None = None) -> list[tuple[str, str]]:
+        Up(node, engines, self, SystemClock(), self.stop, gateway=gateway).run(model="m", socket=Path("s"))
         return self.names
 
     @property
@@ -271,6 +271,16 @@ def test_the_last_engine_that_is_given_up_is_an_error(made, capsys, monkeypatch)
     with pytest.raises(LaunchError, match="a was ended by SIGKILL, 1 times in a row"):
         run.run(made(STAY, "node"), [made(STAY, "a")])
     assert run.names[-1] == ("stopped", "node")
+
+
+def test_a_gateway_that_is_given_up_is_an_error(made, capsys, monkeypatch):
+    """Without its gateway nobody finds the engines: all ends with the error of the gateway."""
+    monkeypatch.setattr(children, "DEATHS_MAX", 1)
+    run = _Run(capsys)
+    run.on = lambda event: event.event == "up" and os.kill(event.gateway.pid, signal.SIGKILL)
+    with pytest.raises(LaunchError, match="door was ended by SIGKILL, 1 times in a row"):
+        run.run(made(STAY, "node"), [made(STAY, "a")], made(STAY, "door"))
+    assert run.names[-2:] == [("stopped", "a"), ("stopped", "node")]
 
 
 def test_the_deaf_are_ended_by_force(made, capsys):

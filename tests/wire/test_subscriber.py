@@ -77,6 +77,7 @@ def test_nothing_is_missed_and_nothing_comes_twice(steps):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("thermocline.wire.subscriber.REPLAY_PAUSE_SECONDS", 0.0)
+        patch.setattr("thermocline.wire.subscriber.REPLAY_SECONDS", WAIT_SECONDS)
         subscriber = Subscriber([place], take, replays={TOPIC.decode(): place + "-replay"})
         with closing(subscriber), closing(Instance(place)) as instance:
             expected: list[tuple[int, int]] = []
@@ -109,8 +110,9 @@ def _lives(expected: list[tuple[int, int]], life: int) -> int:
     return sum(each[0] < life for each in expected)
 
 
-def test_a_replay_that_is_quicker_than_what_comes_live():
+def test_a_replay_that_is_quicker_than_what_comes_live(monkeypatch):
     """What a replay has brought comes once more over the slower way: that is no new life, and is passed over."""
+    monkeypatch.setattr("thermocline.wire.subscriber.REPLAY_SECONDS", WAIT_SECONDS)  # a busy machine answers late
     place = f"ipc://@kv-{os.urandom(6).hex()}"
     taken: list[int] = []
     replays = {TOPIC.decode(): place + "-replay"}
@@ -118,9 +120,29 @@ def test_a_replay_that_is_quicker_than_what_comes_live():
     with closing(subscriber), closing(Instance(place)) as instance:
         for number in range(6):
             instance.say(lost=number != 2)  # the replay brings 0 to 5
-        assert until(lambda: taken == [0, 1, 2, 3, 4, 5], WAIT_SECONDS, pause_seconds=0.002)
+        settled = until(lambda: taken == [0, 1, 2, 3, 4, 5], WAIT_SECONDS, pause_seconds=0.002)
+        assert settled, (taken, subscriber.counts)
         for number in (3, 4, 5, 6):  # as if they had waited in the socket
             instance.said = number
             instance.say(lost=False)
         assert until(lambda: taken == [0, 1, 2, 3, 4, 5, 6], WAIT_SECONDS, pause_seconds=0.002), taken
         assert subscriber.counts["gaps"] == 0
+
+
+def test_what_a_taker_says_is_not_logged(caplog):
+    """A batch that cannot be taken in is told once, by the error's type and place; the next one is taken in."""
+    place = f"ipc://@kv-{os.urandom(6).hex()}"
+    taken: list[int] = []
+
+    def take(_: str, number: int, __: bytes) -> None:
+        taken.append(number)
+        if number < 2:
+            raise KeyError("the name of a block")
+
+    with closing(Subscriber([place], take)), closing(Instance(place)) as instance:
+        for _ in range(3):
+            instance.say(lost=False)
+        assert until(lambda: taken == [0, 1, 2], WAIT_SECONDS, pause_seconds=0.002)
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "thermocline.events"]
+    assert "KeyError in take, line " in told
+    assert "name of a block" not in caplog.text

@@ -137,8 +137,8 @@ class Up:
     def run(self, *, model: str, socket: Path) -> None:
         """Start all, keep them running until `stop` is asked, and stop all, whatever happens.
 
-        Raises LaunchError where something does not come up, or when no engine is left. A node that keeps dying is told
-        and left out: engines answer without it.
+        Raises LaunchError where something does not come up, or when no engine is left, or not the gateway: nobody would
+        find the engines. A node that keeps dying is told and left out: engines answer without it.
         """
         try:
             if all(map(self._started, ([self._node], self._engines, self._doors))):
@@ -164,13 +164,13 @@ class Up:
         return not self._stop.asked
 
     def _keep(self) -> None:
-        """Start again what dies, until `stop` is asked or no engine is left."""
+        """Start again what dies, until `stop` is asked, or no engine or no gateway is left that there was."""
         while not self._stop.asked:
             for child in (self._node, *self._engines, *self._doors):
                 try:
                     self._look(child)
                 except LaunchError as error:
-                    if all(engine.state is State.ENDED for engine in self._engines):
+                    if child in self._doors or all(engine.state is State.ENDED for engine in self._engines):
                         raise
                     self._tell("gave_up", child, detail=f"gave up: {error.message}\nhint: {error.hint}")
             self._stop.wait(LOOK_SECONDS)

@@ -22,6 +22,7 @@ class Forwarder:
     """
 
     def __init__(self, comes: str, goes: str) -> None:
+        self.dropped = 0
         self._context = zmq.Context()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
@@ -59,7 +60,10 @@ class Forwarder:
                 for sock, _ in poller.poll():
                     if sock not in ways:
                         return
-                    ways[sock].send_multipart(sock.recv_multipart(zmq.NOBLOCK), zmq.NOBLOCK)
+                    try:
+                        ways[sock].send_multipart(sock.recv_multipart(zmq.NOBLOCK), zmq.NOBLOCK)
+                    except zmq.Again:  # this one is lost, and is a gap for those who would have heard it
+                        self.dropped += 1
         except Exception:  # gateways go on without events, and say so
             LOG.exception("KV events are passed on no more")
         finally:

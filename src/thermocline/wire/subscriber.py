@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,13 +95,6 @@ class Subscriber:
         """
         self._replays = {**self._replays, source: Endpoint.parse(endpoint, binds=False)}
 
-    def forget(self, source: str) -> None:
-        """Nothing more is expected of this source; where it comes again, it is new."""
-        self._replays = {name: endpoint for name, endpoint in self._replays.items() if name != source}
-        stream = self._streams.get(source)
-        if stream is not None and stream.replay is None:
-            self._streams.pop(source, None)
-
     @property
     def alive(self) -> bool:
         """True while it listens."""
@@ -172,7 +166,8 @@ class Subscriber:
         if again:
             stream.last = -1
         elif sequence <= stream.last:
-            return  # a replay was quicker
+            self.counts["overtaken"] += 1  # a replay was quicker
+            return
         if sequence > stream.last + 1 and self._ask(source, stream):
             stream.held.append((sequence, payload))
             stream.held_bytes += len(payload)
@@ -185,9 +180,13 @@ class Subscriber:
         stream.last = sequence
         try:
             self._take(source, sequence, payload)
-        except Exception:  # the next one may be better
+        except Exception as error:  # noqa: BLE001  # whatever a taker does: the next one may be better
             if not self.counts["failed"]:
-                LOG.exception("a batch of KV events could not be taken in")
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{at.name}, line {at.lineno}"
+                LOG.error(  # noqa: TRY400  # its words may quote a block's name or tokens
+                    "a batch of KV events could not be taken in: %s in %s", type(error).__name__, place
+                )
             self.counts["failed"] += 1
 
     # -- what was missed -----------------------------------------------------------------------------------------------
