@@ -219,7 +219,7 @@ def test_a_spill_names_the_better_copy():
     held = Overlaps([0, 0], [2_048, 0], [2_048, 0])
     for _ in range(40):
         choose(Ask(2_000, Overlaps([1_999, 0])), fleet, BEST, 0.0)
-    fleet.handicap(0, 100.0)
+    fleet.base[0] += 100.0
     first = route(Ask(4_096, held), fleet, BEST, 0.0)[0]
     assert first.instance == 1
     assert first.hint.kv_transfer_params() == {
@@ -230,7 +230,7 @@ def test_a_spill_names_the_better_copy():
 def test_a_spill_from_a_device_says_so():
     """The reason of a spill is SPILLED, and the seconds show what it was about."""
     fleet = fleet_of(2)
-    fleet.handicap(0, 10.0)
+    fleet.base[0] += 10.0
     first, second = route(Ask(4_096, Overlaps([4_000, 0])), fleet, BEST, 0.0)
     assert first.instance == 1
     assert Why.SPILLED in first.reasons
@@ -270,7 +270,7 @@ def test_another_nodes_copy_is_priced_only_where_nodes_fetch():
     overlaps = Overlaps([0, 0], [8_000, 0], [8_000, 0])
     for peers in (False, True):
         fleet = fleet_of(2, peers=peers)
-        fleet.handicap(0, 10.0)
+        fleet.base[0] += 10.0
         first = route(Ask(8_192, overlaps), fleet, BEST, 0.0)[0]
         assert first.instance == 1
         assert (Why.FETCHED in first.reasons) is peers

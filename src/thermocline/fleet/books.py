@@ -98,7 +98,6 @@ class Fleet:
         self._incarnation: list[int] = []
         self._unknown: set[int] = set()
         self._stream_seconds: list[float] = []
-        self._handicap: list[float] = []
         self._found: list[list[float]] = []  # tokens found cached, predicted to be, and of prompts
         self._turn = 0
         self._rated_at: float | None = None
@@ -127,7 +126,7 @@ class Fleet:
         self.available.append(True)
         for zeros in (self.until, self.floor, self.late, self.base, self.fixed, self.per_token, self._per_stream):
             zeros.append(0.0)
-        for zeros in (self.per_pair, self._work, self._head_since, self._handicap, self._first_at, *self.per_loaded):
+        for zeros in (self.per_pair, self._work, self._head_since, self._first_at, *self.per_loaded):
             zeros.append(0.0)
         mean = sum(self.recent) / slot if slot else 0.0  # one that is new has nothing to catch up with
         self.recent.append(mean + 1e-9 * self.unit * ((slot + self._offset) * 0.618_034 % 1))
@@ -153,11 +152,6 @@ class Fleet:
     def allow(self, slot: int, *, available: bool) -> None:
         """Whether new requests may go there. Those in flight are not touched: a drain is that and waiting."""
         self.available[slot] = available
-        self._settle(slot)
-
-    def handicap(self, slot: int, seconds: float) -> None:
-        """Seconds to add to whatever is predicted: for a slow start, or a queue that other gateways made."""
-        self._handicap[slot] = seconds
         self._settle(slot)
 
     # -- what is in flight ---------------------------------------------------------------------------------------------
@@ -302,7 +296,6 @@ class Fleet:
             self.failed(booking, now)
         self._incarnation[slot] += 1
         self._streams[slot] = 0
-        self._handicap[slot] = 0.0
         self._found[slot] = [0.0, 0.0, 0.0]
         self.trust[slot] = 1.0
         self.recent[slot] = sum(self.recent) / len(self.recent)
@@ -352,7 +345,7 @@ class Fleet:
         seats = self.instances[slot].seats
         standing = max(0, len(waiting) + streams + 1 - seats)
         wait = standing * self._stream_seconds[slot] / seats
-        extra = self._per_stream[slot] * streams + wait + self._handicap[slot]
+        extra = self._per_stream[slot] * streams + wait
         self.base[slot] = extra if self.available[slot] else math.inf
 
     def _forget(self) -> None:
