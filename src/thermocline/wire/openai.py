@@ -124,7 +124,7 @@ class Message(Struct):
     tool_calls: list[Any] | None = None
 
     def text(self) -> str:
-        """The text of all parts, a line each, as vLLM joins them. Raises RequestError for more than text, or nothing."""
+        """The text of all parts, a line each, as vLLM joins them. Raises RequestError for more than text or nothing."""
         parts = [ContentPart("text", self.content)] if isinstance(self.content, str) else self.content
         if parts is None or self.tool_calls or any(part.type != "text" for part in parts):
             msg = f"a message of role {self.role} has no text, or more than text"
