@@ -52,5 +52,5 @@ class Hearing:
         for slot, kind in slots:
             stream = f"{kind} {topic.model}" if kind and topic is not None else kind  # a node numbers each model's
             applied = self._index.apply(slot, batch, sequence, source=stream)
-            if applied.gap is not None:  # the subscriber has asked already, and it was not to be had
+            if applied.gap is not None and applied.gap[0]:  # the subscriber has asked already; it was not to be had
                 self.counts["lost"] += applied.gap[1] - applied.gap[0]
