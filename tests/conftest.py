@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +41,12 @@ def folder() -> Iterator[Path]:
 def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
     """Says how many cases a test ran, for its cell of the fault matrix. See tests/faults/matrix.py."""
     return lambda count: request.node.user_properties.append((matrix.CASES, count))
+
+
+def pytest_configure() -> None:
+    """Run in the background, a shell has us ignore Ctrl-C, and every process that a test starts would ignore it, too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
