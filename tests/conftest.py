@@ -44,7 +44,7 @@ def cases(request: pytest.FixtureRequest) -> Callable[[int], None]:
 
 
 def pytest_configure() -> None:
-    """Run in the background, a shell has us ignore Ctrl-C, and every process that a test starts would ignore it, too."""
+    """In the background a shell has us ignore Ctrl-C, and every process that a test starts would ignore it, too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
