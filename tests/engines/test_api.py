@@ -110,7 +110,7 @@ def test_a_completion_has_openais_shape(client: Client, plain: Engine) -> None:
 
 
 def test_a_chat_has_openais_shape(client: Client, plain: Engine) -> None:
-    """The model's template makes the prompt; text may come in parts, a line each, as in vLLM; the reply is one message."""
+    """The model's template makes the prompt; text may come in parts, a line each; the reply is one message."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
     answer = client.post("/v1/chat/completions", model="tiny", messages=messages, max_completion_tokens=5)
     assert answer["object"] == "chat.completion"
