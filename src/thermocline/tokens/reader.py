@@ -40,7 +40,7 @@ class Reader(Generic[C]):
                 tokens = prompt.ids()
                 return Read(tokens, grow(None, tokens, 0))
             text = self._text(prompt) if prompt.exact else None
-        except (msgspec.MsgspecError, RequestError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RequestError, RecursionError):
             return None
         return None if text is None else self.memo.read(text, grow, special=prompt.special, apart=apart)
 
