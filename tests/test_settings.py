@@ -133,6 +133,7 @@ def test_defaults_are_valid(name):
         ("lease_seconds", "none", "a duration such as"),
         ("model", "", "not empty"),
         ("disk_path", 3, "must be a path"),
+        ("disk_path", "~nobody-of-that-name/x", "no such user"),
     ],
 )
 def test_bad_values(name, raw, words):

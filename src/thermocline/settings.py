@@ -117,7 +117,10 @@ def _text(raw: object) -> str:
 def _path(raw: object) -> Path:
     if not isinstance(raw, str | Path) or not str(raw).strip():
         raise ValueError("must be a path")
-    return Path(raw).expanduser()
+    try:
+        return Path(raw).expanduser()
+    except RuntimeError:  # ~somebody
+        raise ValueError("must be a path, and this machine knows no such user") from None
 
 
 def _count(raw: object) -> int:

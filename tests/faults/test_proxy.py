@@ -294,9 +294,10 @@ def test_nothing_is_left(echo):
             proxy.close()
             proxy.close()
     deadline = CLOCK.now() + GUARD_SECONDS
-    while (threading.active_count(), _open_files()) != (threads, files) and CLOCK.now() < deadline:
+    while (threading.active_count() > threads or _open_files() > files) and CLOCK.now() < deadline:
         CLOCK.sleep(0.01)
-    assert (threading.active_count(), _open_files()) == (threads, files)
+    assert threading.active_count() <= threads  # what other tests had open may be closed meanwhile
+    assert _open_files() <= files
 
 
 def _open_files():
