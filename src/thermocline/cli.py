@@ -105,7 +105,6 @@ def serve(config_path: str | None, as_json: bool, **flags: str | None) -> None:
     Listens until Ctrl-C or SIGTERM, then makes what is in flight durable. --json announces the address as JSON.
     """
     settings = _load_settings(config_path, flags)  # first: a mistake there is told before torch is loaded
-    settings.require_key()
     from thermocline.engines import api
 
     api.serve(settings, as_json=as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import random
 import subprocess
 import sys
@@ -21,11 +20,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from thermocline.clock import until
 from thermocline.demo.chapter import Chapter, Claim
 from thermocline.demo.screen import Screen
+from thermocline.engines.launch import GATEWAY_INSTALL, gateway_lacks
 from thermocline.errors import LaunchError
 
-PACKAGES = ("uvloop", "httptools", "zmq", "tokenizers", "jinja2")
 NAMES = ("a", "b")
 CONVERSATIONS, AT_ONCE, TURN_TOKENS = 16, 4, 160
 TURNS = 6
@@ -46,10 +46,8 @@ class Answered:
 
 def play(screen: Screen, folder: Path) -> Chapter:
     """Three times the same: both instances are up, one is killed while requests are under way, both are up again."""
-    if not all(map(importlib.util.find_spec, PACKAGES)):
-        claim = Claim(
-            CLAIM, "not shown: the gateway's packages are not installed", "pip install 'thermocline[gateway]'"
-        )
+    if gateway_lacks():
+        claim = Claim(CLAIM, f"not shown: {gateway_lacks()} is not installed", GATEWAY_INSTALL)
         return Chapter(ok=True, verdict=claim.figure, claim=claim, details={"shown": False})
     events = f"ipc://{folder / 'events'}"
     with contextlib.ExitStack() as stack:
@@ -63,6 +61,8 @@ def play(screen: Screen, folder: Path) -> Chapter:
         rows["b is killed"] = talk.turns(screen, "b is killed", at_first=processes["b"].kill)
         processes["b"].wait()
         stack.enter_context(_light("b", events, urlsplit(urls["b"]).port or 0))
+        screen.working("the gateway finds b again")
+        talk.wait_for("b")
         talk.some_begin_anew()  # b holds nothing any more: only new conversations have a reason to go there
         rows["b is back"] = talk.turns(screen, "b is back")
     screen.worked()
@@ -91,6 +91,10 @@ class _Talk:
                     at_first()
                 answers += [each.result() for each in asked]
         return answers
+
+    def wait_for(self, name: str) -> None:
+        """Until a request that nobody has a reason to get goes there. It starts slowly, as an instance does."""
+        until(lambda: self._ask(self._new(64)).instance == name, WAIT_SECONDS, pause_seconds=0.05)
 
     def some_begin_anew(self) -> None:
         """Half of the people leave, and as many others come."""

@@ -39,7 +39,7 @@ from thermocline.store.receipt import ExcerptedReceipt, Receipt
 from thermocline.store.store import Store
 from thermocline.store.verbs import StoreVerbs
 from thermocline.wire import openai
-from thermocline.wire.http import Limits, Server, listening
+from thermocline.wire.http import Limits, Server, listening, url_of
 from thermocline.wire.routes import Handler, Request, Response, Routes
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def serve(settings: Settings, *, as_json: bool = False) -> None:
             threads=settings.threads,
             progress=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201  # progress of a long start
         )
-        announcer = _announcer(settings, store, _url(sock))
+        announcer = _announcer(settings, store, url_of(sock))
         if announcer is not None:
             opened.callback(announcer.close)
         requests_max, kv_bytes_max = settings.requests_max, settings.memory_bytes
@@ -110,8 +110,8 @@ async def _serve_until_signal(engine: Engine, settings: Settings, sock: socket.s
         loop.add_signal_handler(number, stop.set)
     server = _Api(engine, settings).server()
     await server.start(sock)
-    line = f"thermocline is serving {engine.served.name} at {_url(sock)}"
-    announced = json.dumps({"url": _url(sock), "model": engine.served.name}) if as_json else line
+    line = f"thermocline is serving {engine.served.name} at {url_of(sock)}"
+    announced = json.dumps({"url": url_of(sock), "model": engine.served.name}) if as_json else line
     print(announced, flush=True)  # noqa: T201  # the result of the command
     await stop.wait()
     await server.stop(DRAIN_SECONDS)
@@ -127,11 +127,6 @@ def _run(main: Any) -> None:  # noqa: ANN401  # a coroutine
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main)
-
-
-def _url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _Api:

@@ -32,6 +32,8 @@ NODE_START_SECONDS_MAX = 120.0
 HEALTH_SECONDS = 2.0
 LOOPBACK = "127.0.0.1"
 NODE_NAME = "node"
+GATEWAY_INSTALL = "pip install 'thermocline[gateway]'"
+_GATEWAY_PACKAGES = ("uvloop", "httptools", "zmq", "tokenizers", "jinja2")
 PORTS_TRIED, PORT_MAX = 1000, 65535
 VLLM_CACHE_GIB_MAX = 4
 _MACHINE_SHARE = 4
@@ -48,7 +50,10 @@ _INSTALL = "see docs/guides/vllm.md: pip install vllm for a GPU, or `make vllm` 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start one process. `environment` is all it gets; `ready` asks it, and says no where it does not answer."""
+    """How to start one process. `environment` is all it gets; `ready` asks it, and says no where it does not answer.
+
+    `replay` is where it tells KV events again to who missed them.
+    """
 
     name: str
     words: tuple[str, ...]
@@ -57,6 +62,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     start_seconds_max: float = START_SECONDS_MAX
     stop_seconds_max: float = STOP_SECONDS_MAX
+    replay: str = ""
 
 
 def node(settings: Settings, socket: Path, ready: Callable[[], bool]) -> Launch:
@@ -83,15 +89,23 @@ def inside(settings: Settings, port: int) -> Settings:
     return dataclasses.replace(behind, events_endpoint=events, events_name=NODE_NAME)
 
 
+def gateway_lacks() -> str:
+    """The first package that `thermocline route` needs and this Python has not; empty where it has all."""
+    return next((package for package in _GATEWAY_PACKAGES if importlib.util.find_spec(package) is None), "")
+
+
 def gateway(settings: Settings, port: int, inside: Settings, engines: Sequence[Launch]) -> Launch:
     """`thermocline route` in front of these engines, which share a node and tell what they hold.
 
     Raises LaunchError where its packages are not installed.
     """
-    for package in ("uvloop", "httptools", "zmq", "tokenizers", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise LaunchError(f"a gateway needs {package}", hint="pip install 'thermocline[gateway]', or --no-gateway")
-    named = ", ".join(f"{each.name}={each.url} node={NODE_NAME}" for each in engines)
+    missing = gateway_lacks()
+    if missing:
+        raise LaunchError(f"a gateway needs {missing}", hint=f"{GATEWAY_INSTALL}, or --no-gateway")
+    named = ", ".join(
+        f"{each.name}={each.url} node={NODE_NAME}" + (f" replay={each.replay}" if each.replay else "")
+        for each in engines
+    )
     words = (*_thermocline("route"), "--port", str(port), "--route-to", named)
     words = (*words, "--events-listen", str(inside.events_endpoint), *settings.flags(without=_NOT_THE_GATEWAYS))
     folder = Path(model_folder(settings.model))
@@ -112,8 +126,10 @@ def vllm(
         *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
         *("--shutdown-timeout", str(DRAIN_SECONDS), "--kv-transfer-config", config),
     )
+    name, replay = f"vllm-{port}", ""
     if events:
-        words = (*words, "--kv-events-config", _events_config(settings, f"vllm-{port}"))
+        replay = f"tcp://{LOOPBACK}:{free_ports(LOOPBACK, 0, 1)[0]}"
+        words = (*words, "--kv-events-config", _events_config(settings, name, replay))
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if vllm_computes_on_cpu():
         words = (*words, "--enforce-eager")  # compiling doubles a start; --no-enforce-eager behind `--` wins
@@ -122,12 +138,11 @@ def vllm(
         environment["VLLM_API_KEY"] = read_key(settings.api_key_file)
     environment |= without_settings(os.environ)
     url = address(settings.host, port)
-    return Launch(f"vllm-{port}", (*words, *more), lambda: is_healthy(url), url, environment)
+    return Launch(name, (*words, *more), lambda: is_healthy(url), url, environment, replay=replay)
 
 
-def _events_config(settings: Settings, name: str) -> str:
+def _events_config(settings: Settings, name: str, replay: str) -> str:
     """VLLM's --kv-events-config: it connects to whoever routes, and keeps what was missed for a while."""
-    replay = f"tcp://127.0.0.1:{free_ports(LOOPBACK, 0, 1)[0]}"
     told = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": settings.events_endpoint}
     return json.dumps(told | {"replay_endpoint": replay, "topic": write_topic(Topic(name, settings.model))})
 

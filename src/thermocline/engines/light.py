@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
@@ -26,7 +25,7 @@ from thermocline.errors import RequestError
 from thermocline.tokens.prompt import Kind, prompt_of
 from thermocline.wire import openai
 from thermocline.wire.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Topic, write_topic
-from thermocline.wire.http import Limits, Server
+from thermocline.wire.http import Limits, Server, listening, url_of
 from thermocline.wire.publisher import Publisher
 from thermocline.wire.routes import Request, Response, Routes
 
@@ -182,10 +181,8 @@ async def _serve(options: argparse.Namespace) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", options.port))
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    sock = listening("127.0.0.1", options.port)
+    url = url_of(sock)
     publisher = Publisher(options.events, options.replay) if options.events else None
     topic = write_topic(Topic(options.name or url, MODEL))
     light = Light(Cache(options.blocks, options.block_tokens), publisher, topic, options.token_seconds)

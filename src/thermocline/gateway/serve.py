@@ -32,7 +32,7 @@ from thermocline.gateway.proxy import Gateway
 from thermocline.metrics import Metrics
 from thermocline.settings import Settings, read_key
 from thermocline.tokens.reader import Reader
-from thermocline.wire.http import Limits, listening
+from thermocline.wire.http import Limits, listening, url_of
 
 CONNECTIONS_MAX = 4096
 MEMO_BYTES = 256 << 20
@@ -163,10 +163,8 @@ def _heard(
 
 def announce(sock: socket.socket, admin_path: Path, *, as_json: bool) -> None:
     """Say where clients and operators find it."""
-    host, port = sock.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    line = f"thermocline is routing at {url} (administered at {admin_path})"
-    print(json.dumps({"url": url, "admin": str(admin_path)}) if as_json else line, flush=True)  # noqa: T201  # the result of the command
+    line = f"thermocline is routing at {url_of(sock)} (administered at {admin_path})"
+    print(json.dumps({"url": url_of(sock), "admin": str(admin_path)}) if as_json else line, flush=True)  # noqa: T201  # the result of the command
 
 
 def instances_of(text: str) -> list[Routed]:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from thermocline.errors import UnreachableError
 
 TIMEOUT_SECONDS = 5.0
-BODY_BYTES_MAX = 1 << 20
+BODY_BYTES_MAX = 64 << 20
 _WHY = {
     "POLICY": "the policy asks for no costs",
     "NOTHING_HELD": "no instance holds any of it, and this one is the least loaded",
@@ -76,23 +76,28 @@ class Decided(Struct, frozen=True):
 
 def fetch(admin: Path, request_id: str) -> bytes:
     """The record of a request as JSON; `last` names the newest. Raises UnreachableError where there is none."""
+    status, body = ask(admin, f"/decisions/{quote(request_id, safe='')}")
+    if status != HTTPStatus.OK:
+        hint = "the header x-thermocline-request names it; old ones are forgotten"
+        raise UnreachableError(f"the gateway knows nothing of the request {request_id}", hint=hint)
+    return body
+
+
+def ask(admin: Path, path: str) -> tuple[int, bytes]:
+    """What a gateway's admin socket answers: status and body. Raises UnreachableError where nobody does."""
     link = http.client.HTTPConnection("gateway", timeout=TIMEOUT_SECONDS)
     link.sock = socket.socket(socket.AF_UNIX)
     link.sock.settimeout(TIMEOUT_SECONDS)
     try:
         link.sock.connect(str(admin))
-        link.request("GET", f"/decisions/{quote(request_id, safe='')}")
+        link.request("GET", path)
         reply = link.getresponse()
-        body = reply.read(BODY_BYTES_MAX)
+        return reply.status, reply.read(BODY_BYTES_MAX)
     except (OSError, http.client.HTTPException) as error:
         hint = "start one with `thermocline route`, which says where it is administered"
         raise UnreachableError(f"no gateway answers at {admin}: {error}", hint=hint) from None
     finally:
         link.close()
-    if reply.status != HTTPStatus.OK:
-        hint = "the header x-thermocline-request names it; old ones are forgotten"
-        raise UnreachableError(f"the gateway knows nothing of the request {request_id}", hint=hint)
-    return body
 
 
 def read(body: bytes) -> Decided:

@@ -117,6 +117,12 @@ def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return sock
 
 
+def url_of(sock: socket.socket) -> str:
+    """Where a bound socket is reached."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Connection(asyncio.Protocol):
     """One client. Requests are served one after the other; one that comes before its turn ends the connection."""
 

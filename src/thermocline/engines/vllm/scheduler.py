@@ -290,10 +290,8 @@ class Scheduler:
             if tracked.is_first:  # a receipt tells of the first load, not of one after a preemption
                 tracked.loaded = tracked.under_way
             self._unstage(tracked)
-            if (
-                request_id not in self._tracked and not tracked.at_once
-            ):  # its client has gone: there may be no next step
-                self._tell_what_waits()
+            if request_id not in self._tracked and not tracked.at_once:
+                self._tell_what_waits()  # its client has gone: there may be no next step
 
     def _give_up(self, tracked: Tracked) -> None:
         """A load failed. What it was to bring is computed and saved anew: the node may have lost it."""
