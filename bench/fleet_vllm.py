@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.fleet_workload import CONVERSATIONS, TURNS, Ran, conversations, fresh
-from bench.harness import CLOCK, ROOT, Progress, Report, check, percentile, ratios, spread
-from bench.routers import peer_routers
+from bench.harness import CLOCK, Progress, Report, check, percentile, ratios, spread
+from bench.routers import Router, admin_of, peer_routers, thermocline_route
 from bench.vllm_server import BLOCK_TOKENS, MODEL_NAME, Server, free_port, vllm_python
-from tests.faults.process import Process
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.engines import tiny
 from thermocline.errors import BenchError
+from thermocline.lens import decision
 from thermocline.tokens.tokenizer import load_tokenizer
 
 OURS, ROUND_ROBIN, LEAST, SESSION = "predicted_ttft", "round_robin", "least_loaded", "session_hash"
@@ -34,7 +31,6 @@ ROUNDS, FRESH_ROUNDS, FRESH_REQUESTS = 3, 3, 32
 NAMES = ("a", "b")
 BLOCKS = 192
 REST_SECONDS = 1.0
-READY_SECONDS = 60.0
 COUNTERS = {
     "hits": "vllm:prefix_cache_hits_total",
     "prompt": "vllm:prompt_tokens_total",
@@ -53,37 +49,6 @@ class Seen:
     first_p50: list[float] = field(default_factory=list)
     requests: list[tuple[int, int]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-
-
-class Gateway(Process):
-    """`thermocline route` in front of the servers, with one policy."""
-
-    def __init__(self, folder: Path, instances: str, events: str, policy: str, model: Path) -> None:
-        super().__init__(folder / f"route-{policy}.log", stop_seconds=20.0)
-        self.port, self.admin = free_port(), folder / "admin.sock"
-        argv = [sys.executable, "-m", "thermocline", "route", "--port", str(self.port), "--route-to", instances]
-        argv += ["--events-listen", events, "--policy", policy, "--tokenizer-path", str(model)]
-        argv += ["--model", MODEL_NAME, "--admin-socket", str(self.admin)]
-        path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
-        self.launch(argv, self._listens, seconds=READY_SECONDS, environment={"PYTHONPATH": path})
-
-    @property
-    def url(self) -> str:
-        """Where clients ask."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def decisions(self) -> list[dict[str, Any]]:
-        """Every decision so far, newest first."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(self.admin))
-            sock.sendall(b"GET /decisions?limit=10000 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            text = b"".join(iter(lambda: sock.recv(1 << 16), b""))
-        found: list[dict[str, Any]] = json.loads(text.partition(b"\r\n\r\n")[2])
-        return found
-
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 def run(progress: Progress) -> Report:
@@ -137,9 +102,15 @@ def _servers(
 @contextlib.contextmanager
 def _router(name: str, folder: Path, instances: str, events: str, model: Path, peers: dict[str, Any]) -> Iterator[str]:
     """A router of that name, ready. Peers are asked for one token first, as they look for servers by themselves."""
-    router = peers[name](folder) if name in peers else Gateway(folder, instances, events, name, model)
+    router = peers[name](folder) if name in peers else _ours(folder, instances, events, model, name)
     with contextlib.closing(router):
         yield router.url
+
+
+def _ours(folder: Path, instances: str, events: str, model: Path, policy: str) -> Router:
+    """`thermocline route` with a tokenizer and events."""
+    more = ["--events-listen", events, "--policy", policy, "--tokenizer-path", str(model), "--model", MODEL_NAME]
+    return thermocline_route(folder, instances, *more, name=policy)
 
 
 def _measured(seen: Seen, servers: list[Server], model: Path, run: Callable[[], Ran]) -> None:
@@ -170,12 +141,12 @@ def _predictions(
 ) -> list[tuple[float, float]]:
     """Predicted and actual seconds to the first token, of the second half of a gateway's decisions."""
     progress("predictions")
-    with contextlib.closing(Gateway(folder, instances, events, OURS, model)) as gateway:
+    with contextlib.closing(_ours(folder, instances, events, model, OURS)) as gateway:
         for at in range(2):
             ran = conversations(gateway.url, f"predicted {at}")
             if ran.failed:
                 raise BenchError(f"requests failed: {ran.failed[0]}", hint="is the machine out of memory?")
-        records = gateway.decisions()
+        records = json.loads(decision.ask(admin_of(folder, OURS), "/decisions?limit=10000")[1])
     half = records[: len(records) // 2]
     return [
         (each["tries"][-1]["predicted_seconds"], each["tries"][-1]["first_byte_seconds"])

@@ -78,15 +78,21 @@ def run(progress: Progress) -> Report:
     return _report(measured, rates, idle, first)
 
 
+def ours(folder: Path, urls: Sequence[str], *more: str, name: str = "thermocline") -> Router:
+    """`thermocline route` in front of the mocks."""
+    instances = ", ".join(f"i{at}={url}" for at, url in enumerate(urls))
+    return thermocline_route(folder, instances, *more, name=name)
+
+
 def _starts() -> Iterator[Callable[[Path, Sequence[str]], Router]]:
     """Ours as it comes, without costs, and with a tokenizer where there is one to make; then the peers."""
-    yield thermocline_route
-    yield lambda folder, urls: thermocline_route(folder, urls, "--policy", "round_robin", name=PASSING)
+    yield ours
+    yield lambda folder, urls: ours(folder, urls, "--policy", "round_robin", name=PASSING)
     if importlib.util.find_spec("torch") is not None:
         from thermocline.engines import tiny
 
         model = str(tiny.ensure())
-        yield lambda folder, urls: thermocline_route(folder, urls, "--tokenizer-path", model, name=TOKENISING)
+        yield lambda folder, urls: ours(folder, urls, "--tokenizer-path", model, name=TOKENISING)
     yield sglang_router
     yield vllm_router
 

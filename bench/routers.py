@@ -48,12 +48,16 @@ class Router(Process):
         return False
 
 
-def thermocline_route(folder: Path, urls: Sequence[str], *more: str, name: str = "thermocline") -> Router:
-    """Ours in front of these instances."""
-    instances = ", ".join(f"i{at}={url}" for at, url in enumerate(urls))
-    admin = str(folder / f"{name.replace(' ', '-')}.sock")
+def thermocline_route(folder: Path, instances: str, *more: str, name: str = "thermocline") -> Router:
+    """Ours in front of these instances, as `--route-to` takes them; administered at `admin_of` its name."""
+    admin = str(admin_of(folder, name))
     start = [sys.executable, "-m", "thermocline", "route", "--admin-socket", admin, "--route-to", instances]
     return Router(folder, name, lambda port: [*start, "--port", str(port), *more])
+
+
+def admin_of(folder: Path, name: str) -> Path:
+    """The admin socket of our router of that name."""
+    return folder / f"{name.replace(' ', '-')}.sock"
 
 
 def sglang_router(folder: Path, urls: Sequence[str], policy: str = "cache_aware") -> Router:
