@@ -9,14 +9,19 @@ import random
 import socket
 import sys
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from bench.vllm_server import free_port
 from tests.faults.process import CLOCK, Process
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS, ANSWER_SECONDS = 60.0, 30.0
+READY_SECONDS, ANSWER_SECONDS, PAUSE_SECONDS = 60.0, 30.0, 0.05
+STREAMED = 0.5
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 MODEL = "light"
 
@@ -41,13 +46,19 @@ class _Listening(Process):
 
 
 class Light(_Listening):
-    """An instance without a model; its events go to `events`."""
+    """An instance without a model. Its events go to `events`; where that begins with @, it listens there itself."""
 
     def __init__(self, folder: Path, name: str, events: str, blocks: int) -> None:
         super().__init__(folder / f"{name}.log")
         self.name, self._events, self._blocks = name, events, blocks
         self.replay = f"tcp://127.0.0.1:{free_port()}"
         self.start()
+
+    @property
+    def routed(self) -> str:
+        """What a gateway is told of it."""
+        own = f" events=>{self._events.removeprefix('@')}" if self._events.startswith("@") else ""
+        return f"{self.name}={self.url} replay={self.replay}{own}"
 
     def start(self) -> None:
         words = ["--name", self.name, "--port", str(self.port), "--blocks", str(self._blocks)]
@@ -57,10 +68,10 @@ class Light(_Listening):
 class Route(_Listening):
     """`thermocline route` in front of some instances."""
 
-    def __init__(self, folder: Path, instances: list[Light], listen: str, *more: str) -> None:
-        super().__init__(folder / "route.log")
-        self._words = ["--route-to", ", ".join(f"{each.name}={each.url} replay={each.replay}" for each in instances)]
-        self._words += ["--events-listen", listen, "--admin-socket", str(folder / "admin.sock"), *more]
+    def __init__(self, folder: Path, instances: Sequence[Light], *more: str, name: str = "route") -> None:
+        super().__init__(folder / f"{name}.log")
+        self._words = ["--route-to", ", ".join(each.routed for each in instances)]
+        self._words += ["--admin-socket", str(folder / f"{name}.sock"), *more]
         self.start()
 
     def start(self) -> None:
@@ -69,23 +80,35 @@ class Route(_Listening):
 
 @dataclass(slots=True)
 class Asked:
-    """One request: when it was sent, and what came."""
+    """One request: when it was sent, and what came. `status` is 0 where no answer began, `whole` is its end."""
 
     at: float
-    status: int
+    status: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     instance: str = ""
+    streamed: bool = False
+    whole: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """True but where the answer is right, or is a stream that had begun."""
+        return self.status != HTTPStatus.OK or not (self.whole or self.streamed)
 
 
 @dataclass
 class Clients:
-    """Conversations that go on, a few at a time. A conversation that has grown long begins anew."""
+    """Conversations that go on, a few at a time, each request at any of the gateways; half of the answers are streamed.
 
-    url: str
+    All conversations begin with the same `shared_tokens`, and one that has grown beyond `tokens_max` begins anew. Where
+    nobody listens, they try again; where an answer is wrong, they wait a moment.
+    """
+
+    urls: Sequence[str]
     conversations: int = 24
     at_once: int = 6
     turn_tokens: int = 160
+    shared_tokens: int = 0
     tokens_max: int = 1600
     seed: int = 0
     asked: list[Asked] = field(default_factory=list)
@@ -93,20 +116,31 @@ class Clients:
     def __post_init__(self) -> None:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._rng = random.Random(self.seed)  # noqa: S311  # must replay
-        self._waiting = [self._text(64) for _ in range(self.conversations)]
+        self._shared = self._text(self.shared_tokens)
+        self._waiting = [self._shared + self._text(64) for _ in range(self.conversations)]
         self._threads = [threading.Thread(target=self._talk) for _ in range(self.at_once)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def lost(self) -> list[Asked]:
+        """What was asked and not answered, nor begun to be streamed."""
+        return [each for each in self.asked if each.lost]
 
     def hit_rate(self, since: float) -> float:
         """Cached tokens over prompt tokens, of what was asked since then."""
         some = [each for each in self.asked if each.at >= since]
         return sum(each.cached_tokens for each in some) / sum(each.prompt_tokens for each in some)
 
+    def spread(self, since: float = 0.0) -> float:
+        """Requests of the busiest instance over the mean of all."""
+        shares = Counter(each.instance for each in self.asked if each.at >= since and each.whole)
+        return max(shares.values()) * len(shares) / shares.total()
+
     def wait_asked(self, count: int) -> None:
         """Until so many more requests were answered."""
-        wanted, deadline = len(self.asked) + count, CLOCK.now() + 60
-        while len(self.asked) < wanted:
+        wanted, deadline = self._answered() + count, CLOCK.now() + 60
+        while self._answered() < wanted:
             assert CLOCK.now() < deadline, "requests are not answered any more"
             CLOCK.sleep(0.01)
 
@@ -115,6 +149,9 @@ class Clients:
         for thread in self._threads:
             thread.join()
 
+    def _answered(self) -> int:
+        return sum(each.whole for each in tuple(self.asked))
+
     def _text(self, count: int) -> list[int]:
         return [self._rng.randrange(1 << 16) for _ in range(count)]
 
@@ -122,24 +159,50 @@ class Clients:
         while not self._stop.is_set():
             with self._lock:
                 text = self._waiting.pop(self._rng.randrange(len(self._waiting)))
-                text = (text if len(text) < self.tokens_max else []) + self._text(self.turn_tokens)
-            asked = self._ask(text)
+                text = (text if len(text) < self.tokens_max else self._shared) + self._text(self.turn_tokens)
+                url, streamed = self._rng.choice(self.urls), self._rng.random() < STREAMED
+            asked = self._ask(url, text, streamed=streamed)
             with self._lock:
                 self.asked.append(asked)
                 self._waiting.append(text)
+            if not asked.whole:
+                self._stop.wait(PAUSE_SECONDS)
 
-    def _ask(self, text: list[int]) -> Asked:
-        at = CLOCK.now()
-        host, _, port = self.url.removeprefix("http://").partition(":")
-        body = json.dumps({"model": MODEL, "prompt": text, "max_tokens": 4})
-        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=ANSWER_SECONDS)) as link:
+    def _ask(self, url: str, text: list[int], *, streamed: bool) -> Asked:
+        host, _, port = url.removeprefix("http://").partition(":")
+        asked = Asked(CLOCK.now(), streamed=streamed)
+        body = json.dumps({"model": MODEL, "prompt": text, "max_tokens": 4, "stream": streamed})
+        link = http.client.HTTPConnection(host, int(port), timeout=ANSWER_SECONDS)
+        with contextlib.closing(link), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            self._connect(link)
+            link.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            reply = link.getresponse()
+            asked.status, asked.instance = reply.status, reply.getheader("x-thermocline-instance") or ""
+            usage = _usage(reply.read(), streamed=streamed)
+            asked.prompt_tokens = usage["prompt_tokens"]
+            asked.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+            asked.whole = True
+        return asked
+
+    def _connect(self, link: http.client.HTTPConnection) -> None:
+        """As clients do: where nobody listens, try again."""
+        deadline = CLOCK.now() + ANSWER_SECONDS
+        while True:
             try:
-                link.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-                reply = link.getresponse()
-                told = json.loads(reply.read() or b"{}")
-            except (OSError, http.client.HTTPException, ValueError):
-                return Asked(at, 0)
-            usage = told.get("usage") or {}
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            instance = reply.getheader("x-thermocline-instance") or ""
-            return Asked(at, reply.status, usage.get("prompt_tokens", 0), cached, instance)
+                return link.connect()
+            except ConnectionRefusedError:
+                if self._stop.wait(PAUSE_SECONDS) or CLOCK.now() > deadline:
+                    raise
+
+
+def _usage(body: bytes, *, streamed: bool) -> Any:
+    """What an answer says of its tokens. Raises ValueError where it does not."""
+    if streamed:
+        *_, body, done, _ = [b"", b"", *body.split(b"\n\n")]
+        if done != b"data: [DONE]":
+            raise ValueError("a stream that broke off")
+        body = body.removeprefix(b"data: ")
+    usage = json.loads(body).get("usage")
+    if not usage:
+        raise ValueError("an answer without usage")
+    return usage

@@ -22,16 +22,17 @@ BLOCKS = 1500
 BACK_SECONDS = 5.0
 REQUESTS = 150
 BACK_SHARE = 0.9
+FOUND = 0.75
 
 
 class Fleet:
     """Four light instances and a gateway. Events go straight to it, or by way of `through`."""
 
     def __init__(self, folder, stack: ExitStack, *more: str, through=None) -> None:
-        self.listen = f"tcp://127.0.0.1:{free_port()}"
-        events = through(self.listen) if through else self.listen
+        listen = f"tcp://127.0.0.1:{free_port()}"
+        events = through(listen) if through else listen
         self.instances = [stack.enter_context(Light(folder, name, events, BLOCKS)) for name in "abcd"]
-        self.gateway = stack.enter_context(Route(folder, self.instances, self.listen, *more))
+        self.gateway = stack.enter_context(Route(folder, self.instances, "--events-listen", listen, *more))
 
 
 @pytest.fixture
@@ -43,12 +44,14 @@ def stack() -> Iterator[ExitStack]:
 @contextlib.contextmanager
 def talking(fleet: Fleet) -> Iterator[tuple[Clients, float]]:
     """Clients under way, and the hit rate that they see while nothing is wrong."""
-    clients = Clients(fleet.gateway.url)
+    clients = Clients([fleet.gateway.url])
     try:
         clients.wait_asked(REQUESTS)
         since = CLOCK.now()
         clients.wait_asked(REQUESTS)
-        yield clients, clients.hit_rate(since)
+        undisturbed = clients.hit_rate(since)
+        assert undisturbed > FOUND, "conversations are not found again"
+        yield clients, undisturbed
     finally:
         clients.close()
 
@@ -69,44 +72,50 @@ def test_an_instance_dies_and_comes_back(folder, stack):
         clients.wait_asked(REQUESTS)
         fleet.instances[1].start()
         assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
-    assert {each.status for each in clients.asked} == {200}
-    assert undisturbed > 0.75, "conversations are not found again"
+    assert not clients.lost
     shares = Counter(each.instance for each in clients.asked)
     assert set(shares) == set("abcd")
     assert max(shares.values()) < 0.45 * len(clients.asked)
 
 
 def test_the_gateway_is_restarted(folder, stack):
-    """A new gateway asks for what it missed, and five seconds later sends conversations where they were."""
+    """Stopped in order, a gateway loses no request; killed, those in its hands. A new one soon finds what is held."""
     fleet = Fleet(folder, stack)
     with talking(fleet) as (clients, undisturbed):
+        fleet.gateway.close()
+        fleet.gateway.start()
+        clients.wait_asked(REQUESTS)
+        assert not clients.lost
+        killed = CLOCK.now()
         fleet.gateway.kill()
         fleet.gateway.start()
         assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+    assert len(clients.lost) <= clients.at_once
+    assert all(each.at <= killed and not each.status for each in clients.lost)
 
 
 def test_events_are_late_and_some_are_lost(folder, stack):
-    """With events a second late, and one in ten lost, hits are as many as without that."""
+    """With events a second late, and one in ten lost, no request is lost, and hits are as many as without that."""
     with ExitStack() as other, talking(Fleet(folder, other)) as (_, undisturbed):
         pass
     late = stack.enter_context(contextlib.closing(Late(random.Random(5))))  # noqa: S311  # must replay
     fleet = Fleet(folder, stack, through=late.towards)
-    clients = Clients(fleet.gateway.url)
+    clients = Clients([fleet.gateway.url])
     stack.callback(clients.close)
     clients.wait_asked(REQUESTS)
     assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+    assert not clients.lost
     assert late.lost > 0
 
 
 def test_several_processes_share_an_address(folder, stack):
     """Three gateways that know nothing of each other but what instances tell find conversations, and spread load."""
     fleet = Fleet(folder, stack, "--gateway-processes", "3")
-    with talking(fleet) as (clients, undisturbed):
+    with talking(fleet) as (clients, _):
         pass
-    shares = Counter(each.instance for each in clients.asked)
-    assert {each.status for each in clients.asked} == {200}
-    assert undisturbed > 0.7
-    assert max(shares.values()) <= 1.3 * len(clients.asked) / len(fleet.instances)
+    assert not clients.lost
+    assert {each.instance for each in clients.asked} == set("abcd")
+    assert clients.spread() <= 1.3
 
 
 class Late:
