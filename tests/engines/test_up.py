@@ -410,6 +410,24 @@ def test_only_the_gateway_asks_for_keys(monkeypatch, tmp_path):
     assert door[door.index("--tenants-path") + 1] == str(tenants)
 
 
+def test_a_gateway_knows_where_events_are_told_again():
+    """Where each vLLM tells KV events again to who missed them, its own gateway asks for them, under the same name."""
+    pytest.importorskip("uvloop")
+    from thermocline.gateway.serve import instances_of
+    from thermocline.wire.events import read_topic
+
+    settings = Settings(model="m")
+    behind = launch.inside(settings, 8000)
+    engines = [launch.vllm(behind, "{}", port, instances=2, events=True) for port in (8001, 8002)]
+    configs = [json.loads(each.words[each.words.index("--kv-events-config") + 1]) for each in engines]
+    door = launch.gateway(settings, 8000, behind, engines).words
+    routed = instances_of(door[door.index("--route-to") + 1])
+    assert [each.replay for each in routed] == [config["replay_endpoint"] for config in configs]
+    assert [each.instance.name for each in routed] == [read_topic(config["topic"]).name for config in configs]
+    assert len({each.replay for each in routed}) == len(engines)
+    assert {config["endpoint"] for config in configs} == {door[door.index("--events-listen") + 1]}
+
+
 def test_engines_that_others_reach_need_a_key(tmp_path):
     """Without a gateway, a tenants file is no key: engines on a public address are refused before anything starts."""
     settings = Settings(host="0.0.0.0", tenants_path=tmp_path / "tenants.toml")  # noqa: S104  # not listened on
