@@ -9,7 +9,7 @@ from typing import Self
 from thermocline.engines import api
 from thermocline.engines.transformers import Engine
 from thermocline.settings import Settings
-from thermocline.wire.http import Limits, listening
+from thermocline.wire.http import Limits, listening, url_of
 
 
 class ApiServer:
@@ -22,7 +22,7 @@ class ApiServer:
         self._sock = listening(settings.host, settings.port)
         self._api = api._Api(engine, settings)
         self._limits = limits
-        self.url = api._url(self._sock)
+        self.url = url_of(self._sock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         started = threading.Event()
