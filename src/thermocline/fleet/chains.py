@@ -67,7 +67,19 @@ class Chain:
     look it up: what was read and made so far is replaced whole, at worst by less of it, and each goes on with its own.
     """
 
-    __slots__ = ("_chunks", "_grown", "_ids", "_list", "_lora", "_salt", "chunk_tokens", "root", "tokens")
+    __slots__ = (
+        "_grown",
+        "_ids",
+        "_list",
+        "_lora",
+        "_salt",
+        "before_tokens",
+        "chunk_keys",
+        "chunk_tokens",
+        "root",
+        "since",
+        "tokens",
+    )
 
     def __init__(self, tokens: Sequence[int] | Tokens, root: int, salt: str = "", lora: tuple[str, ...] = ()) -> None:
         self._list: list[int] = []
@@ -80,14 +92,21 @@ class Chain:
             self.tokens = len(self._ids)
         self.root, self._salt, self._lora = root, salt, lora
         self._grown: tuple[Sequence[int], BlockKey | None] = ((), None)  # keys as filed, and the last: one value
-        self._chunks: Sequence[int] = ()
-        self.chunk_tokens = 0.0
+        self.chunk_keys: Sequence[int] = ()
+        self.chunk_tokens = self.before_tokens = 0.0
+        self.since = 0  # how much its slot had announced when it was sent there
 
     @classmethod
-    def of_chunks(cls, keys: Sequence[int], chunk_tokens: float) -> Chain:
-        """A prompt that is known by keys of its bytes only, each about `chunk_tokens` tokens after the one before."""
-        chain = cls((), 0)
-        chain._chunks, chain.chunk_tokens = keys, chunk_tokens
+    def of_chunks(
+        cls, keys: Sequence[int], chunk_tokens: float, *, root: int = 0, before_tokens: float = 0.0, tokens: int = 0
+    ) -> Chain:
+        """A prompt that is known by keys of its bytes only, each about `chunk_tokens` tokens after the one before.
+
+        It has about `tokens`, of which `before_tokens` stand before the bytes that have keys. `root` is as for tokens.
+        """
+        chain = cls((), root)
+        chain.chunk_keys, chain.chunk_tokens, chain.before_tokens = keys, chunk_tokens, before_tokens
+        chain.tokens = tokens or max(1, round(before_tokens + len(keys) * chunk_tokens))
         return chain
 
     def continued(self, tokens: Sequence[int] | Tokens, known_tokens: int) -> Chain:
@@ -102,7 +121,7 @@ class Chain:
         """What the first blocks are filed by there: at least `blocks` of them, where the prompt has so many."""
         by, block_tokens = filed
         if by is By.CHUNK:
-            return self._chunks
+            return self.chunk_keys
         step = block_tokens // TOKENS_PER_KEY
         found = self._grown_keys(blocks * step) if by is By.KEY else grow_prints(self.ids(0, blocks * step), self.root)
         return found if step == 1 else found[step - 1 :: step]
@@ -141,13 +160,31 @@ class Run:
     """Blocks that follow each other behind `parent`'s block `offset - 1` (None: they begin a text).
 
     `holders` has a bit for each instance that holds any of them, in any tier; `whole` may have one for those that hold
-    all of them on the device. `kids` counts the runs that follow. A span is (first block, stop, digest).
+    all of them on the device. `kids` counts the runs that follow. A span is (first block, stop, digest). `depth` blocks
+    lie before it; `root` is the print before any token, 0 where unknown. `links` are keys of bytes that lead here.
     """
 
-    __slots__ = ("aliases", "forest", "holders", "kids", "names", "offset", "parent", "prints", "spans", "whole")
+    __slots__ = (
+        "aliases",
+        "depth",
+        "forest",
+        "holders",
+        "kids",
+        "links",
+        "names",
+        "offset",
+        "parent",
+        "prints",
+        "root",
+        "spans",
+        "whole",
+    )
 
-    def __init__(self, forest: Forest, parent: Run | None, offset: int) -> None:
+    def __init__(self, forest: Forest, parent: Run | None, offset: int, root: int) -> None:
         self.forest, self.parent, self.offset = forest, parent, offset
+        self.depth: int = parent.depth + offset if parent is not None else 0
+        self.root: int = parent.root if parent is not None else root
+        self.links: set[int] | None = None
         self.prints = array("Q")
         self.names = array("Q")
         self.holders = self.whole = self.kids = 0
@@ -199,7 +236,7 @@ class Forest:
                 run, offset = head, 0
                 continue
             if run is None or offset < len(run.prints) or offset == RUN_BLOCKS:
-                run, offset = self._begin(run, offset, prints[at]), 0
+                run, offset = self._begin(run, offset, prints[at], root), 0
             stop = min(count, at + RUN_BLOCKS - offset)
             run.prints += array("Q", prints[at:stop])
             run.names += array("Q", names[at:stop])
@@ -282,8 +319,8 @@ class Forest:
         if run.parent is not None:
             run.parent.kids -= 1
 
-    def _begin(self, parent: Run | None, offset: int, first: int) -> Run:
-        run = self.heads[first] = Run(self, parent, offset)
+    def _begin(self, parent: Run | None, offset: int, first: int, root: int) -> Run:
+        run = self.heads[first] = Run(self, parent, offset, root)
         if parent is not None:
             parent.kids += 1
         return run
@@ -307,6 +344,30 @@ class Forest:
                 self.known[name] = (run, at)
                 run.aliases += (name,)
                 self.aliases += 1
+
+
+def depth_of(place: Place | None) -> int:
+    """How many blocks a text has up to there, that block too."""
+    return place[0].depth + place[1] + 1 if place else 0
+
+
+def up(place: Place, blocks: int) -> Place:
+    """The block so many before."""
+    run, at = place
+    while at < blocks and run.parent is not None:
+        blocks -= at + 1
+        run, at = run.parent, run.offset - 1
+    return run, at - blocks
+
+
+def climbed(place: Place) -> list[Place]:
+    """The runs from a text's beginning up to there, each with the number of its blocks that the text goes through."""
+    run, at = place
+    path = [(run, at + 1)]
+    while run.parent is not None:
+        path.append((run.parent, run.offset))
+        run = run.parent
+    return path[::-1]
 
 
 def _along(run: Run, chain: Chain, at: int, seed: int, step: int) -> int:

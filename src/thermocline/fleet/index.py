@@ -10,7 +10,6 @@ Any thread may call `match` and `learn`, without waiting. The other verbs take t
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
@@ -30,19 +29,34 @@ from thermocline.fleet.chains import (
     Piece,
     Place,
     Run,
+    climbed,
+    depth_of,
     grow_prints,
     name_of,
     root_print,
 )
+from thermocline.fleet.held import (
+    BEFORE,
+    BITS,
+    BYTES,
+    DEVICE,
+    DISK,
+    GUESSES,
+    HOST,
+    LATELY,
+    MEDIA,
+    Held,
+    Stream,
+    depth_in,
+    slots_of,
+    unusable,
+)
 from thermocline.fleet.instance import NOTHING, Overlaps
+from thermocline.fleet.links import LATE_SECONDS, LINK_BYTES, Ended, Ties
 from thermocline.fleet.wiring import Unplaced, Wiring, judged
 from thermocline.wire.events import Batch, BlockRemoved, BlockStored
 
-DEVICE, HOST, DISK, BYTES, LATELY, BEFORE = range(6)
-"""Tiers as the index numbers them. The last three are guesses: what was sent counts as held on the device."""
-GUESSES = (BYTES, LATELY, BEFORE)
 LATELY_PROMPTS = 32
-MEDIA = {"GPU": DEVICE, "CPU": HOST, "CPU_PINNED": HOST, "STORAGE": DISK, "DISK": DISK}
 RUN_WEIGHT = 4
 """A run of its own costs about as much memory as so many blocks."""
 RUN_BYTES, BLOCK_BYTES = 470, 48
@@ -50,8 +64,6 @@ FADING = 0.98
 SENT_MAX = 256
 """Prompts that wait to be learned while a batch is taken in. What comes on top pushes out the oldest."""
 LOOKED_UP_MAX = 4096
-_FULL_ATTENTION = ("full", "mla")
-_BITS = [(1 << count) - 1 for count in range(RUN_BLOCKS + 1)]
 
 
 class Applied(NamedTuple):
@@ -68,53 +80,6 @@ class Applied(NamedTuple):
     restarted: bool = False
 
 
-class _Source:
-    """One stream of batches: an engine's rank, or the node behind an instance."""
-
-    __slots__ = ("expected", "other_groups", "seconds", "tiers")
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """As before its first batch."""
-        self.expected, self.seconds = 0, 0.0
-        self.tiers: set[int] = set()
-        self.other_groups: set[int | None] = set()
-
-
-class _Instance:
-    """What one instance holds: per tier, a bit for each block of a run. And what its events were like."""
-
-    __slots__ = (
-        "asked",
-        "batches",
-        "bit",
-        "cached",
-        "learned",
-        "lost",
-        "predicted",
-        "sources",
-        "stored",
-        "tiers",
-        "unplaced",
-    )
-
-    def __init__(self, bit: int) -> None:
-        self.bit = bit
-        self.tiers: list[dict[Run, int]] = [{} for _ in range(BEFORE + 1)]
-        self.sources: dict[tuple[str, int], _Source] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        self.batches = self.stored = self.lost = self.learned = self.asked = self.predicted = self.cached = 0
-        self.unplaced: dict[Unplaced, int] = {}
-
-    def warm(self) -> list[dict[Run, int]]:
-        """Where blocks on the device, or sent there, may stand."""
-        return [held for tier, held in enumerate(self.tiers) if held and tier not in {HOST, DISK}]
-
-
 class FleetIndex:
     """Blocks of one model over a fleet. An instance is a slot: a small number, as `fleet.instance` has it.
 
@@ -128,11 +93,14 @@ class FleetIndex:
         self._secret = secret & (1 << 64) - 1
         self._roots: dict[tuple[str, str], int] = {}
         self._forests: dict[Filed, Forest] = {}
-        self._instances: list[_Instance] = []
+        self._ties = Ties(blocks_max)
+        self._by_bytes = False
+        self._instances: list[Held] = []
         self._recent: OrderedDict[Run, None] = OrderedDict()
         self._has_colder = False
         self._used: deque[Run] = deque(maxlen=LOOKED_UP_MAX)
         self._sent: deque[tuple[int, Chain]] = deque(maxlen=SENT_MAX)
+        self._ended: deque[tuple[int, Ended]] = deque(maxlen=SENT_MAX)
         self._lock = threading.Lock()
 
     # -- looking up ----------------------------------------------------------------------------------------------------
@@ -141,8 +109,28 @@ class FleetIndex:
         """A prompt to look up. `lora` is the adapter's name, and its path where own keys are to be found too."""
         return Chain(tokens, self._root(salt, lora[0] if lora else ""), salt, lora)
 
+    def chain_of_bytes(
+        self,
+        keys: Sequence[int],
+        chunk_tokens: float,
+        *,
+        before_tokens: float = 0.0,
+        tokens: int = 0,
+        salt: str = "",
+        lora: tuple[str, ...] = (),
+    ) -> Chain:
+        """A prompt whose tokens nobody here knows, by the keys of its bytes. See `Chain.of_chunks`, and `chain`."""
+        root = self._root(salt, lora[0] if lora else "")
+        return Chain.of_chunks(keys, chunk_tokens, root=root, before_tokens=before_tokens, tokens=tokens)
+
     def match(self, chain: Chain) -> Overlaps:
-        """Leading tokens of the prompt that each slot holds, by tier. Nothing is hashed behind the longest match."""
+        """Leading tokens of the prompt that each slot holds, by tier. Nothing is hashed behind the longest match.
+
+        Of bytes, about so many: those that are tied to blocks are held by whom events name. What lies behind these
+        was sent to whoever holds all of them, and to those of whom there are no events.
+        """
+        if chain.chunk_tokens:
+            return self._match_by_bytes(chain)
         found = NOTHING
         for filed, forest in [*self._forests.items()]:
             path = forest.path(chain) if forest.heads else []
@@ -150,6 +138,30 @@ class FleetIndex:
                 self._used.append(path[-1][0])
                 found = _longer(found, self._overlaps(path, chain.unit(filed)))
         return found
+
+    def _match_by_bytes(self, chain: Chain) -> Overlaps:
+        tied, exact, linked_tokens, behind_tokens = self._ties.find(chain), NOTHING, 0, 0.0
+        for keys, place, _ in tied:
+            if place is not None and depth_of(place) * place[0].forest.filed[1] > linked_tokens:
+                linked_tokens, behind_tokens = depth_of(place) * place[0].forest.filed[1], keys * chain.chunk_tokens
+            if place is not None:
+                self._used.append(place[0])
+                exact = _longer(exact, self._overlaps(climbed(place), place[0].forest.filed[1]))
+        forest = self._forests.get((By.CHUNK, 0))
+        path = forest.path(chain) if forest is not None else []
+        if not path:
+            return exact
+        self._used.append(path[-1][0])
+        sent = self._overlaps(path, chain.chunk_tokens)
+        if not tied:
+            return sent
+        held, whole = exact.disk or exact.device, all(each.whole for each in tied)
+        counts = [*sent.device]
+        for slot, tokens in enumerate(counts):
+            if self._instances[slot].ends.count:
+                goes_on = whole and held[slot] >= linked_tokens
+                counts[slot] = int(linked_tokens + max(0.0, tokens - behind_tokens)) if goes_on else 0
+        return _longer(exact, Overlaps(counts))
 
     def _overlaps(self, path: Sequence[Place], unit: float) -> Overlaps:
         run, count = path[-1]
@@ -161,9 +173,9 @@ class FleetIndex:
             known = self._instances[slot]
             on_host, on_disk = known.tiers[HOST], known.tiers[DISK]
             if on_host:
-                host[slot] = disk[slot] = int(unit * _depth(path, [*known.warm(), on_host]))
+                host[slot] = disk[slot] = int(unit * depth_in(path, [*known.warm(), on_host]))
             if on_disk:
-                disk[slot] = int(unit * _depth(path, [*known.warm(), on_host, on_disk]))
+                disk[slot] = int(unit * depth_in(path, [*known.warm(), on_host, on_disk]))
         return Overlaps(device, host, disk, name) if disk != device else Overlaps(device, name=name)
 
     def _on_device(self, path: Sequence[Place], unit: float) -> list[int]:
@@ -177,7 +189,7 @@ class FleetIndex:
                 for slot in slots_of(through ^ holders):
                     tokens[slot] = so_far
                 for slot in slots_of(holders & ~whole):
-                    tokens[slot] = int(unit * _depth(path, self._instances[slot].warm()))
+                    tokens[slot] = int(unit * depth_in(path, self._instances[slot].warm()))
                 through = whole
                 if not through:
                     break
@@ -209,7 +221,7 @@ class FleetIndex:
             known = self._instance(instance)
             stream = known.sources.get((source, batch.rank))
             if stream is None:
-                stream = known.sources[source, batch.rank] = _Source()
+                stream = known.sources[source, batch.rank] = Stream()
             restarted = sequence < stream.expected
             if restarted and batch.seconds <= stream.seconds:
                 return Applied()
@@ -229,10 +241,27 @@ class FleetIndex:
         """This prompt was sent there, so it is probably held.
 
         It counts until a removal says otherwise. Where events come, they say what is held: then it counts for the next
-        32 to 64 prompts only, as events may be late. What is known by its bytes goes on counting, as no event tells of
-        it. While a batch is taken in nobody waits for it here: it is learned right behind that.
+        32 to 64 prompts only, as events may be late. What is known by its bytes goes on counting, until it is tied to
+        blocks (see `ended`). While a batch is taken in nobody waits for it here: it is learned right behind that.
         """
+        if chain.chunk_tokens:
+            self._by_bytes, chain.since = True, self._instance(instance).ends.count
         self._sent.append((instance, chain))
+        self._settle_if_free()
+
+    def ended(
+        self, instance: int, chain: Chain, *, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
+    ) -> None:
+        """A prompt that was learned by its bytes is answered; the engine says how many tokens it was.
+
+        Of the texts that the slot announced since, if one alone ends there, the bytes are tied to its blocks. If none
+        does, the next batches may still bring it. Nobody waits.
+        """
+        if chain.chunk_keys and prompt_tokens > 0:
+            self._ended.append((instance, Ended(chain, chain.since, prompt_tokens, cached_tokens, output_tokens)))
+            self._settle_if_free()
+
+    def _settle_if_free(self) -> None:
         if self._lock.acquire(blocking=False):
             try:
                 self._settle()
@@ -246,13 +275,19 @@ class FleetIndex:
         known.predicted = int(known.predicted * FADING) + predicted_tokens
         known.cached = int(known.cached * FADING) + cached_tokens
 
-    def drop(self, instance: int) -> None:
-        """Forget all that the slot holds, and its sequences: another instance has it, or its heartbeat is lost."""
+    def drop(self, instance: int, *, source: str | None = None) -> None:
+        """Forget all that the slot holds, and its sequences: another instance has it.
+
+        With a `source`, what others announced for the slot stays: its engine is lost (""), and its node goes on.
+        """
         with self._lock:
             self._settle()
             known = self._instance(instance)
-            self._clear(known, range(len(known.tiers)))
-            known.sources.clear()
+            lost = [stream for stream in known.sources if source in {None, stream[0]}]
+            tiers = {tier for stream in lost for tier in known.sources[stream].tiers}
+            self._clear(known, range(len(known.tiers)) if source is None else sorted({*tiers, *GUESSES}))
+            for stream in lost:
+                del known.sources[stream]
             known.begin()
 
     # -- what there is to say ------------------------------------------------------------------------------------------
@@ -291,16 +326,18 @@ class FleetIndex:
                 sum(map(sys.getsizeof, (*heads, *known, *tiers)))
                 + sum(forest.blocks + 2 * forest.aliases for forest in self._forests.values()) * BLOCK_BYTES
                 + len(self._recent) * RUN_BYTES
+                + len(self._ties) * LINK_BYTES
             )
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def _take(self, known: _Instance, stream: _Source, batch: Batch) -> tuple[int, int, dict[Unplaced, int]]:
+    def _take(self, known: Held, stream: Stream, batch: Batch) -> tuple[int, int, dict[Unplaced, int]]:
         stored = removed = 0
         unplaced = {Unplaced.UNREADABLE: batch.skipped} if batch.skipped else {}
+        ends: dict[Place, Place | None] = {}
         for event in batch.events:
             if isinstance(event, BlockStored):
-                count, why = len(event.hashes), self._store(known, stream, event)
+                count, why = len(event.hashes), self._store(known, stream, event, ends)
                 stored += 0 if why else count
             elif isinstance(event, BlockRemoved):
                 gone = self._remove(known, stream, event)
@@ -313,13 +350,21 @@ class FleetIndex:
                 unplaced[why] = unplaced.get(why, 0) + count
         known.batches += 1
         known.stored += stored
+        for end, behind in ends.items():
+            known.ends.note(behind, end)
+        for _ in range(len(known.waiting)):
+            ended = known.waiting.popleft()
+            if not self._ties.tie(ended, known.ends, known.bit) and batch.seconds <= ended.until_seconds:
+                known.waiting.append(ended)
         for why, count in unplaced.items():
             known.unplaced[why] = known.unplaced.get(why, 0) + count
         return stored, removed, unplaced
 
-    def _store(self, known: _Instance, stream: _Source, event: BlockStored) -> Unplaced | None:
-        """File the blocks, or say why not."""
-        why = _unusable(event)
+    def _store(
+        self, known: Held, stream: Stream, event: BlockStored, ends: dict[Place, Place | None]
+    ) -> Unplaced | None:
+        """File the blocks, or say why not. `ends`: where texts end now, and behind what their new blocks begin."""
+        why = unusable(event)
         if why is not None:
             if why is Unplaced.GROUP:
                 stream.other_groups.add(event.group)
@@ -337,8 +382,10 @@ class FleetIndex:
         self._has_colder = self._has_colder or tier != DEVICE
         if not event.tokens:
             self._hold(known, tier, forest.place(behind, names, names))
-        elif event.extra_keys:
-            self._hold(known, tier, forest.place(behind, self._prints_with_extras(event, behind), names))
+            return None
+        if event.extra_keys:
+            prints, root = self._prints_with_extras(event, behind)
+            end = self._hold(known, tier, forest.place(behind, prints, names, root=root))
         else:
             step = event.block_tokens // TOKENS_PER_KEY
             root, ids = (
@@ -347,15 +394,17 @@ class FleetIndex:
             )
             prints = grow_prints(ids, root)
             prints = prints if step == 1 else prints[step - 1 :: step]
-            self._hold(known, tier, forest.place(behind, prints, names, ids, root))
+            end = self._hold(known, tier, forest.place(behind, prints, names, ids, root))
+        if self._by_bytes and end is not None:
+            ends[end] = ends.pop(behind, behind) if behind is not None else None
         return None
 
-    def _prints_with_extras(self, event: BlockStored, behind: Place | None) -> list[int]:
+    def _prints_with_extras(self, event: BlockStored, behind: Place | None) -> tuple[list[int], int]:
         """Salt and adapter begin a text; images are named where they stand, which no prompt that is looked up has."""
         extras, lora, salt = event.extra_keys or (), event.lora or "", ""
         if behind is None:
             salt = next((each for each in extras[0] or () if isinstance(each, str) and each != lora), "")
-        print_ = behind[0].prints[behind[1]] if behind else self._root(salt, lora)
+        print_ = root = behind[0].prints[behind[1]] if behind else self._root(salt, lora)
         ids, size = event.tokens.tobytes(), event.block_tokens * TOKEN_BYTES
         found = []
         for at, entry in enumerate(extras):
@@ -364,22 +413,24 @@ class FleetIndex:
                 print_ = xxhash.xxh3_64_intdigest(repr(rest).encode(), print_)
             print_ = grow_prints(ids[at * size : (at + 1) * size], print_)[-1]
             found.append(print_)
-        return found
+        return found, root
 
-    def _hold(self, known: _Instance, tier: int, pieces: Iterable[Piece]) -> None:
+    def _hold(self, known: Held, tier: int, pieces: Iterable[Piece]) -> Place | None:
+        """The instance holds these from now on. Returns the last block."""
         held, bit, recent = known.tiers[tier], known.bit, self._recent
-        touched = []
+        touched, stop = [], 0
         for run, start, stop in pieces:
-            bits = held[run] = held.get(run, 0) | _BITS[stop - start] << start
+            bits = held[run] = held.get(run, 0) | BITS[stop - start] << start
             run.holders |= bit
-            if bits == _BITS[len(run.prints)] and tier not in {HOST, DISK}:
+            if bits == BITS[len(run.prints)] and tier not in {HOST, DISK}:
                 run.whole |= bit
             touched.append(run)
         for run in reversed(touched):  # ends behind beginnings, so that ends are forgotten first
             recent[run] = None
             recent.move_to_end(run)
+        return (touched[-1], stop - 1) if touched else None
 
-    def _remove(self, known: _Instance, stream: _Source, event: BlockRemoved) -> int:
+    def _remove(self, known: Held, stream: Stream, event: BlockRemoved) -> int:
         """How many were held, or are none of ours."""
         tier = MEDIA.get(event.medium)
         if tier is None or event.group in stream.other_groups:
@@ -389,7 +440,7 @@ class FleetIndex:
             any(self._remove_one(known, tier, forest, name) for forest in forests) for name in _names(event.hashes)
         )
 
-    def _remove_one(self, known: _Instance, tier: int, forest: Forest, name: int) -> bool:
+    def _remove_one(self, known: Held, tier: int, forest: Forest, name: int) -> bool:
         place = forest.find(name)
         if place is None:
             return False
@@ -407,14 +458,14 @@ class FleetIndex:
                 self._let_go(known, each, run)
         return found
 
-    def _clear(self, known: _Instance, tiers: Sequence[int]) -> None:
+    def _clear(self, known: Held, tiers: Sequence[int]) -> None:
         for tier in tiers:
             for run in [*known.tiers[tier]]:
                 self._let_go(known, tier, run)
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
-    def _let_go(self, known: _Instance, tier: int, run: Run) -> None:
+    def _let_go(self, known: Held, tier: int, run: Run) -> None:
         """The instance holds none of this run in this tier any more. What nobody holds is forgotten from its end on."""
         del known.tiers[tier][run]
         run.whole &= ~known.bit
@@ -425,6 +476,7 @@ class FleetIndex:
     def _prune(self, run: Run | None) -> None:
         while run is not None and not run.holders and not run.kids:
             run.forest.forget(run)
+            self._ties.forget(run)
             self._recent.pop(run, None)
             run = run.parent
 
@@ -440,10 +492,19 @@ class FleetIndex:
                 known.tiers[LATELY], known.tiers[BEFORE] = known.tiers[BEFORE], known.tiers[LATELY]
             self._hold(known, tier, self._forest(filed).place_chain(chain))
 
+    def _learn_ended(self) -> None:
+        while self._ended:
+            slot, ended = self._ended.popleft()
+            known = self._instance(slot)
+            if known.batches and not self._ties.tie(ended, known.ends, known.bit):
+                heard = max(stream.seconds for stream in known.sources.values())
+                known.waiting.append(ended._replace(until_seconds=heard + LATE_SECONDS))
+
     def _settle(self) -> None:
-        """Learn what was sent meanwhile, note what was looked up, and keep within the cap."""
+        """Learn what was sent and answered meanwhile, note what was looked up, and keep within the cap."""
         recent = self._recent
         self._learn_sent()
+        self._learn_ended()
         while self._used:
             run: Run | None = self._used.popleft()
             while run is not None and run in recent:  # the deepest first, so that ends are forgotten first
@@ -473,9 +534,9 @@ class FleetIndex:
             found = self._forests[filed] = Forest(filed)
         return found
 
-    def _instance(self, slot: int) -> _Instance:
+    def _instance(self, slot: int) -> Held:
         while slot >= len(self._instances):
-            self._instances.append(_Instance(1 << len(self._instances)))
+            self._instances.append(Held(1 << len(self._instances)))
         return self._instances[slot]
 
     def check_integrity(self) -> None:
@@ -490,13 +551,14 @@ class FleetIndex:
             assert 0 < len(run.prints) == len(run.names) <= RUN_BLOCKS
             holders = [known for known in self._instances if any(run in held for held in known.tiers)]
             assert run.holders == sum(known.bit for known in holders)
-            all_of_it = _BITS[len(run.prints)]
+            all_of_it = BITS[len(run.prints)]
             assert all(
                 all_of_it in {held.get(run) for held in known.warm()}
                 for known in self._instances
                 if run.whole & known.bit
             )
             assert not run.spans or run.spans[-1][1] <= len(run.prints)
+            assert run.depth == (run.parent.depth + run.offset if run.parent else 0)
         for known in self._instances:
             for held in known.tiers:
                 assert all(run in runs and 0 < bits < 1 << len(run.prints) for run, bits in held.items())
@@ -505,30 +567,11 @@ class FleetIndex:
             assert forest.aliases == sum(len(run.aliases) for run in forest.heads.values())
             for found in forest.known.values():
                 assert (found if isinstance(found, Run) else found[0]) in runs
+        self._ties.check_integrity(runs)
         assert self._weight() <= self.blocks_max
 
 
 # -- small parts -------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(LOOKED_UP_MAX)
-def slots_of(mask: int) -> tuple[int, ...]:
-    """The slots whose bits are set."""
-    return tuple(slot for slot, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
-
-
-def _depth(path: Sequence[Place], tiers: Sequence[dict[Run, int]]) -> int:
-    """How many leading blocks of the path are held in any of the tiers."""
-    blocks = 0
-    for run, through in path:
-        bits = 0
-        for held in tiers:
-            bits |= held.get(run, 0)
-        missing = ~bits & _BITS[through]
-        if missing:
-            return blocks + (missing & -missing).bit_length() - 1
-        blocks += through
-    return blocks
 
 
 def _longer(one: Overlaps, other: Overlaps) -> Overlaps:
@@ -550,18 +593,3 @@ def _names(hashes: Sequence[int | bytes]) -> list[int]:
         return [each & NAME_MASK for each in hashes]  # type: ignore[operator]  # bytes are rare
     except TypeError:
         return [*map(name_of, hashes)]
-
-
-def _unusable(event: BlockStored) -> Unplaced | None:
-    """Why these blocks cannot be filed, whatever was announced before."""
-    blocks = len(event.hashes)
-    if not (event.kind.startswith(_FULL_ATTENTION) if event.kind else not event.group):
-        return Unplaced.GROUP
-    if event.medium not in MEDIA or event.locality == "REMOTE":
-        return Unplaced.MEDIUM
-    if event.block_tokens % TOKENS_PER_KEY:
-        return Unplaced.BLOCK_SIZE
-    wrong = event.tokens and len(event.tokens) != blocks * event.block_tokens
-    if not blocks or wrong or (event.extra_keys and len(event.extra_keys) != blocks):
-        return Unplaced.LENGTHS
-    return None
