@@ -250,7 +250,7 @@ class FleetIndex:
         self._settle_if_free()
 
     def ended(
-        self, instance: int, chain: Chain, *, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
+        self, instance: int, chain: Chain, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
     ) -> None:
         """A prompt that was learned by its bytes is answered; the engine says how many tokens it was.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from thermocline.fleet.chains import Chain, Place, Run, climbed, depth_of, up
 
-LINK_CHUNKS = 4
+LINK_CHUNKS = 2
 """So many chunks from one link to the next; the last chunk of a prompt has one too."""
 LINK_BYTES = 400
 DEPTHS_MAX, ENDS_MAX = 128, 4
