@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 from array import array
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,6 +46,7 @@ class _Sent:
     booking: Booking
     cost_bytes: int
     slot: int
+    chain: Chain | None
 
 
 class Door:
@@ -94,8 +95,8 @@ class Door:
         self._index.drop(slot)
 
     def lost(self, slot: int) -> None:
-        """See `Chooser`. Its bookings end as the requests do."""
-        self._index.drop(slot)
+        """See `Chooser`. Its bookings end as the requests do. What its node holds is there when it comes back."""
+        self._index.drop(slot, source="")
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Door:
         cost_bytes = prompt.cost_bytes if prompt is not None else len(request.body)
         if chain is None and prompt is not None:
             keys = prompt.chunks(self._secret, _salt(request, prompt).encode())
-            chain = Chain.of_chunks(keys, CHUNK_BYTES / self._bytes_per_token.value)
+            chain = self._chain_of_bytes(request, prompt, keys)
         tokens = (chain.tokens if chain is not None else 0) or self._bytes_per_token.tokens(cost_bytes)
         ask = Ask(
             prompt_tokens=max(1, tokens),
@@ -165,9 +166,9 @@ class Door:
             raise LookupError("the books know no instance that can take this")
         choice = booking.choice
         number = next(self._numbers)
-        self._sent[number] = _Sent(booking, cost_bytes, choice.instance)
+        self._sent[number] = _Sent(booking, cost_bytes, choice.instance, chain)
         if chain is not None:
-            self._learn(choice.instance, chain)
+            self._learn(self._index.learn, choice.instance, chain)
         return Decision(
             instance=choice.instance,
             predicted_seconds=choice.seconds,
@@ -177,10 +178,21 @@ class Door:
             choices=tuple(booking.choices),
         )
 
-    def _learn(self, slot: int, chain: Chain) -> None:
+    def _chain_of_bytes(self, request: Arrived, prompt: Prompt, keys: list[int]) -> Chain:
+        per_token = self._bytes_per_token.value
+        return self._index.chain_of_bytes(
+            keys,
+            CHUNK_BYTES / per_token,
+            before_tokens=(prompt.cost_bytes - len(prompt.raw)) / per_token,
+            tokens=self._bytes_per_token.tokens(prompt.cost_bytes),
+            salt=_salt(request, prompt),
+            lora=self._adapter(request.model),
+        )
+
+    def _learn(self, learn: Callable[..., None], *told: object) -> None:
         """Remember what was sent there. What goes wrong in that costs knowledge, never the booking."""
         try:
-            self._index.learn(slot, chain)
+            learn(*told)
         except Exception as error:  # noqa: BLE001  # whatever it is, the request is booked and goes
             self._metrics.count("learning_failed_total")
             if not self._learning_failed:
@@ -218,6 +230,9 @@ class Door:
         outcome = self._fleet.finished(sent.booking, now, cached)
         if usage is not None and usage.prompt_tokens:
             self._bytes_per_token.learn(sent.cost_bytes, usage.prompt_tokens)
+            if sent.chain is not None:
+                told = (usage.prompt_tokens, cached, usage.output_tokens or 0)
+                self._learn(self._index.ended, sent.slot, sent.chain, *told)
         if cached is not None:
             self._index.told(sent.slot, decision.cached_tokens, cached)
         return outcome
