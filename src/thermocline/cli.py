@@ -348,18 +348,20 @@ def _print_in_colour(text: str, bar: str) -> None:
 
 
 @app.command()
-@click.option("--socket", metavar="PATH", help="Only the node at this socket; an error where none answers.")
+@click.option("--socket", metavar="PATH", help="Only the node or gateway at this socket; an error where none answers.")
 @_json_flag
 def ps(socket: str | None, as_json: bool) -> None:
-    """Show the nodes of this user, their tiers, who is connected, and how much of what was asked for they had."""
+    """Show the nodes of this user, their tiers, who is connected, and how much of what was asked for they had.
+
+    Of each gateway, its instances: their state, and the blocks that they hold as far as their events tell.
+    """
     import msgspec
 
     from thermocline.lens import ps as shown
     from thermocline.lens.report import BAR
     from thermocline.node import ask, paths
 
-    found = sorted(paths.runtime_folder().glob("*.sock"))
-    sockets = [Path(socket)] if socket else [each for each in found if not each.name.startswith("gateway-")]
+    sockets = [Path(socket)] if socket else sorted(paths.runtime_folder().glob("*.sock"))
     seen = shown.look(sockets, ask.status, must_answer=socket is not None)
     if as_json:
         click.echo(msgspec.json.encode(seen).decode())

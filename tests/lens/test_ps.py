@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
+from array import array
 from contextlib import ExitStack
 
 import pytest
@@ -17,6 +21,7 @@ from thermocline.node import ask
 from thermocline.node.client import NodeClient
 from thermocline.node.server import NodeServer
 from thermocline.settings import Settings
+from thermocline.wire.events import Batch, BlockStored
 from thermocline.wire.status import ClientStatus, NodeStatus, TierStatus
 
 BLOCKS = 6
@@ -81,6 +86,50 @@ def test_ps_as_json(node, runtime, capsys):
         "lent_slots": told["nodes"][0]["clients"][0]["lent_slots"],
     }
     assert [each["socket"] for each in told["silent"]] == [str(runtime / "gone.sock")]
+
+
+def test_a_gateway(runtime, capsys):
+    """`ps` shows each gateway with what its instances hold. A socket's name says nothing of who listens there."""
+    pytest.importorskip("uvloop")
+    from tests.gateway.serving import World
+    from thermocline.fleet.index import FleetIndex
+    from thermocline.gateway.admin import admin, admin_socket
+    from thermocline.gateway.observe import Observer
+
+    index, path = FleetIndex(100), runtime / "front.sock"
+    index.apply(1, Batch(1.0, (BlockStored((1, 2), None, array("I", range(32)), 16, "CPU"),)), 0)
+    with World() as world, contextlib.closing(store_from(Settings(memory_bytes=1 << 20))) as store:
+        gateway = world.gateway([world.good().port, world.good().port]).gateway
+        gateway.observer = Observer(index)
+        server = world.call(lambda: admin(gateway))
+        world.run(server.start(admin_socket(path)))
+        with contextlib.closing(NodeServer(store, runtime / "gateway-1.sock", lease_seconds=30)):
+            code, out, err = _run(capsys, "ps")
+            told = json.loads(_run(capsys, "ps", "--json", "--socket", str(path))[1])
+        world.run(server.stop(0))
+    assert (code, err) == (0, "")
+    assert f"node {runtime / 'gateway-1.sock'}\n" in out
+    rows = [" ".join(row.split()) for row in out.partition(f"gateway {path}\n")[2].splitlines()]
+    assert rows == ["instance state in flight device host disk events", "i0 up 0 0 0 0 none", "i1 up 0 0 2 0 none"]
+    assert told["gateways"][0]["instances"][1]["blocks"] == {"device": 0, "host": 2, "disk": 0}
+
+
+def test_what_is_neither(runtime, capsys):
+    """What answers, and is neither node nor gateway, is told as what it is not."""
+    with socket.create_server(str(runtime / "x.sock"), family=socket.AF_UNIX) as listener:
+        answering = threading.Thread(target=_answer_wrongly, args=(listener,))
+        answering.start()
+        code, out, _ = _run(capsys, "ps")
+        answering.join()
+    assert code == 0
+    assert out.startswith(f"what listens at {runtime / 'x.sock'} is no node of this version")
+
+
+def _answer_wrongly(listener):
+    for _ in range(2):
+        with listener.accept()[0] as link:
+            link.recv(1 << 16)
+            link.sendall(b"220 smtp\r\n\r\n")
 
 
 def test_no_node(runtime, capsys):

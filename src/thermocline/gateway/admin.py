@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from thermocline.errors import RequestError, SettingsError, ThermoclineError
 from thermocline.fleet.instance import Instance
+from thermocline.gateway.observe import Blocks
 from thermocline.gateway.proxy import Gateway
 from thermocline.gateway.standing import Standing, State
 from thermocline.wire import openai
@@ -40,6 +41,7 @@ class Listed(Struct, frozen=True):
     failures: int
     wiring: str
     """Whether its events can be believed; empty where none are listened for."""
+    blocks: Blocks
 
 
 def admin(gateway: Gateway) -> Server:
@@ -150,6 +152,7 @@ class _Doors:
             Listed(
                 each.slot, each.instance.name, each.instance.url, each.state(now), each.in_flight, each.ramp(now),
                 each.breaker.failures, observer.wiring(each) if observer is not None else "",
+                observer.blocks(each) if observer is not None else Blocks(),
             )
             for each in standings
         ]  # fmt: skip

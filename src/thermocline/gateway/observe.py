@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from msgspec import Struct
+
 from thermocline.fleet.index import FleetIndex
 from thermocline.fleet.wiring import State
 from thermocline.gateway.standing import Standing
@@ -15,6 +17,14 @@ from thermocline.metrics import Metrics
 LOG = logging.getLogger("thermocline.gateway")
 LOOK_SECONDS = 5.0
 FINE = frozenset({State.NEW, State.EXACT})
+
+
+class Blocks(Struct, frozen=True):
+    """What an instance holds, as its events tell; guesses from what was sent there do not count."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
 
 
 class Listening(Protocol):
@@ -46,6 +56,10 @@ class Observer:
     def wiring(self, standing: Standing) -> str:
         """Whether the instance's events can be believed, in one word; empty where none are listened for."""
         return self._index.wiring(standing.slot).state if self._listening is not None else ""
+
+    def blocks(self, standing: Standing) -> Blocks:
+        """How many blocks it holds, by tier. They are counted one by one: for people, not for every request."""
+        return Blocks(*self._index.blocks_of(standing.slot))
 
     def measure(self, metrics: Metrics, standings: Iterable[Standing]) -> None:
         """Set the figures; counters too, as they are counted elsewhere."""

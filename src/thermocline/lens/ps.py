@@ -1,20 +1,23 @@
-"""What runs on this host: nodes, their tiers, and who is connected."""
+"""What runs on this host: nodes, their tiers, and who is connected; gateways, and what their instances hold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 import msgspec
 
-from thermocline.errors import ThermoclineError
+from thermocline.errors import NodeError, ThermoclineError, UnreachableError
+from thermocline.lens import decision
 from thermocline.lens.report import BAR
 from thermocline.wire.status import ClientStatus, NodeStatus, TierStatus
 
 COMMAND = "command"
 """The role of whoever asks: it is not shown."""
 
+OK = HTTPStatus.OK
 BAR_WIDTH = 20
 STEP = 1024
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
@@ -28,32 +31,78 @@ class Silent(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Blocks(msgspec.Struct, frozen=True):
+    """What a gateway knows an instance to hold."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+class Routed(msgspec.Struct, frozen=True):
+    """An instance, as its gateway sees it. `wiring` says whether its events can be believed."""
+
+    name: str
+    url: str
+    state: str
+    in_flight: int
+    wiring: str = ""
+    blocks: Blocks = Blocks()
+
+
+class GatewayStatus(msgspec.Struct, frozen=True):
+    """A gateway, by the socket where it is administered."""
+
+    socket: str
+    instances: tuple[Routed, ...]
+
+
 class Seen(msgspec.Struct, frozen=True):
-    """All nodes that were asked: those that answered, and the others."""
+    """Whoever was asked: the nodes and gateways that answered, and the others."""
 
     nodes: tuple[NodeStatus, ...]
     silent: tuple[Silent, ...] = ()
+    gateways: tuple[GatewayStatus, ...] = ()
 
 
 def look(sockets: Sequence[Path], ask: Callable[[Path], NodeStatus], *, must_answer: bool = False) -> Seen:
-    """Ask the node at each socket. Where `ask` raises ThermoclineError, so does this if all must answer."""
-    nodes, silent = [], []
+    """Ask the node or gateway at each socket. Where none answers, this raises as `ask` does if all must answer.
+
+    A socket's name says nothing: `ask` raises NodeError where something else than a node answers.
+    """
+    nodes: list[NodeStatus] = []
+    silent: list[Silent] = []
+    gateways: list[GatewayStatus] = []
     for socket in sockets:
         try:
             status = ask(socket)
         except ThermoclineError as error:
-            if must_answer:
+            found = gateway(socket) if isinstance(error, NodeError) else None
+            if found is not None:
+                gateways.append(found)
+            elif must_answer:
                 raise
-            silent.append(Silent(str(socket), error.message))
+            else:
+                silent.append(Silent(str(socket), error.message))
             continue
         clients = [client for client in status.clients if client.role != COMMAND]
         nodes.append(msgspec.structs.replace(status, clients=clients))
-    return Seen(tuple(nodes), tuple(silent))
+    return Seen(tuple(nodes), tuple(silent), tuple(gateways))
+
+
+def gateway(socket: Path) -> GatewayStatus | None:
+    """The gateway that is administered there; None where it is something else."""
+    try:
+        status, body = decision.ask(socket, "/instances")
+        return GatewayStatus(str(socket), msgspec.json.decode(body, type=tuple[Routed, ...])) if status == OK else None
+    except (UnreachableError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def render(seen: Seen, *, bars: bool = False) -> str:
     """In words and tables. With `bars`, what is used of each tier has a bar beside it."""
     parts = [_node(node, bars=bars) for node in seen.nodes]
+    parts += [_gateway(each) for each in seen.gateways]
     parts += [silent.reason for silent in seen.silent]
     if not parts:
         parts = ["no node of this user runs here\nhint: start one with `thermocline node`, or name its --socket"]
@@ -73,6 +122,16 @@ def _node(node: NodeStatus, *, bars: bool) -> str:
         lines.append("  none is connected")
     lines.append(f"so: {_conclude(node)}")
     return "\n".join(lines)
+
+
+def _gateway(gateway: GatewayStatus) -> str:
+    head = f"  {'instance':28} {'state':8} {'in flight':>9} {'device':>9} {'host':>9} {'disk':>9}  events"
+    return "\n".join((f"gateway {gateway.socket}", head, *map(_routed, gateway.instances)))
+
+
+def _routed(each: Routed) -> str:
+    held = f"{each.blocks.device:>9,} {each.blocks.host:>9,} {each.blocks.disk:>9,}"
+    return f"  {each.name[:28]:28} {each.state:8} {each.in_flight:>9,} {held}  {each.wiring or 'none'}"
 
 
 def _tier(tier: TierStatus, found: int, *, bars: bool) -> str:
