@@ -22,6 +22,7 @@ from thermocline.gateway.door import ASIDE_BYTES_MAX, Door
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
 from thermocline.metrics import Metrics
 from thermocline.tokens.memo import Read
+from thermocline.tokens.prompt import front_of
 from thermocline.wire.events import Batch, BlockStored
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
@@ -31,7 +32,7 @@ SECRET = b"s" * 32
 def _arrived(path="/v1/completions", prompt=(1, 2, 3), *, now=1.0, streamed=True, exclude=frozenset(), session=None):
     field = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}.get(path, "input")
     body = json.dumps({"model": "m", field: prompt}).encode()
-    return Arrived(path, "m", body, b"", session, 8, streamed, exclude, now)
+    return Arrived(path, "m", body, b"", session, 8, streamed, exclude, now, front_of(body))
 
 
 class Doors(RuleBasedStateMachine):

@@ -10,10 +10,11 @@ import pytest
 
 from tests.gateway.serving import CHAT, RULES, USAGE, InTurn, World, get, post, served, until
 from thermocline.errors import SettingsError
-from thermocline.gateway.admission import Front, read_front, spliced
+from thermocline.gateway.admission import read_front, spliced
 from thermocline.gateway.proxy import Gateway
 from thermocline.gateway.seam import Usage
 from thermocline.gateway.usage import read_usage
+from thermocline.tokens.prompt import Front
 
 ODD = b' \n{ "model" : "m",  "x":"\\u00e9 \xc3\xa9", "n": 1e3 ,"messages":[ ] }\r\n'
 """Spaces, escapes and numbers that another encoder would write in another way."""

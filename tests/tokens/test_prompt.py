@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thermocline.tokens.chunks import CHUNK_BYTES, BytesPerToken, chunk_keys, chunk_seed
+from thermocline.tokens.chunks import CHUNK_BYTES, PROMPT_CHUNK_BYTES, BytesPerToken, chunk_keys, chunk_seed
 from thermocline.tokens.prompt import Kind, Prompt, prompt_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -100,7 +100,7 @@ def test_a_turn_extends_the_chunks_of_the_one_before(texts, compact):
         body = json.dumps({"model": "m", "messages": turns[:count], "n": count}, separators=separators).encode()
         prompt = prompt_of(CHAT, body)
         found.append(prompt.chunks(b"salt"))
-        assert len(found[-1]) >= (len(prompt.raw) - 2) // CHUNK_BYTES - 1
+        assert len(found[-1]) >= (len(prompt.raw) - 2) // PROMPT_CHUNK_BYTES - 1
     for before, after in pairwise(found):
         assert after[: len(before)] == before
 

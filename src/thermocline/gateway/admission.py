@@ -8,14 +8,14 @@ import re
 import secrets
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct
 
 from thermocline.errors import RequestError, SettingsError
+from thermocline.tokens.prompt import Front, front_of
 
-SESSION_CHARACTERS_MAX = 256
 _OPENING = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(\})?")
 
 
@@ -96,43 +96,10 @@ class Keys:
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
 
-class Front(Struct, gc=False):
-    """The few fields of a body that the gateway looks at. Wrong types are the instance's to complain about."""
-
-    model: Any = None
-    stream: Any = None
-    cache_salt: msgspec.Raw | UnsetType = UNSET
-    kv_transfer_params: msgspec.Raw | UnsetType = UNSET
-    prompt_cache_key: Any = None
-    user: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-
-    @property
-    def session(self) -> str | None:
-        """What the client calls its conversation, if it does."""
-        for told in (self.prompt_cache_key, self.user):
-            if isinstance(told, str) and told:
-                return told[:SESSION_CHARACTERS_MAX]
-        return None
-
-    @property
-    def output_tokens(self) -> int | None:
-        """The most that will be generated, if the client says."""
-        for told in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
-            if isinstance(told, int) and told > 0:
-                return told
-        return None
-
-
-_DECODER = msgspec.json.Decoder(Front)
-
-
 def read_front(body: bytes) -> Front:
     """Look into a body without taking it apart. Raises RequestError for anything but one JSON object."""
     try:
-        return _DECODER.decode(body)
+        return front_of(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         msg = f"the body is not a JSON object: {error}"
         raise RequestError(msg, hint="send one JSON object, encoded in UTF-8", code="invalid_json") from None

@@ -13,12 +13,15 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import httptools
+from msgspec import Struct
 
 from thermocline.errors import RequestError
-from thermocline.gateway.admission import Front, Tenant, read_front, refuse_salt
+from thermocline.gateway.admission import Tenant, read_front, refuse_salt
 from thermocline.gateway.exchange import CLOSE, KEEP, LINES, Ask, Exchange
 from thermocline.gateway.link import HOP_BY_HOP, without_delay
+from thermocline.gateway.mould import Mould, mould_of
 from thermocline.gateway.routes import ROUTES, Kind, Route
+from thermocline.tokens.prompt import SESSION_CHARACTERS_MAX, Front
 from thermocline.wire import openai
 from thermocline.wire.http import CONTINUE
 
@@ -45,6 +48,20 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _NO_FRONT = Front()
 
 
+class Head(Struct, frozen=True, gc=False):
+    """What is known of a request before its body. On a kept connection it is often the same as that before."""
+
+    route: Route
+    target: bytes
+    headers: bytes
+    name: str
+    """Its x-request-id; empty where we give it one."""
+    renamed: bool
+    """Whether it has an x-request-id that is none. It passes, and is not what we call the request."""
+    session: str | None
+    authorization: bytes
+
+
 class Phase(enum.IntEnum):
     """Where a connection is."""
 
@@ -67,20 +84,19 @@ class Client(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self.paused = False
         self.deadline = 0.0
-        self._held_bytes = 0
-        self._reset()
+        self._held_bytes = self._received_bytes = 0
+        self._route: Route | None = None
+        self._head: Head | None = None
+        self._mould: Mould | None = None
+        self._tenant: Tenant | None = None
+        self._phase, self._whole, self.keep_alive = HEAD, False, True
+        self._begin_head()
 
-    def _reset(self) -> None:
-        self._phase = HEAD
+    def _begin_head(self) -> None:
         self._url = b""
         self._seen: dict[bytes, bytes] = {}
         self._headers: list[bytes] = []
         self._body: list[bytes] = []
-        self._received_bytes = 0
-        self._route: Route | None = None
-        self._tenant: Tenant | None = None
-        self._whole = False
-        self.keep_alive = True
 
     # -- the transport's calls -----------------------------------------------------------------------------------------
 
@@ -125,14 +141,23 @@ class Client(asyncio.Protocol):
             return
         if self._phase is CLOSING:
             return  # read on nevertheless, so that the client can finish sending and learn why it was refused
-        if self._phase is HEAD and not self._received_bytes:
-            self.deadline = self._gateway.clock.now() + self._gateway.limits.header_seconds
+        first = not self._received_bytes
         self._received_bytes += len(data)
         try:
+            if first:
+                mould = self._mould
+                begin = mould.body_at(data, self._gateway.limits.body_bytes_max) if mould is not None else 0
+                if begin:
+                    self._come_again(data[begin:])
+                    return
+                self._route = self._head = self._mould = None
+                self.deadline = self._gateway.clock.now() + self._gateway.limits.header_seconds
             self._parser.feed_data(data)
             self._check_received()
             if self._whole:
-                self._begin()
+                if first:
+                    self._remember(data)
+                self._begin(b"".join(self._body))
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             self._refuse_for_good(cause if isinstance(cause, RequestError) else _malformed(str(error)))
@@ -149,12 +174,31 @@ class Client(asyncio.Protocol):
         if self._received_bytes > limits.header_bytes_max + 2 * limits.body_bytes_max:
             raise _body_too_large(limits.body_bytes_max)
 
+    def _come_again(self, body: bytes) -> None:
+        """A request with the head of the one before. Only what does not follow from its bytes is looked at again."""
+        head = self._head
+        assert head is not None
+        self._tenant = self._gateway.tenant(head.route, head.authorization)
+        self._hold(len(body))
+        self._whole = True
+        self._begin(body)
+
+    def _remember(self, data: bytes) -> None:
+        """The next request may have the same head. Not where it was named: names are not given twice."""
+        head = self._head
+        assert head is not None
+        own = head.name or head.renamed or self._seen.keys() & {b"transfer-encoding", b"expect"}
+        if self.keep_alive and head.route.method == "POST" and not own:
+            self._mould = mould_of(data, self._held_bytes)
+
     # -- the parser's calls --------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """A request begins. Behind a whole one in the same bytes, it is pipelined."""
         if self._whole:
             self.keep_alive = False
+        else:
+            self._begin_head()
 
     def on_url(self, url: bytes) -> None:
         """Part of the request line."""
@@ -183,7 +227,8 @@ class Client(asyncio.Protocol):
         if head_bytes > limits.header_bytes_max:
             raise _head_too_large(limits.header_bytes_max)
         self.keep_alive = self._parser.should_keep_alive()
-        self._route = route = gateway.find(self._parser.get_method(), self._url)
+        method = self._parser.get_method()
+        self._route = route = gateway.find(method, self._url)
         if self._parser.get_http_version() != "1.1" and (
             route.kind is Kind.PASS or self._parser.get_http_version() != "1.0"
         ):
@@ -196,10 +241,21 @@ class Client(asyncio.Protocol):
             _check_content(seen)
         if seen.get(b"connection", b"keep-alive").lower() not in {b"keep-alive", b"close"}:
             self._drop_named(seen[b"connection"])
+        self._head = self._known(route, method + b" " + self._url)
         self._phase = BODY
         self.deadline = gateway.clock.now() + limits.body_seconds
         if seen.get(b"expect", b"").lower() == b"100-continue":
             self._transport.write(CONTINUE)
+
+    def _known(self, route: Route, target: bytes) -> Head:
+        seen = self._seen
+        authorization = seen.get(b"authorization", b"")
+        if authorization and self._gateway.keys is None:  # else it is our key, and goes no further
+            self._headers.append(b"authorization: %b\r\n" % authorization)
+        told, session = seen.get(b"x-request-id", b""), seen.get(b"x-session-id", b"")
+        name = told.decode() if _ID.fullmatch(told) else ""
+        headers, session_text = b"".join(self._headers), session.decode("latin-1")[:SESSION_CHARACTERS_MAX] or None
+        return Head(route, target, headers, name, bool(told) and not name, session_text, authorization)
 
     def _check_framing(self, route: Route, body_bytes_max: int) -> None:
         """A body has one length, or comes in chunks and nothing else. The parser refuses more than that; so do we."""
@@ -222,31 +278,35 @@ class Client(asyncio.Protocol):
         """Part of the body."""
         if self._whole:
             return
-        gateway = self._gateway
         self._body.append(body)
-        self._held_bytes += len(body)
-        gateway.held_bytes += len(body)
-        if self._held_bytes > gateway.limits.body_bytes_max:
-            raise _body_too_large(gateway.limits.body_bytes_max)
-        if gateway.held_bytes > gateway.rules.held_bytes_max:
-            raise _full("too many bytes of requests are in flight", 429)
+        self._hold(len(body))
+        if self._held_bytes > self._gateway.limits.body_bytes_max:
+            raise _body_too_large(self._gateway.limits.body_bytes_max)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         if self._phase is BODY:
             self._whole = True
 
+    def _hold(self, count: int) -> None:
+        gateway = self._gateway
+        self._held_bytes += count
+        gateway.held_bytes += count
+        if gateway.held_bytes > gateway.rules.held_bytes_max:
+            raise _full("too many bytes of requests are in flight", 429)
+
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, body: bytes) -> None:
         """Answer it, or have it answered. An error here leaves the connection as it is: its bytes were understood."""
-        self._phase, route, gateway = BUSY, self._route, self._gateway
-        assert route is not None
+        self._phase, head, gateway = BUSY, self._head, self._gateway
+        assert head is not None
+        self._body = []
         try:
-            if route.kind is not Kind.PASS:
-                self.respond(*gateway.answer(route.kind))
+            if head.route.kind is not Kind.PASS:
+                self.respond(*gateway.answer(head.route.kind))
                 return
-            ask = self._ask(route)
+            ask = self._ask(head, body)
             now = gateway.enter(ask.tenant)
             self._exchange = exchange = Exchange(gateway, self, ask, now)
             exchange.start(now)
@@ -256,33 +316,18 @@ class Client(asyncio.Protocol):
             else:
                 self.refuse(error)
 
-    def _ask(self, route: Route) -> Ask:
-        seen, body, front = self._seen, b"".join(self._body), _NO_FRONT
-        self._body = []
-        if route.method == "POST":
+    def _ask(self, head: Head, body: bytes) -> Ask:
+        front, tenant = _NO_FRONT, self._tenant
+        if head.route.method == "POST":
             front = read_front(body)
-            if self._tenant is not None and self._tenant.salt:
+            if tenant is not None and tenant.salt:
                 refuse_salt(front)
-        told = seen.get(b"x-request-id", b"")
-        if _ID.fullmatch(told):
-            name = told.decode()
-        else:
+        name, headers = head.name, head.headers
+        if not name:
             name = self._gateway.new_id()
-            if not told:
-                self._headers.append(b"x-request-id: %b\r\n" % name.encode())
-        if b"authorization" in seen and self._gateway.keys is None:  # else it is our key, and goes no further
-            self._headers.append(b"authorization: %b\r\n" % seen[b"authorization"])
-        session = seen.get(b"x-session-id")
-        return Ask(
-            name,
-            route,
-            route.method.encode() + b" " + self._url,
-            b"".join(self._headers),
-            front,
-            body,
-            self._tenant,
-            session.decode("latin-1")[:256] if session else front.session,
-        )
+            if not head.renamed:
+                headers += b"x-request-id: %b\r\n" % name.encode()
+        return Ask(name, head.route, head.target, headers, front, body, tenant, head.session or front.session)
 
     def write(self, data: bytes) -> None:
         """Bytes of an answer."""
@@ -324,13 +369,12 @@ class Client(asyncio.Protocol):
         if self._transport.is_closing():
             return
         if self.keep_alive and not gateway.stopping:
-            self._reset()
+            self._phase, self._whole, self._received_bytes = HEAD, False, 0
             seconds = gateway.limits.write_seconds if self.paused else gateway.limits.idle_seconds
             self.deadline = gateway.clock.now() + seconds
             return
         # Closing at once could destroy the answer on its way, if the client still sends.
         self._phase = CLOSING
-        self._body = []
         self._transport.write_eof()
         self.deadline = gateway.clock.now() + gateway.limits.linger_seconds
 

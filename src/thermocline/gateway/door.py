@@ -13,9 +13,9 @@ import logging
 from array import array
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.fleet.books import Booking, Fleet
@@ -25,8 +25,8 @@ from thermocline.fleet.instance import NOTHING, Ask, Choice, Instance, Outcome
 from thermocline.fleet.router import choose
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
 from thermocline.metrics import Metrics
-from thermocline.tokens.chunks import CHUNK_BYTES, BytesPerToken
-from thermocline.tokens.prompt import Kind, Prompt, prompt_of
+from thermocline.tokens.chunks import PROMPT_CHUNK_BYTES, BytesPerToken
+from thermocline.tokens.prompt import Kind, Prompt, prompt_in
 from thermocline.tokens.reader import Reader
 
 LOG = logging.getLogger("thermocline.gateway")
@@ -39,8 +39,7 @@ EARLY_EVENTS = frozenset({"/v1/responses"})
 """A stream of these begins with events that say nothing of a first token."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(Struct, frozen=True):
     """What is remembered of a try until it ends."""
 
     booking: Booking
@@ -102,7 +101,7 @@ class Door:
 
     def choose(self, request: Arrived) -> Decision | Awaitable[Decision]:
         """See `Chooser`."""
-        prompt = prompt_of(request.path, request.body)
+        prompt = prompt_in(request.path, request.front)
         if prompt is None or not prompt.exact:
             return self._decided(request, prompt, None)
         if prompt.kind is not Kind.TOKENS and self._reader is None:
@@ -151,7 +150,7 @@ class Door:
         cost_bytes = prompt.cost_bytes if prompt is not None else len(request.body)
         if chain is None and prompt is not None:
             keys = prompt.chunks(self._secret, _salt(request, prompt).encode())
-            chain = self._chain_of_bytes(request, prompt, keys)
+            chain = self._chain_of_bytes(request, prompt, keys) if keys else None
         tokens = (chain.tokens if chain is not None else 0) or self._bytes_per_token.tokens(cost_bytes)
         ask = Ask(
             prompt_tokens=max(1, tokens),
@@ -182,7 +181,7 @@ class Door:
         per_token = self._bytes_per_token.value
         return self._index.chain_of_bytes(
             keys,
-            CHUNK_BYTES / per_token,
+            PROMPT_CHUNK_BYTES / per_token,
             before_tokens=(prompt.cost_bytes - len(prompt.raw)) / per_token,
             tokens=self._bytes_per_token.tokens(prompt.cost_bytes),
             salt=_salt(request, prompt),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,11 +13,12 @@ import msgspec
 
 from thermocline.errors import RequestError
 from thermocline.fleet.instance import Outcome
-from thermocline.gateway.admission import Front, Tenant, spliced
+from thermocline.gateway.admission import Tenant, spliced
 from thermocline.gateway.decisions import Record, Try
 from thermocline.gateway.routes import Route
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
 from thermocline.gateway.usage import read_usage
+from thermocline.tokens.prompt import Front
 from thermocline.wire.http import CLIENT_GONE
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ T = TypeVar("T")
 LOG = logging.getLogger("thermocline.gateway")
 BUSY = frozenset({429, 502, 503, 504})
 OK, BROKEN = 200, 500
+JOINED_BYTES_MAX = 16 << 10
+"""Shorter bodies are copied behind their heads: one piece costs less to send than two."""
 MODEL_CHARACTERS_MAX = 128
 """Of what a client calls the model, in a record: thousands of those are kept."""
 LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
@@ -73,11 +76,11 @@ class Exchange:
 
     def start(self, now: float) -> None:
         """The first try, or the next one. Raises RequestError where no instance takes requests."""
-        exclude = self._gateway.standings.excluded(now) | self._tried
-        if self._gateway.standings.all_in(exclude):
+        standings, ask, front = self._gateway.standings, self.ask, self.ask.front
+        exclude = standings.excluded(now) | self._tried
+        if standings.all_in(exclude):
             raise _nobody()
         self._try_started = now
-        ask, front = self.ask, self.ask.front
         arrived = Arrived(
             ask.route.path,
             front.model if isinstance(front.model, str) else None,
@@ -88,6 +91,7 @@ class Exchange:
             front.stream is True,
             exclude,
             now,
+            front,
         )
         try:
             found = self._gateway.chooser.choose(arrived)
@@ -170,11 +174,11 @@ class Exchange:
             ask.headers,
             length,
         )
-        link.send(self, (head, *body))
+        link.send(self, (b"".join((head, *body)),) if length < JOINED_BYTES_MAX else (head, *body))
 
     # -- the answer ----------------------------------------------------------------------------------------------------
 
-    def begin(self, status: int, headers: Sequence[bytes], body: bytes, *, framed: bool) -> None:
+    def begin(self, status: int, headers: bytes, body: bytes, *, framed: bool) -> None:
         """The head and the first bytes of the body: from here on there is no other try."""
         assert self._link is not None
         if status in BUSY and self._may_retry():
@@ -199,7 +203,7 @@ class Exchange:
             b"x-thermocline-cached-tokens: %d\r\nx-thermocline-request: %b\r\n\r\n%b"
             % (
                 LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
-                b"".join(headers),
+                headers,
                 KEEP if self.client.keep_alive else CLOSE,
                 standing.label,
                 decision.predicted_seconds,

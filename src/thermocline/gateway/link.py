@@ -8,7 +8,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import httptools
+from msgspec import Struct
 
+from thermocline.gateway.mould import ENDING, Mould, mould_of
 from thermocline.gateway.seam import Trouble
 
 if TYPE_CHECKING:
@@ -20,7 +22,13 @@ HOP_BY_HOP = frozenset(
 )
 """Headers that are between two neighbours, and end there."""
 NO_BODY = frozenset({204, 304})
-ENDING = b"\r\n\r\n"
+
+
+class Known(Struct, frozen=True, gc=False):
+    """The head of an instance's answers that are no streams."""
+
+    mould: Mould
+    line_bytes: int
 
 
 def without_delay(transport: asyncio.BaseTransport) -> None:
@@ -56,7 +64,10 @@ class Link(asyncio.Protocol):
     def send(self, exchange: Exchange, pieces: tuple[bytes | memoryview, ...]) -> None:
         """Ask. The answer goes to `exchange`."""
         self.exchange = exchange
-        self.transport.writelines(pieces)
+        if len(pieces) == 1:
+            self.transport.write(pieces[0])
+        else:
+            self.transport.writelines(pieces)
 
     def drop(self) -> None:
         """Nobody wants the answer: closing is how an instance learns that it need not go on."""
@@ -87,6 +98,9 @@ class Link(asyncio.Protocol):
         if exchange is None:
             self.transport.abort()  # nobody asked
             return
+        first = not (self._pending or self._passing)
+        if first and self._come_again(exchange, data):
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -97,7 +111,31 @@ class Link(asyncio.Protocol):
         elif not self._begin(exchange, data):
             return
         if self._complete:
+            if first:
+                self._remember(data)
             self._end(exchange)
+
+    def _come_again(self, exchange: Exchange, data: bytes) -> bool:
+        """A whole answer with the head of an earlier one: nothing is left to read in it."""
+        known = self._standing.answered
+        begin = known.mould.body_at(data) if known is not None else 0
+        if known is None or not begin:
+            return False
+        self._passing = self._keep_alive = True
+        exchange.begin(HTTPStatus.OK, data[known.line_bytes : begin - 2], data[begin:], framed=True)
+        if self.exchange is exchange:
+            self._end(exchange)
+        return True
+
+    def _remember(self, data: bytes) -> None:
+        """The next answer may have the same head. Only one that passes as it is, is remembered."""
+        if self._status != HTTPStatus.OK or not self._keep_alive:
+            return
+        line_bytes, end = data.find(b"\r\n") + 2, data.find(ENDING) + 2
+        lines = b"".join(self._headers)
+        if data[line_bytes:end] == lines and b"transfer-encoding" not in lines.lower():
+            mould = mould_of(data, len(data) - end - 2)
+            self._standing.answered = None if mould is None else Known(mould, line_bytes)
 
     def _begin(self, exchange: Exchange, data: bytes) -> bool:
         """The head waits for the body's first byte: until then the request can be tried elsewhere."""
@@ -111,7 +149,7 @@ class Link(asyncio.Protocol):
             return False
         self._passing = True
         body, self._pending = self._pending[cut:], b""
-        exchange.begin(self._status, self._headers, body, framed=self._framed)
+        exchange.begin(self._status, b"".join(self._headers), body, framed=self._framed)
         return self.exchange is exchange
 
     def _end(self, exchange: Exchange) -> None:

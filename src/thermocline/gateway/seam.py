@@ -13,6 +13,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from thermocline.fleet.instance import Choice, Instance, Outcome
+from thermocline.tokens.prompt import Front
 
 
 class Arrived(Struct, frozen=True, gc=False):
@@ -30,6 +31,8 @@ class Arrived(Struct, frozen=True, gc=False):
     streamed: bool
     exclude: frozenset[int]
     now: float
+    front: Front
+    """What was read of the body."""
 
 
 class Decision(Struct, frozen=True, kw_only=True):

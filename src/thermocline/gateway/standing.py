@@ -16,7 +16,7 @@ from http import HTTPStatus
 from thermocline.clock import Clock
 from thermocline.errors import SettingsError
 from thermocline.fleet.instance import Instance
-from thermocline.gateway.link import Link
+from thermocline.gateway.link import Known, Link
 from thermocline.gateway.rules import Rules
 from thermocline.gateway.seam import Chooser
 from thermocline.store.breaker import Breaker
@@ -61,6 +61,7 @@ class Standing:
         self.breaker = Breaker()
         self.healthy, self.draining = True, False
         self.failed_checks = self.refused_checks = self.in_flight = self.routed = 0
+        self.answered: Known | None = None
         self._links: list[Link] = []
         self._since, self._turn = since, 1.0
 
