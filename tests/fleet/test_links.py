@@ -65,6 +65,22 @@ def test_what_is_evicted_is_forgotten(index):
     index.check_integrity()
 
 
+def test_what_nobody_held_for_a_while_is_found_again(index):
+    """Blocks that were forgotten are found by the same bytes once any instance announces them, however cut."""
+    tokens, engine, other = text(200), Engine(index), Engine(index, 1)
+    served(index, engine, tokens)
+    engine.says(BlockRemoved(tuple(engine_names(tokens)[30:])))
+    assert found(index, tokens) == [30 * BLOCK]
+    engine.says(BlockRemoved(tuple(engine_names(tokens)[:30])))
+    assert index.blocks == 25 * 2  # keys of bytes: what was sent where
+    assert found(index, tokens) == [0]
+    for first, stop in ((0, 11), (11, 140), (140, 200)):
+        other.says(stored(tokens, first, stop))
+        index.check_integrity()
+        assert found(index, tokens)[1] // CHUNK == stop // 8 * 2
+    assert found(index, tokens)[0] == 0
+
+
 def test_others_that_hold_the_same_are_found(index):
     """An instance that announces the same blocks is found, although no such prompt was ever sent there."""
     tokens = text(80)

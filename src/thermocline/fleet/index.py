@@ -10,6 +10,7 @@ Any thread may call `match` and `learn`, without waiting. The other verbs take t
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
@@ -396,6 +397,7 @@ class FleetIndex:
             prints = prints if step == 1 else prints[step - 1 :: step]
             end = self._hold(known, tier, forest.place(behind, prints, names, ids, root))
         if self._by_bytes and end is not None:
+            self._ties.announced(prints, end)
             ends[end] = ends.pop(behind, behind) if behind is not None else None
         return None
 
@@ -496,8 +498,8 @@ class FleetIndex:
         while self._ended:
             slot, ended = self._ended.popleft()
             known = self._instance(slot)
-            if known.batches and not self._ties.tie(ended, known.ends, known.bit):
-                heard = max(stream.seconds for stream in known.sources.values())
+            if not self._ties.tie(ended, known.ends, known.bit):
+                heard = max((stream.seconds for stream in known.sources.values()), default=math.inf)
                 known.waiting.append(ended._replace(until_seconds=heard + LATE_SECONDS))
 
     def _settle(self) -> None:

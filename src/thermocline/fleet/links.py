@@ -130,6 +130,12 @@ class Ties:
         if run.links is not None:
             self._links[run.forest.filed[1]].forget(run)
 
+    def announced(self, prints: Sequence[int], end: Place) -> None:
+        """Blocks with these prints are held, up to `end`. Some may have been held by nobody for a while."""
+        links = self._links.get(end[0].forest.filed[1])
+        if links is not None:
+            links.announced(prints, end)
+
     def check_integrity(self, runs: AbstractSet[Run]) -> None:
         """See `Links.check_integrity`."""
         for links in self._links.values():
@@ -139,14 +145,16 @@ class Ties:
 class Links:
     """Where the blocks of one forest lie whose texts' bytes have these keys. At most so many; old ends go first.
 
-    Of a prompt's keys, those that are known come first, so that the last one is found by bisection.
+    Of a prompt's keys, those that are known come first, so that the last one is found by bisection. Where the block is
+    held by nobody, its print stands for it until it is announced again.
     """
 
-    __slots__ = ("_most", "_places")
+    __slots__ = ("_gone", "_most", "_places")
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._places: OrderedDict[int, Place | None] = OrderedDict()
+        self._places: OrderedDict[int, Place | int] = OrderedDict()
+        self._gone: dict[int, set[int]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -157,10 +165,11 @@ class Links:
         if not known:
             return None
         place = self._places.get(keys[known - 1])
-        if place is not None:
+        if isinstance(place, tuple):
             return Tied(known, place, whole=True)
-        held = self._last(keys, lambda key: self._places.get(key) is not None)
-        return Tied(held, self._places.get(keys[held - 1]) if held else None, whole=False)
+        held = self._last(keys, lambda key: isinstance(self._places.get(key), tuple))
+        place = self._places.get(keys[held - 1]) if held else None
+        return Tied(held, place if isinstance(place, tuple) else None, whole=False)
 
     @staticmethod
     def _last(keys: Sequence[int], known: Callable[[int], bool]) -> int:
@@ -193,18 +202,29 @@ class Links:
     def forget(self, run: Run) -> None:
         """These blocks are held nowhere: prompts that led there are held by nobody so far, whatever was sent where."""
         for key in run.links or ():
-            self._places[key] = None
+            place = self._places[key]
+            assert isinstance(place, tuple)
+            print_ = self._places[key] = run.prints[place[1]]
+            self._gone.setdefault(print_, set()).add(key)
         run.links = None
+
+    def announced(self, prints: Sequence[int], end: Place) -> None:
+        """See `Ties.announced`."""
+        for print_ in self._gone.keys() & prints if self._gone else ():
+            run, at = up(end, len(prints) - 1 - prints.index(print_))
+            run.links = (run.links or set()) | self._gone[print_]
+            self._places.update(dict.fromkeys(self._gone.pop(print_), (run, at)))
 
     def check_integrity(self, runs: AbstractSet[Run]) -> None:
         """Links lead to blocks that are filed, and these know of them: for tests."""
         assert len(self._places) <= self._most
-        held = {key: place for key, place in self._places.items() if place is not None}
+        held = {key: place for key, place in self._places.items() if isinstance(place, tuple)}
         for key, (run, at) in held.items():
             assert run in runs
             assert at < len(run.prints)
             assert key in (run.links or ())
         assert sum(len(run.links or ()) for run in {run for run, _ in held.values()}) == len(held)
+        assert sum(map(len, self._gone.values())) == len(self._places) - len(held)
 
     def _touch(self, key: int) -> None:
         if key in self._places:
@@ -221,7 +241,11 @@ class Links:
 
     def _unset(self, key: int) -> None:
         before = self._places.pop(key, None)
-        if before is not None and before[0].links is not None:
+        if isinstance(before, int):
+            self._gone[before].discard(key)
+            if not self._gone[before]:
+                del self._gone[before]
+        elif before is not None and before[0].links is not None:
             before[0].links.discard(key)
 
 
