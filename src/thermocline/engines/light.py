@@ -132,7 +132,7 @@ class _Api:
         prompt = prompt_of(request.path, request.body)
         if prompt is None:
             raise RequestError("no prompt", hint="send a prompt, or messages")
-        tokens = prompt.ids() if prompt.kind is Kind.TOKENS else array("I", prompt.raw)
+        tokens = prompt.ids() if prompt.kind is Kind.TOKENS else array("I", [*prompt.raw])
         if not tokens:
             raise RequestError("an empty prompt", hint="send at least one token")
         asked = msgspec.json.decode(request.body, type=_Asked)
