@@ -12,6 +12,7 @@ import resource
 import secrets
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,18 +20,18 @@ MEMORY_BYTES_MAX = 2 << 30
 HANG_SECONDS = 10
 
 
-def main(name: str, word: str) -> None:
-    """Run a target. Ends with another code than 0 where it finds something."""
+def main(name: str, word: str, *more: str) -> None:
+    """Run a target. Ends with another code than 0 where it finds something. `more` are atheris' own flags."""
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     if not word.isdecimal():
         _target(name).feed(Path(word).read_bytes())
     elif importlib.util.find_spec("atheris"):
-        _with_atheris(name, int(word))
+        _with_atheris(name, int(word), more)
     else:
         _plainly(name, int(word))
 
 
-def _with_atheris(name: str, seconds: int) -> None:
+def _with_atheris(name: str, seconds: int, more: Sequence[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["thermocline", "tests"]):
@@ -40,9 +41,13 @@ def _with_atheris(name: str, seconds: int) -> None:
     for number, seed in enumerate(target.seeds):
         (folder / "corpus" / str(number)).write_bytes(seed)
     limits = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEMORY_BYTES_MAX >> 20}", f"-timeout={HANG_SECONDS}"]
+    if target.words:
+        words = folder / "words"
+        words.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.words))
+        limits.append(f"-dict={words}")
     sys.stdout.write(f"{name}: {seconds} s of atheris in {folder}\n")
     sys.stdout.flush()
-    argv = [sys.argv[0], *limits, "-verbosity=0", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
+    argv = [sys.argv[0], *limits, "-verbosity=0", "-print_final_stats=1", f"-artifact_prefix={folder}/", *more]
     atheris.Setup([*argv, str(folder / "corpus")], target.feed)
     atheris.Fuzz()
 

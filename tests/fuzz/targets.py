@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from tests.fuzz.node import REPLY_SEEDS, SESSION_SEEDS, feed_replies, feed_session
 from thermocline.errors import RequestError
 from thermocline.gateway.admission import read_front, spliced
 from thermocline.tokens.prompt import prompt_of
@@ -30,11 +31,15 @@ from thermocline.wire.events import (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`feed` takes any bytes, and raises where the parser does what it must not. `seeds` are bytes it understands."""
+    """`feed` takes any bytes, and raises where the parser does what it must not. `seeds` are bytes it understands.
+
+    `words` are parts of what it understands, for parsers in C, whose branches no fuzzer sees.
+    """
 
     name: str
     feed: Callable[[bytes], None]
     seeds: Sequence[bytes]
+    words: Sequence[bytes] = ()
 
 
 def _events(payload: bytes) -> None:
@@ -162,6 +167,42 @@ _REQUESTS = [
     b' { "input" : "text" , "instructions" : "be", "max_output_tokens":1, "cache\\u005fsalt":"x"}',
     b"{}",
 ]
+_NAMES = (
+    *(
+        "prompt",
+        "messages",
+        "role",
+        "content",
+        "text",
+        "type",
+        "input",
+        "instructions",
+        "cache_salt",
+        "stream",
+        "tools",
+    ),
+    *("kv_transfer_params", "prompt_cache_key", "user", "model", "max_tokens", "max_output_tokens", "session_id"),
+)
+_JSON = [
+    *(b'"%b":' % name.encode() for name in _NAMES),
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b'""',
+        b'"a"',
+        b"[1,2]",
+        b"{}",
+        b"null",
+        b"true",
+        b"1e9",
+        b"-1",
+        b"\\ud800",
+        b"NaN",
+    ),
+]
 
 TARGETS = {
     target.name: target
@@ -178,7 +219,9 @@ TARGETS = {
         Target("topics", _topics, [write_topic(Topic("http://127.0.0.1:8000", "org/model")).encode(), b"kv", b"kv@@"]),
         Target("client", _says(say.client_says), _MESSAGES),
         Target("node", _says(say.node_says), _MESSAGES),
-        Target("requests", _requests, _REQUESTS),
+        Target("requests", _requests, _REQUESTS, _JSON),
+        Target("session", feed_session, SESSION_SEEDS),
+        Target("replies", feed_replies, REPLY_SEEDS),
         *_http(),
     )
 }

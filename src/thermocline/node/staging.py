@@ -128,7 +128,8 @@ class Staging:
     def read(self, answer: say.Staged) -> Plan:
         """The plan that the node has made. What does not fit together is cut off, or is no plan at all."""
         count = len(self._keys)
-        if len(answer.offsets) != len(self._layouts) or len(answer.sums) != len(self._layouts):
+        placed_all = len(answer.offsets) == len(answer.sums) == len(self._layouts)
+        if not placed_all or not _in_order(answer.runs) or any(gap.start < 0 for gap in answer.gaps):
             return self.nothing(Reason.TIER_DOWN, "the node's answer does not fit the question")
         placed = min(
             min(len(offsets), len(sums) // SUM_BYTES, count)
@@ -156,6 +157,15 @@ class Staging:
             0,
             answer.match_seconds,
         )
+
+
+def _in_order(runs: Sequence[say.RunStaged]) -> bool:
+    stop = 0
+    for run in runs:
+        if not stop <= run.start < run.stop:
+            return False
+        stop = run.stop
+    return True
 
 
 def nothing(
