@@ -60,6 +60,12 @@ class Light(_Listening):
         own = f" events=>{self._events.removeprefix('@')}" if self._events.startswith("@") else ""
         return f"{self.name}={self.url} replay={self.replay}{own}"
 
+    def held(self) -> int:
+        """The blocks in its cache."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)) as link:
+            link.request("GET", "/counts")
+            return json.load(link.getresponse())["blocks"]
+
     def start(self) -> None:
         words = ["--name", self.name, "--port", str(self.port), "--blocks", str(self._blocks)]
         self.run("thermocline.engines.light", *words, "--events", self._events, "--replay", self.replay)
@@ -71,11 +77,29 @@ class Route(_Listening):
     def __init__(self, folder: Path, instances: Sequence[Light], *more: str, name: str = "route") -> None:
         super().__init__(folder / f"{name}.log")
         self._words = ["--route-to", ", ".join(each.routed for each in instances)]
-        self._words += ["--admin-socket", str(folder / f"{name}.sock"), *more]
+        self._admin = folder / f"{name}.sock"
+        self._words += ["--admin-socket", str(self._admin), *more]
         self.start()
 
     def start(self) -> None:
         self.run("thermocline", "route", "--port", str(self.port), *self._words)
+
+    def instances(self) -> dict[str, Any]:
+        """What its operator is told of each instance."""
+        return {each["name"]: each for each in json.loads(self._told("/instances"))}
+
+    def counted(self, name: str) -> float:
+        """The sum of a counter's series."""
+        lines = [line.rpartition(" ") for line in self._told("/metrics").decode().splitlines()]
+        return sum(float(value) for series, _, value in lines if series.startswith(f"thermocline_{name}"))
+
+    def _told(self, path: str) -> bytes:
+        link = http.client.HTTPConnection("admin", timeout=ANSWER_SECONDS)
+        with contextlib.closing(link):
+            link.sock = socket.socket(socket.AF_UNIX)
+            link.sock.connect(str(self._admin))
+            link.request("GET", path)
+            return link.getresponse().read()
 
 
 @dataclass(slots=True)
