@@ -1,7 +1,8 @@
 """What a gateway costs: its CPU time per request beside two peers, before instances that answer at once; and its delay.
 
-Every arm decides where a request goes. CPU time is that of the gateway's processes, by the scheduler's own count, less
-what they use while nothing is asked; the minimum over rounds counts, as whatever else runs only adds to it.
+Every arm decides where a request goes, but for the floor (`passing.c`): what receiving, sending, receiving and sending
+take at least on this machine. CPU time is that of the gateway's processes, by the scheduler's own count, less what they
+use while nothing is asked; the minimum over rounds counts, as whatever else runs only adds to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ IDLE_SECONDS = 1.0
 FIRST_ROUNDS = 40
 SMALL_BYTES, LARGE_BYTES = 120, 32_000
 OURS, PASSING, TOKENISING, DIRECT = "thermocline", "thermocline round_robin", "thermocline tokenising", "direct"
+FLOOR = "floor (C, passes through)"
 SHARES = {SGLANG: 1 / 3, VLLM: 1 / 2}
 """How much of a peer's CPU time ours may be."""
 FIRST_SECONDS_MAX = 1e-3
@@ -56,12 +59,12 @@ def run(progress: Progress) -> Report:
     """All gateways in turn, case by case, in rounds; then the first streamed byte."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tcl-bench-")))
-        mock, load = _built(folder, "gateway_mock"), _built(folder, "gateway_load")
+        mock, load, passing = (_built(folder, name) for name in ("gateway_mock", "gateway_load", "passing"))
         ports = [stack.enter_context(_mock(mock)) for _ in range(2)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         progress("starting the gateways")
         routers = {}
-        for start in _starts():
+        for start in (partial(_floor, passing), *_starts()):
             router = stack.enter_context(contextlib.closing(start(folder, urls)))
             routers[router.name] = router
         measured: dict[str, dict[str, list[float]]] = {str(case): {name: [] for name in routers} for case in CASES}
@@ -82,6 +85,12 @@ def ours(folder: Path, urls: Sequence[str], *more: str, name: str = "thermocline
     """`thermocline route` in front of the mocks."""
     instances = ", ".join(f"i{at}={url}" for at, url in enumerate(urls))
     return thermocline_route(folder, instances, *more, name=name)
+
+
+def _floor(program: Path, folder: Path, urls: Sequence[str]) -> Router:
+    """No gateway, only bytes that pass."""
+    ports = [url.rpartition(":")[2] for url in urls]
+    return Router(folder, FLOOR, lambda port: [str(program), str(port), *ports])
 
 
 def _starts() -> Iterator[Callable[[Path, Sequence[str]], Router]]:
@@ -206,10 +215,17 @@ def _report(
     medians = {name: spread(values) for name, values in first.items()}
     added = medians[OURS]["median"] - medians[DIRECT]["median"]
     checks.append(check("first streamed byte, added", added, "s", FIRST_SECONDS_MAX, "lower"))
-    notes = [f"{case}: {_line(arms)} us of CPU" for case, arms in least.items()]
+    ratios = {
+        f"{case}: {name} over the floor": seconds / arms[FLOOR]
+        for case, arms in least.items()
+        for name, seconds in arms.items()
+        if name != FLOOR
+    }
+    notes = [f"{case}: {_line(arms)}" for case, arms in least.items()]
+    notes += _out_of_reach(least)
     details: dict[str, Any] = {
         "arms": {f"first streamed byte: {name}": row for name, row in medians.items()},
-        "ratios": {},
+        "ratios": {name: spread([ratio]) for name, ratio in ratios.items()},
         "cpu_seconds": least,
         "requests_per_second": rates,
         "idle_cpu_share": dict(idle),
@@ -219,4 +235,16 @@ def _report(
 
 
 def _line(arms: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in arms.items())
+    """CPU of each arm, and how often that is the floor's."""
+    floor = arms[FLOOR]
+    return ", ".join(f"{name} {1e6 * seconds:.0f} us ({seconds / floor:.1f}x)" for name, seconds in arms.items())
+
+
+def _out_of_reach(least: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Where bytes alone cost more than ours may, decision and all."""
+    return [
+        f"{case}: the floor is {arms[FLOOR] / arms[peer]:.2f} of {peer}, more than the {share:.2f} that ours may be"
+        for case, arms in least.items()
+        for peer, share in SHARES.items()
+        if peer in arms and arms[FLOOR] > share * arms[peer]
+    ]

@@ -62,7 +62,7 @@ class Transport:
         pass
 
 
-class _Nobody:
+class Nobody:
     """Takes note of what arrives, and sends it nowhere."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Nobody:
 
 def feed_client(data: bytes, cut: int = 0) -> None:
     """Any bytes from a client, in two pieces: whole answers come back, and what is held is bounded and let go."""
-    nobody, transport = _Nobody(), Transport()
+    nobody, transport = Nobody(), Transport()
     gateway = Gateway(nobody, [Instance("i0", "http://localhost:1")], limits=LIMITS)
     client = Client(gateway)
     client.connection_made(transport)  # type: ignore[arg-type]  # as much of one as is used
@@ -133,7 +133,7 @@ class _Heard:
 
 def feed_link(data: bytes, cut: int = 0) -> None:
     """Any bytes from an instance, in two pieces: what passes is what came, and it ends once, in one way."""
-    gateway = Gateway(_Nobody(), [Instance("i0", "http://localhost:1")])
+    gateway = Gateway(Nobody(), [Instance("i0", "http://localhost:1")])
     link, heard = Link(gateway.standings[0]), _Heard()
     link.connection_made(Transport())  # type: ignore[arg-type]  # as above
     link.exchange = heard  # type: ignore[assignment]  # as above

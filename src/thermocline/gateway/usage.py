@@ -7,9 +7,7 @@ import re
 from thermocline.gateway.seam import Usage
 
 TAIL_BYTES = 4096
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})\b')
-_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,9})\b')
-_OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})\b')
+_COUNTS = re.compile(rb'"(prompt|input|cached|completion|output)_tokens"\s*:\s*(\d{1,9})\b')
 
 
 def read_usage(before: bytes, last: bytes) -> Usage | None:
@@ -23,11 +21,9 @@ def read_usage(before: bytes, last: bytes) -> Usage | None:
     at = tail.rfind(b'"usage"')
     if at < 0:
         return None
-    usage = tail[at:]
-    prompt = _number(_PROMPT, usage)
-    return None if prompt is None else Usage(prompt, _number(_CACHED, usage), _number(_OUTPUT, usage))
-
-
-def _number(field: re.Pattern[bytes], text: bytes) -> int | None:
-    found = field.search(text)
-    return int(found[1]) if found else None
+    found = dict(reversed(_COUNTS.findall(tail, at)))  # the first of a name counts
+    prompt, output = found.get(b"prompt", found.get(b"input")), found.get(b"completion", found.get(b"output"))
+    cached = found.get(b"cached")
+    if prompt is None:
+        return None
+    return Usage(int(prompt), None if cached is None else int(cached), None if output is None else int(output))

@@ -36,6 +36,7 @@ class Kind(enum.Enum):
     """Responses and embeddings: their bytes can be compared, but how they become tokens is the engine's affair."""
 
 
+_FLAGS = frozenset({bool, type(None)})
 _NONE = Raw()
 _NO_FOREIGN = (_NONE,) * 5
 
@@ -134,11 +135,13 @@ class Prompt(Struct, frozen=True, gc=False):
         Those of another model or `apart` (a salt) have none in common. Reads the JSON as it was sent: a client that
         writes an earlier message in another way the next time, such as with other spaces, starts anew.
         """
-        if len(self.raw) < PROMPT_CHUNK_BYTES:
+        raw = self.raw
+        if len(raw) < PROMPT_CHUNK_BYTES:
             return []
-        inner = self.raw[:-1].rstrip() if self.raw[-1:] in {b"]", b'"'} else self.raw
+        if raw[-1:] in {b"]", b'"'} and (raw[-2:-1].isspace() or not len(raw) % PROMPT_CHUNK_BYTES):
+            raw = raw[:-1].rstrip()  # else the closing bracket is in no whole chunk, and a copy is saved
         seed = chunk_seed((self.model or "").encode(), *self.frame, *apart)
-        return chunk_keys(inner, seed, PROMPT_CHUNK_BYTES)
+        return chunk_keys(raw, seed, PROMPT_CHUNK_BYTES)
 
     def text(self) -> str:
         """The first text of /v1/completions; several go to one instance, and share what they share anyway.
@@ -209,12 +212,9 @@ def _kind_of_text(raw: bytes) -> Kind:
 def _is_sound(front: Front) -> bool:
     """Whether the fields that name the prompt's neighbours have the types that an engine takes."""
     for name in (front.model, front.cache_salt, front.reasoning_effort):
-        if name and not (isinstance(name, str) and len(name) <= NAME_CHARACTERS_MAX):
+        if name and not (type(name) is str and len(name) <= NAME_CHARACTERS_MAX):
             return False
-    return all(
-        flag is None or flag is True or flag is False
-        for flag in (front.add_special_tokens, front.add_generation_prompt)
-    )
+    return type(front.add_special_tokens) in _FLAGS and type(front.add_generation_prompt) in _FLAGS
 
 
 def _present(raw: Raw) -> bytes:
