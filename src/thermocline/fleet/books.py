@@ -47,7 +47,7 @@ class Booking:
     arrived: float
     streams: int
     trust: float
-    wait_factor: float
+    queued_seconds: float
     incarnation: int
     first_at: float | None = None
     stretch: Stretch | None = None
@@ -76,6 +76,10 @@ class Fleet:
         self.floor: list[float] = []
         self.late: list[float] = []
         self.base: list[float] = []  # what streams and missing seats add; infinite where nothing may be sent
+        # what a second counts of the queue, of a request where nobody waits, and of one there now: see `Steps`
+        self.wait: list[float] = []
+        self.alone: list[float] = []
+        self.share: list[float] = []
         self.fixed: list[float] = []
         self.per_token: list[float] = []
         self.per_pair: list[float] = []  # half of the formula's c: of (N - k) * (N + k)
@@ -128,6 +132,8 @@ class Fleet:
             zeros.append(0.0)
         for zeros in (self.per_pair, self._work, self._head_since, self._first_at, *self.per_loaded):
             zeros.append(0.0)
+        for ones in (self.wait, self.alone, self.share):
+            ones.append(1.0)
         mean = sum(self.recent) / slot if slot else 0.0  # one that is new has nothing to catch up with
         self.recent.append(mean + 1e-9 * self.unit * ((slot + self._offset) * 0.618_034 % 1))
         self.trust.append(1.0)
@@ -166,10 +172,10 @@ class Fleet:
         slot = choice.instance
         self._sweep(slot, now)
         waiting = self._waiting[slot]
-        own = choice.recompute_seconds + choice.transfer_seconds
-        factor = self._costs[slot].wait_factor
+        own = (choice.recompute_seconds + choice.transfer_seconds) / self.alone[slot]
+        queued = self.booked_seconds(slot, now)
         streams, trust, incarnation = self._streams[slot], self.trust[slot], self._incarnation[slot]
-        booking = Booking(ask, choices, own * factor, now, streams, trust, factor, incarnation)
+        booking = Booking(ask, choices, own, now, streams, trust, queued, incarnation)
         if not waiting:
             self._head_since[slot] = now
             self._work[slot] = 0.0
@@ -198,9 +204,8 @@ class Fleet:
         self._first_at[slot] = now
         costs = self._costs[slot]
         booking.stretch = costs.first_token(booking.arrived, now)
-        queue = booking.choice.queue_seconds
-        own = booking.choice.seconds - queue
-        costs.waited(queue / booking.wait_factor, own, now - booking.arrived - own)
+        interference = booking.choice.interference_seconds
+        costs.waited(booking.work_seconds, booking.queued_seconds, now - booking.arrived - interference)
         self._settle(slot)
 
     def finished(self, booking: Booking, now: float, cached_tokens: int | None = None) -> Outcome:
@@ -229,14 +234,18 @@ class Fleet:
 
     # -- what is read --------------------------------------------------------------------------------------------------
 
-    def queue_seconds(self, slot: int, now: float) -> float:
-        """Seconds until what is booked there is done, as it looks at `now`.
+    def booked_seconds(self, slot: int, now: float) -> float:
+        """Seconds of work that is booked there and not done, as it looks at `now`.
 
         A head that is late by x is expected to take as long again, as nothing else is known of it: an instance that
         hangs looks worse the longer it does.
         """
         ahead, floor = self.until[slot] - now, self.floor[slot]
         return ahead if ahead > floor else floor + self.late[slot] * (floor - ahead)
+
+    def queue_seconds(self, slot: int, now: float) -> float:
+        """How long that makes another request wait."""
+        return self.wait[slot] * self.booked_seconds(slot, now)
 
     def utilisation(self) -> float:
         """The share of time in which a first token was waited for, per instance, over the last half a minute or so."""
@@ -347,6 +356,9 @@ class Fleet:
         wait = standing * self._stream_seconds[slot] / seats
         extra = self._per_stream[slot] * streams + wait
         self.base[slot] = extra if self.available[slot] else math.inf
+        steps = self._costs[slot].steps
+        self.wait[slot], self.alone[slot] = steps.wait, steps.alone
+        self.share[slot] = max(steps.behind, steps.alone) if head else steps.alone
 
     def _forget(self) -> None:
         """One that was dear once gets nothing, so nobody would notice that it is not any more: give it another try."""

@@ -13,6 +13,7 @@ that came at once: one digest over all its tokens, so that a prompt goes through
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -24,6 +25,8 @@ from thermocline.blocks.key import TOKEN_BYTES, TOKENS_PER_KEY, BlockKey, Tokens
 
 STEP_BYTES = TOKENS_PER_KEY * TOKEN_BYTES
 RUN_BLOCKS = 64
+_STEPS = struct.Struct(f"{STEP_BYTES}s")
+"""Cuts tokens into steps, in two thirds of the time of slices."""
 NAME_MASK = (1 << 60) - 1
 """Numbers below 2**60 take 32 bytes in Python, others 48."""
 SPAN_BLOCKS_MIN, WHOLE_FROM = 8, 8
@@ -43,10 +46,11 @@ Filed = tuple[By, int]
 """A forest: what its blocks are filed by, and how many tokens are in one (0 for chunks of bytes)."""
 
 
-def grow_prints(ids: bytes, seed: int) -> list[int]:
+def grow_prints(ids: bytes | memoryview, seed: int) -> list[int]:
     """Prints at every 16 tokens of `ids` (u32, little-endian), behind a text whose print is `seed`."""
     digest, key = xxhash.xxh3_64_intdigest, seed
-    return [key := digest(ids[at : at + STEP_BYTES], key) for at in range(0, len(ids) - STEP_BYTES + 1, STEP_BYTES)]
+    whole = len(ids) - len(ids) % STEP_BYTES
+    return [key := digest(step, key) for (step,) in _STEPS.iter_unpack(ids[:whole])]
 
 
 def root_print(secret: int, salt: str = "", lora: str = "") -> int:
@@ -214,7 +218,12 @@ class Forest:
         return (found, found.names.index(name)) if isinstance(found, Run) else found
 
     def place(
-        self, behind: Place | None, prints: Sequence[int], names: Sequence[int], ids: bytes = b"", root: int = 0
+        self,
+        behind: Place | None,
+        prints: Sequence[int],
+        names: Sequence[int],
+        ids: bytes | memoryview = b"",
+        root: int = 0,
     ) -> Iterator[Piece]:
         """File blocks that follow each other, and say where they lie. Those already filed stay where they are.
 

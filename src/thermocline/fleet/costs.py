@@ -3,12 +3,12 @@
     seconds = a + b * n + c * n * (cached + n / 2) + streams * d + host * e + disk * f + peer * g
 
 n tokens are computed behind `cached` known ones while `streams` answers are being written; host, disk and peer tokens
-are loaded first. It is the fit of `costs/model.py`, which the tiers use, with more terms.
+are loaded first. It is the fit of `costs/model.py`, which the tiers use, with more terms. What that makes of a first
+token is learned apart: see `Steps`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,8 +27,53 @@ EAGER_OBSERVATIONS = 32
 """A fit costs some 0.2 ms: later ones are made once a second at most."""
 TOGETHER = 0.1
 """First tokens that come within so much of a stretch's length after it are of the same step."""
-WAIT_LEARNING = 0.05
-WAIT_FACTOR_MAX = 4.0
+STEP_FADING = 0.98
+STEP_PRIOR = 0.05
+STEP_MAX, OFF_MAX = 8.0, 4.0
+"""No share is learned to be more than the first. What was predicted at more than the second times what it took is news,
+but not so much as to decide alone."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """How a request's own seconds and those booked before it make its first token, learned by least squares.
+
+        seconds = alone * own                       where nobody waits
+        seconds = behind * own + wait * queue       else
+
+    One that computes requests in turn has 1, 1, 1. Engines that batch compute in one step what came while they were
+    busy, and all of it has its first token at the step's end: then `behind` says how many more such requests usually
+    come into the same step, which nobody can know when it is booked. Errors are relative to what it took.
+    """
+
+    alone: float = 1.0
+    behind: float = 1.0
+    wait: float = 1.0
+    _own: list[float] = field(default_factory=lambda: [STEP_PRIOR, STEP_PRIOR])
+    _sums: list[float] = field(default_factory=lambda: [STEP_PRIOR, 0.0, STEP_PRIOR, STEP_PRIOR, STEP_PRIOR])
+
+    def observe(self, own_seconds: float, queue_seconds: float, seconds: float) -> None:
+        """A first token took so long."""
+        per_second = 1 / max(seconds, (own_seconds + queue_seconds) / OFF_MAX)
+        own, queue = own_seconds * per_second, queue_seconds * per_second
+        if not queue:
+            self._own = [STEP_FADING * total + new for total, new in zip(self._own, (own * own, own), strict=True)]
+            self.alone = min(self._own[1] / self._own[0], STEP_MAX)
+            return
+        new = (own * own, own * queue, queue * queue, own, queue)
+        self._sums = [STEP_FADING * total + more for total, more in zip(self._sums, new, strict=True)]
+        self.behind, self.wait = (min(share, STEP_MAX) for share in _two(*self._sums))
+
+
+def _two(xx: float, xy: float, yy: float, x: float, y: float) -> tuple[float, float]:
+    """The least squares of a * x + b * y = 1 with a and b not negative, from sums of products."""
+    apart = xx * yy - xy * xy
+    if apart > 1e-9 * xx * yy:
+        a, b = (x * yy - y * xy) / apart, (y * xx - x * xy) / apart
+        if a >= 0 and b >= 0:
+            return a, b
+    only_a, only_b = x / xx, y / yy
+    return (only_a, 0.0) if x * only_a > y * only_b else (0.0, only_b)
 
 
 @dataclass(slots=True)
@@ -57,9 +102,8 @@ class InstanceCosts:
         self._fit = Fit(prior, _TYPICAL)
         self._learned_at = -EVERY_SECONDS
         self._open: Stretch | None = None
-        self._wait_log = 0.0
         self._odd = 0
-        self.wait_factor = 1.0
+        self.steps = Steps()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -92,15 +136,10 @@ class InstanceCosts:
         elif idle and not stretch.unfinished:
             self._close(stretch)
 
-    def waited(self, predicted_seconds: float, own_seconds: float, actual_seconds: float) -> None:
-        """A request waited for those before it: batching and other routers make that shorter or longer than booked.
-
-        `own_seconds` it took itself. A short wait, or one that was predicted when little was known, says nothing.
-        """
-        if predicted_seconds > own_seconds and self._fit.observations >= OPEN_OBSERVATIONS:
-            ratio = min(max(actual_seconds / predicted_seconds, 1 / WAIT_FACTOR_MAX), WAIT_FACTOR_MAX)
-            self._wait_log += WAIT_LEARNING * (math.log(ratio) - self._wait_log)
-            self.wait_factor = math.exp(self._wait_log)
+    def waited(self, own_seconds: float, queue_seconds: float, seconds: float) -> None:
+        """A first token took `seconds`, and this was known beforehand. What was booked when little was says nothing."""
+        if own_seconds > 0 and seconds > 0 and self._fit.observations >= OPEN_OBSERVATIONS:
+            self.steps.observe(own_seconds, queue_seconds, seconds)
 
     def _close(self, stretch: Stretch) -> None:
         stretch.closed = True

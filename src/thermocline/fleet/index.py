@@ -391,7 +391,7 @@ class FleetIndex:
             step = event.block_tokens // TOKENS_PER_KEY
             root, ids = (
                 behind[0].prints[behind[1]] if behind else self._root("", event.lora or ""),
-                event.tokens.tobytes(),
+                memoryview(event.tokens).cast("B"),
             )
             prints = grow_prints(ids, root)
             prints = prints if step == 1 else prints[step - 1 :: step]

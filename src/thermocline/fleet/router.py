@@ -84,15 +84,17 @@ def choose(ask: Ask, fleet: Fleet, policy: str, now: float) -> Booking | None:
 def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
     known = _known(ask, fleet, now)
     tokens, longest = ask.prompt_tokens, max(known.device, default=0)
-    work = 1.0 + _external(fleet)
-    share = longest / tokens if tokens else 0.0
-    guard = work * (GUARD + GUARD_NEW * share * (1.0 - share) ** 3) / fleet.unit
+    external = _external(fleet)
+    common = longest / tokens if tokens else 0.0
+    guard = (1.0 + external) * (GUARD + GUARD_NEW * common * (1.0 - common) ** 3) / fleet.unit
     scores = [
-        (ahead if (ahead := until - now) > floor else floor + late * (floor - ahead))
+        wait * (ahead if (ahead := until - now) > floor else floor + late * (floor - ahead))
         + base
         + guard * recent
-        + work * (fixed + (tokens - held) * (per_token + per_pair * (tokens + held)))
-        for until, floor, late, base, recent, fixed, per_token, per_pair, held in zip(
+        + (share + external) * (fixed + (tokens - held) * (per_token + per_pair * (tokens + held)))
+        for wait, share, until, floor, late, base, recent, fixed, per_token, per_pair, held in zip(
+            fleet.wait,
+            fleet.share,
             fleet.until,
             fleet.floor,
             fleet.late,
@@ -107,13 +109,13 @@ def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
     ]
     for tier, (warm, cold) in enumerate(((known.device, known.host), (known.host or known.device, known.disk))):
         if cold and cold != warm:
-            scores = _with_loads(fleet, scores, work, warm, cold, fleet.per_loaded[tier])
+            scores = _with_loads(fleet, scores, external, warm, cold, fleet.per_loaded[tier])
     owed = fleet.rents.get(ask.overlaps.name, NO_RENT)[0] if ask.overlaps.name is not None else 0.0
     if owed:
         scores = [score + owed if held == longest else score for score, held in zip(scores, known.device, strict=True)]
     for slot in ask.exclude:
         scores[slot] = INFINITE
-    ways = _fetched(fleet, known, scores, work, now) if fleet.peers else {}
+    ways = _fetched(fleet, known, scores, external, now) if fleet.peers else {}
     choices = [
         _priced(ask, fleet, slot, known, ways.get(slot) or _loaded(fleet, slot, known), score, now)
         for slot, score in _best(scores)
@@ -160,15 +162,20 @@ def _gain(fleet: Fleet, slot: int, warm: int, cold: int, per_loaded: float) -> f
 
 
 def _with_loads(
-    fleet: Fleet, scores: Sequence[float], work: float, warm: Sequence[int], cold: Sequence[int], loads: Sequence[float]
+    fleet: Fleet,
+    scores: Sequence[float],
+    external: float,
+    warm: Sequence[int],
+    cold: Sequence[int],
+    loads: Sequence[float],
 ) -> list[float]:
     """`_gain` for all, where there is one. Loading delays those behind it as computing does, so it is weighed alike."""
     return [
-        score - work * gain
+        score - (share + external) * gain
         if deep > shallow and (gain := (deep - shallow) * (per_token + per_pair * (deep + shallow) - per_loaded)) > 0
         else score
-        for score, shallow, deep, per_token, per_pair, per_loaded in zip(
-            scores, warm, cold, fleet.per_token, fleet.per_pair, loads, strict=True
+        for score, share, shallow, deep, per_token, per_pair, per_loaded in zip(
+            scores, fleet.share, warm, cold, fleet.per_token, fleet.per_pair, loads, strict=True
         )
     ]
 
@@ -185,7 +192,7 @@ def _loaded(fleet: Fleet, slot: int, known: Known) -> Way:
     return Way(depth, tier, seconds)
 
 
-def _fetched(fleet: Fleet, known: Known, scores: list[float], work: float, now: float) -> dict[int, Way]:
+def _fetched(fleet: Fleet, known: Known, scores: list[float], external: float, now: float) -> dict[int, Way]:
     """The same for what another node has, on the instances with the shortest queues; scores get better by it."""
     lengths = known.disk or known.host
     longest = max(lengths, default=0)
@@ -198,7 +205,7 @@ def _fetched(fleet: Fleet, known: Known, scores: list[float], work: float, now: 
         own, per_loaded = _loaded(fleet, slot, known), fleet.per_loaded[PEER][slot]
         gain = _gain(fleet, slot, own.cached_tokens, longest, per_loaded)
         if longest > own.cached_tokens and gain > 0 and fleet.instances[slot].node != source.node:
-            scores[slot] -= work * gain
+            scores[slot] -= (fleet.share[slot] + external) * gain
             seconds = own.seconds + (longest - own.cached_tokens) * per_loaded
             ways[slot] = Way(longest, Tier.PEER, seconds)
     return ways
@@ -219,17 +226,15 @@ def _best(scores: Sequence[float], count: int = CHOICES_MAX) -> list[tuple[int, 
 
 
 def _priced(ask: Ask, fleet: Fleet, slot: int, known: Known, way: Way, score: float, now: float) -> Choice:
-    queue, interference = fleet.queue_seconds(slot, now), fleet.base[slot]
-    cached, tokens = way.cached_tokens, ask.prompt_tokens
-    recompute = fleet.fixed[slot] + max(tokens - cached, 1) * (
-        fleet.per_token[slot] + fleet.per_pair[slot] * (tokens + cached)
-    )
+    cached, alone, interference = way.cached_tokens, fleet.alone[slot], fleet.base[slot]
+    recompute = _recompute(fleet, slot, ask.prompt_tokens, cached)
+    queue = fleet.queue_seconds(slot, now) + (fleet.share[slot] - alone) * (recompute + way.seconds)
     return Choice(
         instance=slot,
-        seconds=queue + interference + way.seconds + recompute,
+        seconds=queue + interference + alone * (way.seconds + recompute),
         queue_seconds=queue,
-        transfer_seconds=way.seconds,
-        recompute_seconds=recompute,
+        transfer_seconds=alone * way.seconds,
+        recompute_seconds=alone * recompute,
         interference_seconds=interference,
         cached_tokens=cached,
         loaded_tokens=cached - known.device[slot],
