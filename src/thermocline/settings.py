@@ -311,6 +311,9 @@ class Settings:
     tenants_path: Path | None = _setting(
         Kind.PATH, None, "A gateway's API keys: a TOML file of [[keys]] tables with a tenant and the sha256 of a key."
     )
+    instance_key_file: Path | None = _setting(
+        Kind.PATH, None, "A file whose first line is the API key that a gateway sends to its instances."
+    )
     admin_socket: Path | None = _setting(
         Kind.PATH, None, "Where a gateway is administered; by default gateway-PORT.sock in this user's runtime folder."
     )

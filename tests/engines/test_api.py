@@ -26,7 +26,7 @@ from tests.engines.eager import eager_store
 from thermocline.engines import api
 from thermocline.engines.models import Model
 from thermocline.engines.transformers import Engine
-from thermocline.errors import ThermoclineError
+from thermocline.errors import SettingsError, ThermoclineError
 from thermocline.lens import fetch, report
 from thermocline.lens.summary import summarise
 from thermocline.settings import Settings
@@ -494,6 +494,32 @@ def test_a_key_protects_everything_but_health(engine: Engine, tmp_path: Path) ->
             status, _, answer = Client(server.url, {"authorization": header}).send("GET", "/metrics")
             error = json.loads(answer)["error"]
             assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
+
+
+def test_a_keyed_engine_behind_a_keyed_gateway(engine: Engine, tmp_path: Path) -> None:
+    """The gateway takes its clients' key, and gives instances theirs: neither sees the other's, nor does a client."""
+    pytest.importorskip("uvloop")
+    from tests.gateway.serving import World
+    from thermocline.gateway.admission import Keys
+    from thermocline.gateway.serve import _instance_key
+
+    (tmp_path / "key").write_text("sesame\n")
+    body = {"prompt": [1, 2, 3], "max_tokens": 1}
+    with ApiServer(engine, Settings(port=0, api_key_file=tmp_path / "key")) as server, World() as world:
+        door = world.gateway([urlsplit(server.url).port], keys=Keys.of_one("clients"))
+        client = Client(f"http://127.0.0.1:{door.port}", {"authorization": "Bearer clients"})
+        assert client.send("POST", "/v1/completions", body)[0] == 401, "the engine asks for no key"
+        door.gateway.instance_key = _instance_key(tmp_path / "key")
+        assert client.post("/v1/completions", **body)["usage"]["prompt_tokens"] == 3
+        stranger = Client(f"http://127.0.0.1:{door.port}", {"authorization": "Bearer sesame"})
+        assert stranger.send("POST", "/v1/completions", body)[0] == 401
+        behind_none = world.gateway([urlsplit(server.url).port])
+        behind_none.gateway.instance_key = _instance_key(tmp_path / "key")
+        sent = Client(f"http://127.0.0.1:{behind_none.port}", {"authorization": "Bearer wrong"})
+        assert sent.post("/v1/completions", **body), "what a client sends goes nowhere"
+    (tmp_path / "key").write_text("two words\n")
+    with pytest.raises(SettingsError, match="cannot be one"):
+        _instance_key(tmp_path / "key")
 
 
 def test_a_port_in_use_is_an_error_with_a_hint(client: Client, engine: Engine) -> None:

@@ -410,6 +410,25 @@ def test_only_the_gateway_asks_for_keys(monkeypatch, tmp_path):
     assert door[door.index("--tenants-path") + 1] == str(tenants)
 
 
+def test_engines_ask_for_the_key_that_their_gateway_sends(monkeypatch, tmp_path):
+    """With a key for instances, engines behind a gateway ask for that one, and the gateway is told where it stands."""
+    pytest.importorskip("uvloop")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    own, clients = tmp_path / "own", tmp_path / "clients"
+    own.write_text("secret\n")
+    settings = Settings(model="m", api_key_file=clients, instance_key_file=own)
+    behind = launch.inside(settings, 8000)
+    ours, theirs = launch.transformers(behind, tmp_path / "s", 8001), launch.vllm(behind, "{}", 8002, instances=1)
+    door = launch.gateway(settings, 8000, behind, [ours, theirs]).words
+    assert ours.words[ours.words.index("--api-key-file") + 1] == str(own)
+    assert theirs.environment["VLLM_API_KEY"] == "secret"
+    assert (door[door.index("--api-key-file") + 1], door[door.index("--instance-key-file") + 1]) == (
+        str(clients),
+        str(own),
+    )
+    assert not {"secret", "--instance-key-file"} & {*ours.words, *theirs.words, *launch.node(behind, own, bool).words}
+
+
 def test_a_gateway_knows_where_events_are_told_again():
     """Where each vLLM tells KV events again to who missed them, its own gateway asks for them, under the same name."""
     pytest.importorskip("uvloop")

@@ -135,7 +135,7 @@ def test_several_processes_share_an_address(folder, stack):
     """Three gateways that know nothing of each other but what instances tell find conversations, and spread load."""
     fleet = Fleet(folder, stack, "--gateway-processes", "3")
     with talking(fleet) as (clients, _):
-        pass
+        clients.wait_asked(4 * REQUESTS)
     assert not clients.lost
     assert {each.instance for each in clients.asked} == set("abcd")
     assert clients.spread() <= 1.3

@@ -82,10 +82,12 @@ def transformers(settings: Settings, socket: Path, port: int, *, more: Sequence[
 def inside(settings: Settings, port: int) -> Settings:
     """What the node and engines behind a gateway at `port` are started with: loopback, ports behind it, and events.
 
-    They ask for no key: the gateway judges who may ask, and hands no key on.
+    They ask for the key of `instance_key_file`, which the gateway sends, or for none: it judges who may ask.
     """
     events = f"tcp://127.0.0.1:{free_ports(LOOPBACK, 0, 1)[0]}"
-    behind = dataclasses.replace(settings, host=LOOPBACK, port=port + 1, api_key_file=None, tenants_path=None)
+    own = settings.instance_key_file
+    behind = dataclasses.replace(settings, host=LOOPBACK, port=port + 1, api_key_file=own, instance_key_file=None)
+    behind = dataclasses.replace(behind, tenants_path=None)
     return dataclasses.replace(behind, events_endpoint=events, events_name=NODE_NAME)
 
 

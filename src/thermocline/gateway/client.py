@@ -250,7 +250,9 @@ class Client(asyncio.Protocol):
     def _known(self, route: Route, target: bytes) -> Head:
         seen = self._seen
         authorization = seen.get(b"authorization", b"")
-        if authorization and self._gateway.keys is None:  # else it is our key, and goes no further
+        if self._gateway.instance_key:
+            self._headers.append(self._gateway.instance_key)
+        elif authorization and self._gateway.keys is None:  # else it is our key, and goes no further
             self._headers.append(b"authorization: %b\r\n" % authorization)
         told, session = seen.get(b"x-request-id", b""), seen.get(b"x-session-id", b"")
         name = told.decode() if _ID.fullmatch(told) else ""

@@ -60,6 +60,7 @@ class Gateway:
             msg = f"host {host} can be reached from other machines, and no API keys protect it"
             raise SettingsError(msg, hint="give it API keys, or listen on 127.0.0.1")
         self.chooser, self.keys = chooser, keys
+        self.instance_key = b""  # the header's line that all instances get, if they ask for a key
         self.limits, self.rules = limits or Limits(connections_max=4096), rules or Rules()
         self.clock, self.metrics = clock or SystemClock(), metrics or Metrics()
         self.budget = RetryBudget(self.rules.retry_share, self.rules.retry_burst)

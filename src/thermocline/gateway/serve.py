@@ -125,7 +125,18 @@ def _gateway(settings: Settings, door: Door, instances: list[Instance], metrics:
     elif settings.api_key_file is not None:
         keys = Keys.of_one(read_key(settings.api_key_file))
     limits = Limits(body_bytes_max=settings.body_bytes_max, connections_max=CONNECTIONS_MAX)
-    return Gateway(door, instances, host=settings.host, keys=keys, limits=limits, metrics=metrics)
+    gateway = Gateway(door, instances, host=settings.host, keys=keys, limits=limits, metrics=metrics)
+    if settings.instance_key_file is not None:
+        gateway.instance_key = _instance_key(settings.instance_key_file)
+    return gateway
+
+
+def _instance_key(path: Path) -> bytes:
+    """The header's line."""
+    key = read_key(path, what="instances' API key")
+    if not key.isprintable() or " " in key:
+        raise SettingsError(f"the instances' API key in {path} cannot be one", hint="write it in one word, in ASCII")
+    return b"authorization: Bearer %b\r\n" % key.encode()
 
 
 def _reader(settings: Settings) -> Reader[Chain] | None:

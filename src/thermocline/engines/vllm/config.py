@@ -15,7 +15,7 @@ from thermocline.settings import DECLARED, Settings
 _KNOWN = ("socket", "settings")
 NOT_THE_NODES = frozenset(
     {"model", "host", "port", "api_key_file", "threads", "requests_max", "prompt_tokens_max", "new_tokens_max"}
-    | {"body_bytes_max", "tokens_per_block", "node_socket"}
+    | {"body_bytes_max", "tokens_per_block", "node_socket", "instance_key_file"}
 )
 """Settings that say nothing of tiers."""
 
