@@ -47,7 +47,7 @@ class Booking:
     arrived: float
     streams: int
     trust: float
-    queued_seconds: float
+    booked_seconds: float
     incarnation: int
     first_at: float | None = None
     stretch: Stretch | None = None
@@ -76,9 +76,7 @@ class Fleet:
         self.floor: list[float] = []
         self.late: list[float] = []
         self.base: list[float] = []  # what streams and missing seats add; infinite where nothing may be sent
-        # what a second counts of the queue, of a request where nobody waits, and of one there now: see `Steps`
-        self.wait: list[float] = []
-        self.alone: list[float] = []
+        self.wait: list[float] = []  # what a second of the queue counts, and one of the next request: see `Steps`
         self.share: list[float] = []
         self.fixed: list[float] = []
         self.per_token: list[float] = []
@@ -132,7 +130,7 @@ class Fleet:
             zeros.append(0.0)
         for zeros in (self.per_pair, self._work, self._head_since, self._first_at, *self.per_loaded):
             zeros.append(0.0)
-        for ones in (self.wait, self.alone, self.share):
+        for ones in (self.wait, self.share):
             ones.append(1.0)
         mean = sum(self.recent) / slot if slot else 0.0  # one that is new has nothing to catch up with
         self.recent.append(mean + 1e-9 * self.unit * ((slot + self._offset) * 0.618_034 % 1))
@@ -172,10 +170,10 @@ class Fleet:
         slot = choice.instance
         self._sweep(slot, now)
         waiting = self._waiting[slot]
-        own = (choice.recompute_seconds + choice.transfer_seconds) / self.alone[slot]
-        queued = self.booked_seconds(slot, now)
+        own = choice.recompute_seconds + choice.transfer_seconds
+        booked = self.booked_seconds(slot, now)
         streams, trust, incarnation = self._streams[slot], self.trust[slot], self._incarnation[slot]
-        booking = Booking(ask, choices, own, now, streams, trust, queued, incarnation)
+        booking = Booking(ask, choices, own, now, streams, trust, booked, incarnation)
         if not waiting:
             self._head_since[slot] = now
             self._work[slot] = 0.0
@@ -202,10 +200,7 @@ class Fleet:
         self._streams[slot] += 1
         self._busy_seconds += max(0.0, now - max(booking.arrived, self._first_at[slot]))
         self._first_at[slot] = now
-        costs = self._costs[slot]
-        booking.stretch = costs.first_token(booking.arrived, now)
-        interference = booking.choice.interference_seconds
-        costs.waited(booking.work_seconds, booking.queued_seconds, now - booking.arrived - interference)
+        booking.stretch = self._costs[slot].first_token(booking.arrived, now)
         self._settle(slot)
 
     def finished(self, booking: Booking, now: float, cached_tokens: int | None = None) -> Outcome:
@@ -216,7 +211,9 @@ class Fleet:
                 known = choice.cached_tokens if cached_tokens is None else cached_tokens
                 if booking.stretch is not None:
                     terms = terms_of(booking.ask, choice, booking.streams, known)
-                    self._costs[slot].finished(booking.stretch, terms, idle=not self._waiting[slot])
+                    costs, seconds = self._costs[slot], booking.first_at - booking.arrived
+                    costs.waited(terms, booking.booked_seconds, seconds - choice.interference_seconds)
+                    costs.finished(booking.stretch, terms, idle=not self._waiting[slot])
                     self._learned(slot)
                 seconds = self._stream_seconds[slot]
                 self._stream_seconds[slot] = FADING * seconds + (1 - FADING) * (now - booking.first_at)
@@ -357,8 +354,7 @@ class Fleet:
         extra = self._per_stream[slot] * streams + wait
         self.base[slot] = extra if self.available[slot] else math.inf
         steps = self._costs[slot].steps
-        self.wait[slot], self.alone[slot] = steps.wait, steps.alone
-        self.share[slot] = max(steps.behind, steps.alone) if head else steps.alone
+        self.wait[slot], self.share[slot] = steps.wait, steps.behind if head else 1.0
 
     def _forget(self) -> None:
         """One that was dear once gets nothing, so nobody would notice that it is not any more: give it another try."""

@@ -36,33 +36,25 @@ but not so much as to decide alone."""
 
 @dataclass(slots=True)
 class Steps:
-    """How a request's own seconds and those booked before it make its first token, learned by least squares.
+    """What it means that requests wait: seconds = behind * own + wait * booked, learned by least squares.
 
-        seconds = alone * own                       where nobody waits
-        seconds = behind * own + wait * queue       else
-
-    One that computes requests in turn has 1, 1, 1. Engines that batch compute in one step what came while they were
-    busy, and all of it has its first token at the step's end: then `behind` says how many more such requests usually
-    come into the same step, which nobody can know when it is booked. Errors are relative to what it took.
+    One that computes requests in turn has 1 and 1. Engines that batch compute in one step what came while they were
+    busy, and all of it has its first token at the step's end: then `behind` counts those that come later and get into
+    the same step, which nobody can know when a request is booked. Errors are relative to what it took.
     """
 
-    alone: float = 1.0
     behind: float = 1.0
     wait: float = 1.0
-    _own: list[float] = field(default_factory=lambda: [STEP_PRIOR, STEP_PRIOR])
-    _sums: list[float] = field(default_factory=lambda: [STEP_PRIOR, 0.0, STEP_PRIOR, STEP_PRIOR, STEP_PRIOR])
+    _sums: tuple[float, ...] = (STEP_PRIOR, 0.0, STEP_PRIOR, STEP_PRIOR, STEP_PRIOR)
 
-    def observe(self, own_seconds: float, queue_seconds: float, seconds: float) -> None:
-        """A first token took so long."""
-        per_second = 1 / max(seconds, (own_seconds + queue_seconds) / OFF_MAX)
-        own, queue = own_seconds * per_second, queue_seconds * per_second
-        if not queue:
-            self._own = [STEP_FADING * total + new for total, new in zip(self._own, (own * own, own), strict=True)]
-            self.alone = min(self._own[1] / self._own[0], STEP_MAX)
-            return
-        new = (own * own, own * queue, queue * queue, own, queue)
-        self._sums = [STEP_FADING * total + more for total, more in zip(self._sums, new, strict=True)]
-        self.behind, self.wait = (min(share, STEP_MAX) for share in _two(*self._sums))
+    def observe(self, own_seconds: float, booked_seconds: float, seconds: float) -> None:
+        """A first token took so long behind what was booked."""
+        per_second = 1 / max(seconds, (own_seconds + booked_seconds) / OFF_MAX)
+        own, booked = own_seconds * per_second, booked_seconds * per_second
+        new = (own * own, own * booked, booked * booked, own, booked)
+        self._sums = tuple(STEP_FADING * total + more for total, more in zip(self._sums, new, strict=True))
+        behind, wait = _two(*self._sums)
+        self.behind, self.wait = min(max(behind, 1.0), STEP_MAX), min(wait, STEP_MAX)
 
 
 def _two(xx: float, xy: float, yy: float, x: float, y: float) -> tuple[float, float]:
@@ -136,10 +128,10 @@ class InstanceCosts:
         elif idle and not stretch.unfinished:
             self._close(stretch)
 
-    def waited(self, own_seconds: float, queue_seconds: float, seconds: float) -> None:
-        """A first token took `seconds`, and this was known beforehand. What was booked when little was says nothing."""
-        if own_seconds > 0 and seconds > 0 and self._fit.observations >= OPEN_OBSERVATIONS:
-            self.steps.observe(own_seconds, queue_seconds, seconds)
+    def waited(self, terms: Sequence[float], booked_seconds: float, seconds: float) -> None:
+        """Its first token took `seconds`, and so much was booked before it. While little is known that says nothing."""
+        if booked_seconds > 0 and seconds > 0 and self._fit.observations >= OPEN_OBSERVATIONS:
+            self.steps.observe(self._fit.predict([*terms[:3], 0.0, *terms[4:]]), booked_seconds, seconds)
 
     def _close(self, stretch: Stretch) -> None:
         stretch.closed = True

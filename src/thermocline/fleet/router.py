@@ -226,15 +226,15 @@ def _best(scores: Sequence[float], count: int = CHOICES_MAX) -> list[tuple[int, 
 
 
 def _priced(ask: Ask, fleet: Fleet, slot: int, known: Known, way: Way, score: float, now: float) -> Choice:
-    cached, alone, interference = way.cached_tokens, fleet.alone[slot], fleet.base[slot]
+    cached, interference = way.cached_tokens, fleet.base[slot]
     recompute = _recompute(fleet, slot, ask.prompt_tokens, cached)
-    queue = fleet.queue_seconds(slot, now) + (fleet.share[slot] - alone) * (recompute + way.seconds)
+    queue = fleet.queue_seconds(slot, now) + (fleet.share[slot] - 1.0) * (recompute + way.seconds)
     return Choice(
         instance=slot,
-        seconds=queue + interference + alone * (way.seconds + recompute),
+        seconds=queue + interference + way.seconds + recompute,
         queue_seconds=queue,
-        transfer_seconds=alone * way.seconds,
-        recompute_seconds=alone * recompute,
+        transfer_seconds=way.seconds,
+        recompute_seconds=recompute,
         interference_seconds=interference,
         cached_tokens=cached,
         loaded_tokens=cached - known.device[slot],
