@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from tests.fuzz.node import REPLY_SEEDS, SESSION_SEEDS, feed_replies, feed_session
+from tests.wire.batches import ARRAYS, EVENTS, OTHERS, packed
 from thermocline.errors import RequestError
 from thermocline.gateway.admission import read_front, spliced
 from thermocline.tokens.prompt import prompt_of
 from thermocline.wire import messages as say
 from thermocline.wire.events import (
-    AllBlocksCleared,
     Batch,
-    BlockRemoved,
     BlockStored,
     Topic,
     read_batch,
@@ -134,21 +132,6 @@ def _http() -> list[Target]:
     return [Target("http", _in_two(feed_client), CLIENT_SEEDS), Target("answers", _in_two(feed_link), LINK_SEEDS)]
 
 
-_STORED = BlockStored(
-    (1, 2**63, b"k" * 32),
-    b"p" * 32,
-    array("I", [1, 200, 70_000] * 16),
-    16,
-    "CPU",
-    "lora",
-    (("salt", ["image", 7]), None),
-)
-_EVENTS = (_STORED, BlockStored((5,), None, array("I", range(16)), 16), BlockRemoved((1, b"k")), AllBlocksCleared())
-_ARRAYS = [
-    ["BlockStored", [1], None, list(range(16)), 16, None, "GPU"],
-    ["BlockRemoved", [1], "CPU"],
-    ["AllBlocksCleared"],
-]
 _BODIES = [
     say.Hello(1, "1.0", "engine"),
     say.Stage(1, (1, 2), b"k" * 64, 100),
@@ -211,9 +194,9 @@ TARGETS = {
             "events",
             _events,
             [
-                write_batch(Batch(1.5, _EVENTS)),
-                write_batch(Batch(0.0, _EVENTS[1:2])),
-                msgspec.msgpack.encode([1.5, _ARRAYS, 0]),
+                write_batch(Batch(1.5, EVENTS)),
+                write_batch(Batch(0.0, EVENTS[1:2])),
+                packed(*ARRAYS, *OTHERS),
             ],
         ),
         Target("topics", _topics, [write_topic(Topic("http://127.0.0.1:8000", "org/model")).encode(), b"kv", b"kv@@"]),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.wire.batches import ARRAYS, MAP, OTHERS, STORED, TOKENS, packed
 from thermocline.wire import events
 from thermocline.wire.events import (
     AllBlocksCleared,
@@ -23,30 +24,11 @@ from thermocline.wire.events import (
 )
 from thermocline.wire.messages import MessageError
 
-TOKENS = list(range(32))
-STORED = BlockStored((1, 2**64 - 1), None, array("I", TOKENS), 16)
-MAP = {
-    "type": "BlockStored",
-    "block_hashes": [1, 2**64 - 1],
-    "parent_block_hash": None,
-    "token_ids": TOKENS,
-    "block_size": 16,
-    "lora_id": None,
-    "medium": "GPU",
-    "lora_name": None,
-}
-
-
-def packed(*told: object, seconds: object = 1.5, rest: tuple[object, ...] = (0,)) -> bytes:
-    return msgspec.msgpack.encode((seconds, list(told), *rest))
-
 
 @pytest.mark.parametrize(
     "told",
     [
-        ["BlockStored", [1, 2**64 - 1], None, TOKENS, 16, None],  # 0.9
-        ["BlockStored", [1, 2**64 - 1], None, TOKENS, 16, None, "GPU"],  # 0.12
-        ["BlockStored", [1, 2**64 - 1], None, TOKENS, 16, None, "GPU", None, [None, None]],  # 0.20
+        *ARRAYS,
         MAP,
         MAP | {"extra_keys": [None, None], "session_id": "s", "ownership": "o", "a newer field": {"deep": [1]}},
     ],
@@ -85,9 +67,8 @@ def test_an_adapter_that_has_a_number_alone_is_told_apart():
 
 def test_removals_and_resets_are_read():
     """BlockRemoved and AllBlocksCleared of both forms arrive in their order."""
-    told = [["BlockRemoved", [5]], ["BlockRemoved", [6], "CPU"], ["AllBlocksCleared"]]
     expected = (BlockRemoved((5,)), BlockRemoved((6,), "CPU"), AllBlocksCleared())
-    assert read_batch(packed(*told, rest=())).events == expected
+    assert read_batch(packed(*OTHERS, rest=())).events == expected
     told = [
         {"type": "BlockRemoved", "block_hashes": [5], "medium": None},
         {"type": "BlockRemoved", "block_hashes": [6], "medium": "CPU"},
