@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.harness import CLOCK, Progress, Report, check, spread
+from bench.harness import CLOCK, Progress, Report, check, ratios, spread
 from bench.routers import SGLANG, VLLM, Router, sglang_router, thermocline_route, vllm_router
 from bench.vllm_server import free_port
 from thermocline.errors import BenchError
@@ -215,17 +215,17 @@ def _report(
     medians = {name: spread(values) for name, values in first.items()}
     added = medians[OURS]["median"] - medians[DIRECT]["median"]
     checks.append(check("first streamed byte, added", added, "s", FIRST_SECONDS_MAX, "lower"))
-    ratios = {
-        f"{case}: {name} over the floor": seconds / arms[FLOOR]
-        for case, arms in least.items()
-        for name, seconds in arms.items()
-        if name != FLOOR
+    beside_floor = {
+        f"{case}: {name} over the floor": spread(ratios(arms[name], arms[FLOOR]))
+        for case, arms in measured.items()
+        for name in (OURS, *SHARES)
+        if name in arms
     }
     notes = [f"{case}: {_line(arms)}" for case, arms in least.items()]
     notes += _out_of_reach(least)
     details: dict[str, Any] = {
         "arms": {f"first streamed byte: {name}": row for name, row in medians.items()},
-        "ratios": {name: spread([ratio]) for name, ratio in ratios.items()},
+        "ratios": beside_floor,
         "cpu_seconds": least,
         "requests_per_second": rates,
         "idle_cpu_share": dict(idle),
