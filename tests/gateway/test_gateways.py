@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from bench.vllm_server import free_port
 from tests.gateway.fleet import Clients, Light, Route
+from tests.gateway.serving import until
 
 pytest.importorskip("zmq", reason="KV events need pyzmq")
 pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
@@ -21,14 +23,35 @@ SPREAD_MAX = 1.3
 
 
 @pytest.fixture(scope="module")
-def gateways(tmp_path_factory) -> Iterator[list[str]]:
-    """Three gateways that hear the same four instances, each over connections of its own."""
-    folder = tmp_path_factory.mktemp("g")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("g")
+
+
+@pytest.fixture(scope="module")
+def instances(folder) -> Iterator[list[Light]]:
+    """Four that listen for whoever wants to hear them."""
     with ExitStack() as stack:
-        lights = [
-            stack.enter_context(Light(folder, name, f"@tcp://127.0.0.1:{free_port()}", BLOCKS)) for name in "abcd"
-        ]
-        yield [stack.enter_context(Route(folder, lights, name=f"g{number}")).url for number in range(3)]
+        yield [stack.enter_context(Light(folder, name, f"@tcp://127.0.0.1:{free_port()}", BLOCKS)) for name in "abcd"]
+
+
+@pytest.fixture(scope="module")
+def gateways(folder, instances) -> Iterator[list[str]]:
+    """Three gateways that hear the same instances, each over connections of its own."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Route(folder, instances, name=f"g{number}")).url for number in range(3)]
+
+
+def test_one_that_comes_later_asks_for_what_it_missed(folder, instances):
+    """A gateway that joins knows from replays what all instances hold, once it has heard of each."""
+    urls = [each.url for each in instances]
+    with contextlib.closing(Clients(urls)) as clients:
+        clients.wait_asked(100)
+    with Route(folder, instances, name="late") as late:
+        with contextlib.closing(Clients(urls, seed=1)) as clients:
+            clients.wait_asked(100)
+        held = {each.name: each.held() for each in instances}
+        assert all(held.values())
+        assert until(lambda: {name: each["blocks"]["device"] for name, each in late.instances().items()} == held)
 
 
 WORKLOADS = {

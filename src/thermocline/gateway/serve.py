@@ -165,8 +165,8 @@ def _heard(
     subscriber = Subscriber(listen, hearing.take)
     stack.callback(subscriber.close)
     for each in routed:
-        if each.replay:
-            subscriber.replay_from(each.events or each.instance.name, each.replay)
+        for source in {each.events, each.instance.name} - {""} if each.replay else ():  # a topic may name it, or not
+            subscriber.replay_from(source, each.replay)
     if gateway.observer is not None:
         gateway.observer.hears(hearing.counts, subscriber)
     return True

@@ -373,6 +373,8 @@ class Store:
 
     def found_damaged(self, layout: Layout, keys: Sequence[BlockKey]) -> None:
         """Somebody's copy of these blocks did not verify: look at them again, and drop what is damaged."""
+        if layout.block_bytes > self.memory_bytes:
+            return  # whoever says so has declared a layout of which nothing can lie in memory
         buffer = np.empty(layout.block_bytes, np.uint8)
         for key in keys:
             self._load_from(self._warm.name, layout, [key], [[buffer]], self._clock.now() + self._load_seconds_max)
