@@ -213,7 +213,10 @@ class Good:
             for at in range(count):
                 yield b'data: {"at":%d}\n\n' % at
                 await asyncio.sleep(0.005)
-            yield b"data: {%b}\n\ndata: [DONE]\n\n" % USAGE
+            yield b"data: {%b}\n\n" % USAGE
+            await asyncio.sleep(0.005)
+            yield b"data: [DONE]\n\n"
+            await asyncio.sleep(0.005)
         finally:
             self.left.set()
 

@@ -17,7 +17,7 @@ from thermocline.gateway.admission import Tenant, spliced
 from thermocline.gateway.decisions import Record, Try
 from thermocline.gateway.routes import Route
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
-from thermocline.gateway.usage import read_usage
+from thermocline.gateway.usage import TAIL_BYTES, read_usage
 from thermocline.tokens.prompt import Front
 from thermocline.wire.http import CLIENT_GONE
 
@@ -33,6 +33,8 @@ BUSY = frozenset({429, 502, 503, 504})
 OK, BROKEN = 200, 500
 JOINED_BYTES_MAX = 16 << 10
 """Shorter bodies are copied behind their heads: one piece costs less to send than two."""
+END_BYTES = 64
+"""`[DONE]` and the end of the last chunk may come in pieces of their own, behind the one that tells of usage."""
 MODEL_CHARACTERS_MAX = 128
 """Of what a client calls the model, in a record: thousands of those are kept."""
 LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
@@ -215,7 +217,10 @@ class Exchange:
 
     def more(self, data: bytes) -> None:
         """More of the answer, as it came."""
-        self._before, self._last = self._last, data
+        if len(data) < END_BYTES:
+            self._last = (self._last + data)[-TAIL_BYTES:]
+        else:
+            self._before, self._last = self._last, data
         self.deadline = min(self._gateway.clock.now() + self._gateway.rules.gap_seconds, self._total_deadline)
         self.client.write(data)
 
