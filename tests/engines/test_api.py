@@ -498,7 +498,7 @@ def test_a_key_protects_everything_but_health(engine: Engine, tmp_path: Path) ->
 
 def test_a_keyed_engine_behind_a_keyed_gateway(engine: Engine, tmp_path: Path) -> None:
     """The gateway takes its clients' key, and gives instances theirs: neither sees the other's, nor does a client."""
-    pytest.importorskip("uvloop")
+    pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
     from tests.gateway.serving import World
     from thermocline.gateway.admission import Keys
     from thermocline.gateway.serve import _instance_key

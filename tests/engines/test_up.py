@@ -390,7 +390,7 @@ def test_no_setting_reaches_a_child_twice(monkeypatch, tmp_path):
 
 def test_only_the_gateway_asks_for_keys(monkeypatch, tmp_path):
     """Engines behind a gateway get neither its key nor its tenants, in words or environment; the gateway gets both."""
-    pytest.importorskip("uvloop")
+    pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
     for name in ("VLLM_API_KEY", "THERMOCLINE_API_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     key, tenants = tmp_path / "key", tmp_path / "tenants.toml"
@@ -412,7 +412,7 @@ def test_only_the_gateway_asks_for_keys(monkeypatch, tmp_path):
 
 def test_engines_ask_for_the_key_that_their_gateway_sends(monkeypatch, tmp_path):
     """With a key for instances, engines behind a gateway ask for that one, and the gateway is told where it stands."""
-    pytest.importorskip("uvloop")
+    pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     own, clients = tmp_path / "own", tmp_path / "clients"
     own.write_text("secret\n")
@@ -431,7 +431,7 @@ def test_engines_ask_for_the_key_that_their_gateway_sends(monkeypatch, tmp_path)
 
 def test_a_gateway_knows_where_events_are_told_again():
     """Where each vLLM tells KV events again to who missed them, its own gateway asks for them, under the same name."""
-    pytest.importorskip("uvloop")
+    pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
     from thermocline.gateway.serve import instances_of
     from thermocline.wire.events import read_topic
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench import dynamo_peer, route
 
-pytest.importorskip("zmq")
+pytest.importorskip("zmq", reason="KV events need pyzmq")
 
 
 def test_what_is_sent_is_found(monkeypatch):

@@ -24,6 +24,7 @@ BACK_SECONDS = 5.0
 REQUESTS = 150
 BACK_SHARE = 0.9
 FOUND = 0.75
+REPLAYED = 'events_heard_total{stage="socket",outcome="replayed"}'
 STOP_LOST = 2
 """Connections that nobody has taken, or read from, when the gateway stops to listen: those the kernel resets."""
 
@@ -101,6 +102,7 @@ def test_the_gateway_is_restarted(folder, stack):
         killed = CLOCK.now()
         fleet.gateway.start()
         assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
+    assert fleet.gateway.counted(REPLAYED) >= len(fleet.instances), "what was told before was not asked for"
     assert len(clients.lost) <= clients.at_once
     assert all(each.at <= killed and not each.status for each in clients.lost)
     assert until(lambda: picture_off(fleet) == 0), "what instances hold is not what the gateway says"
@@ -128,7 +130,7 @@ def test_events_are_late_and_some_are_lost(folder, stack):
         assert hit_rate_after(clients, CLOCK.now()) >= BACK_SHARE * undisturbed
     assert not clients.lost
     assert late.lost > 0
-    assert fleet.gateway.counted('events_heard_total{stage="socket",outcome="replayed"}') > 0
+    assert fleet.gateway.counted(REPLAYED) > 0, "what was lost was not asked for"
 
 
 def test_several_processes_share_an_address(folder, stack):

@@ -90,7 +90,7 @@ def test_ps_as_json(node, runtime, capsys):
 
 def test_a_gateway(runtime, capsys):
     """`ps` shows each gateway with what its instances hold. A socket's name says nothing of who listens there."""
-    pytest.importorskip("uvloop")
+    pytest.importorskip("uvloop", reason="the gateway runs on uvloop")
     from tests.gateway.serving import World
     from thermocline.fleet.index import FleetIndex
     from thermocline.gateway.admin import admin, admin_socket

@@ -97,6 +97,7 @@ def test_an_empty_directory(tmp_path):
     """An empty directory is taken, also one that a file system made its own folder in."""
     (tmp_path / "lost+found").mkdir()
     DiskTier(tmp_path, 16 * MIB).close()
+    assert len([*tmp_path.iterdir()]) > 1
 
 
 def test_a_crash_at_the_making(tmp_path):
