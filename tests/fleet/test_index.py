@@ -349,6 +349,29 @@ def test_a_dropped_instance_holds_nothing(index):
     index.check_integrity()
 
 
+def test_a_lost_engine_leaves_what_its_node_holds(index):
+    """With `source`, only that stream's blocks and what was sent there are forgotten; the other stream goes on."""
+    tokens = text(20)
+    keys = block_keys(array("I", tokens), root=root_key(), tokens_per_block=BLOCK)
+    engine, node = Engine(index), Engine(index, 0, "node m")
+    node.says(BlockStored(tuple(keys[:8]), None, array("I"), BLOCK, medium="CPU"))
+    node.says(BlockStored(tuple(keys[8:12]), keys[7], array("I"), BLOCK, medium="STORAGE"))
+    engine.says(stored(tokens))
+    index.learn(0, index.chain(text(5, seed=1)))
+    index.drop(0, source="")
+    found = index.match(index.chain(tokens))
+    assert (found.device, found.host, found.disk) == ([0], [8 * BLOCK], [12 * BLOCK])
+    assert not any(index.match(index.chain(text(5, seed=1))).device)
+    assert not node.says(BlockRemoved((keys[11],), medium="STORAGE")).restarted
+    engine.sequence = 0
+    assert not engine.says(stored(tokens, 0, 2)).restarted
+    found = index.match(index.chain(tokens))
+    assert (found.device, found.disk) == ([2 * BLOCK], [11 * BLOCK])
+    index.drop(0)
+    assert index.blocks == 0
+    index.check_integrity()
+
+
 def test_a_next_turn_hashes_only_what_is_new(index):
     """A chain that continues another one has the same match as one made of all tokens."""
     tokens = text(50)

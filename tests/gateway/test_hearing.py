@@ -9,9 +9,11 @@ from collections import Counter
 import pytest
 
 from thermocline.clock import ManualClock
+from thermocline.fleet.books import Fleet
 from thermocline.fleet.index import FleetIndex
 from thermocline.fleet.instance import Instance
 from thermocline.fleet.wiring import EVIDENCE
+from thermocline.gateway.door import Door
 from thermocline.gateway.hearing import Hearing
 from thermocline.gateway.observe import Observer
 from thermocline.gateway.rules import Rules
@@ -54,6 +56,22 @@ def test_whose_events(index, hearing, source, held):
     hearing.take(source, 0, _stored("CPU" if "@n@" in source else "GPU"))
     assert [sum(index.blocks_of(slot)) * 16 for slot in (0, 1)] == held
     assert hearing.counts == Counter({"batches": 1} if any(held) else {"unknown": 1})
+
+
+def test_an_engine_is_lost_and_its_node_goes_on(index, hearing):
+    """What a node told of an instance is true when its engine is gone, until the instance leaves for good."""
+    door = Door(index, Fleet(), policy="least_loaded", secret=b"s" * 32)
+    door.joined(0, A)
+    hearing.take("kv@n@m", 0, _stored("CPU"))
+    hearing.take("kv@a@m", 0, _stored())
+    assert index.blocks_of(0) == (4, 4, 0)
+    door.lost(0)
+    assert index.blocks_of(0) == (0, 4, 0)
+    hearing.take("kv@n@m", 1, _stored("STORAGE"))
+    assert index.blocks_of(0) == (0, 4, 4)
+    door.left(0)
+    door.close()
+    assert index.blocks_of(0) == (0, 0, 0)
 
 
 def test_what_is_no_batch(index, hearing):
