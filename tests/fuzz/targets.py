@@ -52,7 +52,8 @@ def _events(payload: bytes) -> None:
         if isinstance(event, BlockStored):
             assert len(event.tokens) + len(event.hashes) <= len(payload)
             assert event.block_tokens > 0
-    assert read_batch(write_batch(batch)).events == batch.events
+    again = read_batch(write_batch(batch)).events
+    assert again == batch.events or repr(again) == repr(batch.events)  # a number that is none is not equal to itself
 
 
 def _topics(payload: bytes) -> None:
