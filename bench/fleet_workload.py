@@ -43,8 +43,8 @@ def _text(rng: random.Random, count: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(int(count / 1.15)))
 
 
-def conversations(url: str, salt: str, *, sessions: bool = False) -> Ran:
-    """Every conversation's turns in order, eight requests at a time over all. `sessions`: each names its own."""
+def conversations(url: str, salt: str, *, sessions: bool = False, at_once: int = AT_ONCE) -> Ran:
+    """Every conversation's turns in order, so many requests at a time over all. `sessions`: each names its own."""
     rng = random.Random(1)  # noqa: S311  # must replay
     system = f"{salt} {_text(rng, SYSTEM_WORDS)}"
     texts = [[_text(rng, TURN_WORDS) for _ in range(TURNS)] for _ in range(CONVERSATIONS)]
@@ -55,7 +55,7 @@ def conversations(url: str, salt: str, *, sessions: bool = False) -> Ran:
             history += f"\nuser: {text}\nassistant:"
             history += ask(history, {"X-Session-ID": f"{salt} c{number}"} if sessions else {})
 
-    return _together(url, CONVERSATIONS, converse)
+    return _together(url, CONVERSATIONS, converse, at_once)
 
 
 def fresh(url: str, salt: str, count: int) -> Ran:
@@ -69,9 +69,11 @@ def _ignored(_: object) -> None:
     return None
 
 
-def _together(url: str, count: int, one: Callable[[int, Callable[[str, dict[str, str]], str]], None]) -> Ran:
+def _together(
+    url: str, count: int, one: Callable[[int, Callable[[str, dict[str, str]], str]], None], at_once: int = AT_ONCE
+) -> Ran:
     """Run `one` for each number in a thread of its own; requests take turns."""
-    ran, turns, lock = Ran(), threading.Semaphore(AT_ONCE), threading.Lock()
+    ran, turns, lock = Ran(), threading.Semaphore(at_once), threading.Lock()
 
     def ask(text: str, headers: dict[str, str]) -> str:
         with turns:

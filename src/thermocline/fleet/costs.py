@@ -28,7 +28,7 @@ EAGER_OBSERVATIONS = 32
 TOGETHER = 0.1
 """First tokens that come within so much of a stretch's length after it are of the same step."""
 STEP_FADING = 0.98
-STEP_PRIOR = 0.05
+STEP_PRIOR = 0.01
 STEP_MAX, OFF_MAX = 8.0, 4.0
 """No share is learned to be more than the first. What was predicted at more than the second times what it took is news,
 but not so much as to decide alone."""
@@ -45,7 +45,7 @@ class Steps:
 
     behind: float = 1.0
     wait: float = 1.0
-    _sums: tuple[float, ...] = (STEP_PRIOR, 0.0, STEP_PRIOR, STEP_PRIOR, STEP_PRIOR)
+    _sums: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def observe(self, own_seconds: float, booked_seconds: float, seconds: float) -> None:
         """A first token took so long behind what was booked."""
@@ -53,7 +53,8 @@ class Steps:
         own, booked = own_seconds * per_second, booked_seconds * per_second
         new = (own * own, own * booked, booked * booked, own, booked)
         self._sums = tuple(STEP_FADING * total + more for total, more in zip(self._sums, new, strict=True))
-        behind, wait = _two(*self._sums)
+        xx, xy, yy, x, y = self._sums
+        behind, wait = _two(xx + STEP_PRIOR, xy, yy + STEP_PRIOR, x + STEP_PRIOR, y + STEP_PRIOR)
         self.behind, self.wait = min(max(behind, 1.0), STEP_MAX), min(wait, STEP_MAX)
 
 
