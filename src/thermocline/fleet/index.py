@@ -351,9 +351,8 @@ class FleetIndex:
                 unplaced[why] = unplaced.get(why, 0) + count
         known.batches += 1
         known.stored += stored
-        for end, behind in ends.items():
-            known.ends.note(behind, end)
-        for _ in range(len(known.waiting)):
+        noted = [known.ends.note(behind, end) for end, behind in ends.items()]
+        for _ in range(len(known.waiting) if any(noted) else 0):
             ended = known.waiting.popleft()
             if not self._ties.tie(ended, known.ends, known.bit) and batch.seconds <= ended.until_seconds:
                 known.waiting.append(ended)

@@ -57,11 +57,11 @@ class Ends:
         self.sizes: set[int] = set()
         self._by_depth: OrderedDict[tuple[int, int], tuple[_End, ...]] = OrderedDict()
 
-    def note(self, behind: Place | None, place: Place) -> None:
-        """Blocks behind `behind` came, up to `place`. One block alone is what an engine says while it answers."""
+    def note(self, behind: Place | None, place: Place) -> bool:
+        """Blocks behind `behind` came, up to `place`. False for one alone: an engine says that while it answers."""
         start, depth, block_tokens = depth_of(behind), depth_of(place), place[0].forest.filed[1]
         if behind is not None and depth - start == 1:
-            return
+            return False
         self.count += 1
         self.sizes.add(block_tokens)
         before = self._by_depth.get((block_tokens, start), ())
@@ -70,6 +70,7 @@ class Ends:
         self._by_depth[block_tokens, depth] = (*same[1 - ENDS_MAX :], _End(self.count, place, start, first))
         if len(self._by_depth) > DEPTHS_MAX:
             self._by_depth.popitem(last=False)
+        return True
 
     def fitting(self, ended: Ended, block_tokens: int, bit: int) -> set[Place]:
         """Where that prompt may have ended: at its last whole block, of which the slot (its `bit`) holds some still.
