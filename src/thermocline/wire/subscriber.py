@@ -30,8 +30,6 @@ REPLAYS_MAX = 16
 REPLAY_SECONDS, REPLAY_SECONDS_MAX, REPLAY_PAUSE_SECONDS = 1.0, 10.0, 2.0
 """How long a replay may be silent, how long it may take, and how long until the same source is asked again."""
 AT_ONCE = 256
-GATHER_SECONDS = 0.001
-"""How long to let messages come together: being woken for each costs a third as much as taking it in."""
 MESSAGE_FRAMES, ANSWER_FRAMES = 3, 4
 
 Take = Callable[[str, int, bytes], object]
@@ -75,7 +73,7 @@ class Subscriber:
         self._streams: dict[str, _Stream] = {}
         self._asking: dict[zmq.Socket[bytes], tuple[str, _Stream]] = {}
         self._sockets: dict[zmq.Socket[bytes], str] = {}
-        self._closing = threading.Event()
+        self._closing = False
         self.counts: Counter[str] = Counter()
         self._context = zmq.Context()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -104,9 +102,9 @@ class Subscriber:
 
     def close(self, seconds: float = 2.0) -> None:
         """Listen no more. A second call does nothing."""
-        if self._closing.is_set():
+        if self._closing:
             return
-        self._closing.set()
+        self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(seconds)
         if not self._thread.is_alive():
@@ -126,7 +124,7 @@ class Subscriber:
         try:
             for each in (self._wake, *self._sockets):
                 self._poller.register(each, zmq.POLLIN)
-            while not self._closing.wait(GATHER_SECONDS):
+            while not self._closing:
                 for sock, _ in self._poller.poll(100 if self._asking else None):
                     if sock in self._sockets:
                         self._hear(sock)
