@@ -84,6 +84,7 @@ class Fleet:
         self.per_loaded: tuple[list[float], ...] = ([], [], [])  # from host memory, disk and another node
         self.recent: list[float] = []  # seconds of work sent lately, in `unit`s
         self.trust: list[float] = []
+        self.doubted = False  # whether any of them is below 1
         self.turns: list[int] = []
         self.unit = 1.0
         self.no_tokens: list[int] = []
@@ -304,6 +305,7 @@ class Fleet:
         self._streams[slot] = 0
         self._found[slot] = [0.0, 0.0, 0.0]
         self.trust[slot] = 1.0
+        self.doubted = min(self.trust) < 1.0
         self.recent[slot] = sum(self.recent) / len(self.recent)
         for session in [each for each, (where, _, _) in self.sessions.items() if where == slot]:
             del self.sessions[session]
@@ -429,6 +431,7 @@ class Fleet:
             sums[at] = sums[at] * TRUST_FADING + tokens
         trust = (sums[0] + TRUST_PRIOR_TOKENS) / (sums[1] + TRUST_PRIOR_TOKENS)
         self.trust[slot] = 1.0 if trust >= TRUST_FULL else max(trust, TRUST_MIN)
+        self.doubted = min(self.trust) < 1.0
 
 
 def _outcome(booking: Booking, cached_tokens: int | None) -> Outcome:

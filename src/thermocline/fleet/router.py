@@ -125,17 +125,10 @@ def _predicted_ttft(ask: Ask, fleet: Fleet, now: float) -> list[Choice]:
 
 def _known(ask: Ask, fleet: Fleet, now: float) -> Known:
     """What is held, as far as it can be believed, with what the session says."""
-    slots = len(fleet.instances)
-    overlaps = ask.overlaps
-    device, host, disk = (
-        each if not each or len(each) == slots else [*each, *fleet.no_tokens[len(each) :]][:slots]
-        for each in (overlaps.device or fleet.no_tokens, overlaps.host, overlaps.disk)
-    )
-    if min(fleet.trust, default=1.0) < 1.0:
-        device, host, disk = (
-            [int(tokens * trust) for tokens, trust in zip(each, fleet.trust, strict=False)]
-            for each in (device, host, disk)
-        )
+    slots, overlaps = len(fleet.instances), ask.overlaps
+    device, host, disk = overlaps.device or fleet.no_tokens, overlaps.host, overlaps.disk
+    if len(device) != slots or fleet.doubted:
+        device, host, disk = (_believed(each, fleet) for each in (device, host, disk))
     visit = fleet.sessions.get(ask.session) if ask.session is not None else None
     if visit is not None and now - visit[2] <= SESSION_SECONDS:
         slot, tokens = visit[0], min(visit[1], ask.prompt_tokens - 1)
@@ -143,6 +136,14 @@ def _known(ask: Ask, fleet: Fleet, now: float) -> Known:
             device = [*device]
             device[slot] = tokens
     return Known(device, host, disk)
+
+
+def _believed(lengths: Sequence[int], fleet: Fleet) -> Sequence[int]:
+    """For each slot that there is now, no more than it has proven to have of what was said to be there."""
+    if not lengths:
+        return lengths
+    more = fleet.no_tokens[len(lengths) :]
+    return [int(tokens * trust) for tokens, trust in zip([*lengths, *more], fleet.trust, strict=False)]
 
 
 def _external(fleet: Fleet) -> float:
@@ -184,6 +185,8 @@ def _loaded(fleet: Fleet, slot: int, known: Known) -> Way:
     """What its own node's tiers are worth to an instance."""
     depth = known.device[slot]
     tier, seconds = Tier.DEVICE if depth else Tier.NONE, 0.0
+    if not (known.host or known.disk):
+        return Way(depth, tier, seconds)
     for at, (name, lengths) in enumerate(((Tier.HOST, known.host), (Tier.DISK, known.disk))):
         per_loaded = fleet.per_loaded[at][slot]
         if lengths and lengths[slot] > depth and _gain(fleet, slot, depth, lengths[slot], per_loaded) > 0:
@@ -271,6 +274,8 @@ def _explained(ask: Ask, fleet: Fleet, choices: list[Choice], known: Known, long
 def _hint(fleet: Fleet, first: Choice, known: Known) -> Hint | None:
     """The best copy anywhere else, where it is longer than what this instance's own tiers have."""
     slot = first.instance
+    if not (known.host or known.disk) and known.device[slot] == max(known.device):
+        return None
     own = max(each[slot] for each in known if each)
     best: tuple[Sequence[int], Tier] | None = None
     for tier, lengths in ((Tier.DEVICE, known.device), (Tier.HOST, known.host), (Tier.DISK, known.disk)):
