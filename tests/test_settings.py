@@ -53,6 +53,7 @@ OTHER = {
     "policy": "least_loaded",
     "tokenizer_path": "/models/m",
     "tenants_path": "/etc/keys.toml",
+    "instance_key_file": "/etc/instances.key",
     "admin_socket": "/run/user/1000/gateway.sock",
     "events_listen": "tcp://127.0.0.1:5557",
     "gateway_processes": "4",
