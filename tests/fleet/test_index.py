@@ -317,6 +317,16 @@ def test_late_events_name_what_was_learned(index):
     index.check_integrity()
 
 
+def test_a_part_of_a_block_is_not_expected(index):
+    """Of what was sent lately, an engine that announced blocks of 128 tokens is expected to hold whole ones."""
+    tokens, other = text(40), text(40, seed=1)
+    Engine(index, 0).says(stored(other[:256], block_tokens=128))
+    for slot in (0, 1):
+        index.learn(slot, index.chain(tokens))
+    assert index.match(index.chain(tokens)).device == [640, 640]
+    assert index.match(index.chain(tokens[:500])).device == [384, 496]
+
+
 def test_an_engines_names_reach_learned_blocks(index):
     """A block that was learned from one instance's history and announced by another is removed by its name."""
     tokens = text(10)

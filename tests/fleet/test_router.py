@@ -256,6 +256,21 @@ def test_every_choice_has_its_reason(overlaps, reason, tier):
     assert first.tier == tier
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_no_more_is_held_than_the_prompt_has(tier):
+    """Lengths that are guessed from bytes may exceed the prompt: the longest one still wins, and nothing is below 0."""
+    held = [800, 3_584]
+    overlaps = {
+        "device": Overlaps(held),
+        "host": Overlaps([400, 400], held),
+        "disk": Overlaps([400, 400], [400, 400], held),
+    }[tier]
+    choices = route(Ask(1_000, overlaps), fleet_of(2), BEST, 0.0)
+    assert where(choices) == 1
+    assert choices[0].cached_tokens == 999
+    assert all(choice.seconds > 0 and choice.score_seconds > 0 for choice in choices)
+
+
 def test_a_load_that_does_not_pay_is_not_counted_on():
     """Where a tier is slower than computing, the prediction is that of computing."""
     fleet = fleet_of(1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from thermocline.blocks.key import TOKENS_PER_KEY
 from thermocline.fleet.chains import RUN_BLOCKS, Place, Run
+from thermocline.fleet.instance import Overlaps
 from thermocline.fleet.links import WAITING_MAX, Ended, Ends
 from thermocline.fleet.wiring import Unplaced
 from thermocline.wire.events import BlockStored
@@ -43,6 +44,7 @@ class Held:
         "asked",
         "batches",
         "bit",
+        "block_tokens",
         "cached",
         "ends",
         "learned",
@@ -64,6 +66,7 @@ class Held:
     def begin(self) -> None:
         """As before its first batch, but for what it holds."""
         self.batches = self.stored = self.lost = self.learned = self.asked = self.predicted = self.cached = 0
+        self.block_tokens = TOKENS_PER_KEY  # of its engine's blocks; until events say so, as small as can be
         self.unplaced: dict[Unplaced, int] = {}
         self.ends = Ends()
         self.waiting: deque[Ended] = deque(maxlen=WAITING_MAX)
@@ -91,6 +94,15 @@ def depth_in(path: Sequence[Place], tiers: Sequence[dict[Run, int]]) -> int:
             return blocks + (missing & -missing).bit_length() - 1
         blocks += through
     return blocks
+
+
+def in_blocks(found: Overlaps, slots: Sequence[Held]) -> Overlaps:
+    """An engine uses whole blocks of its own: a part of one, that it is guessed to hold, counts for nothing."""
+    device, host, disk = (
+        [tokens // held.block_tokens * held.block_tokens for tokens, held in zip(lengths, slots, strict=False)]
+        for lengths in (found.device, found.host, found.disk)
+    )
+    return Overlaps(device, host, disk, found.name)
 
 
 def unusable(event: BlockStored) -> Unplaced | None:

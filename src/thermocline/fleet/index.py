@@ -49,6 +49,7 @@ from thermocline.fleet.held import (
     Held,
     Stream,
     depth_in,
+    in_blocks,
     slots_of,
     unusable,
 )
@@ -98,7 +99,7 @@ class FleetIndex:
         self._by_bytes = False
         self._instances: list[Held] = []
         self._recent: OrderedDict[Run, None] = OrderedDict()
-        self._has_colder = False
+        self._has_colder = self._has_coarser = False  # tiers than the device; blocks than the smallest
         self._used: deque[Run] = deque(maxlen=LOOKED_UP_MAX)
         self._sent: deque[tuple[int, Chain]] = deque(maxlen=SENT_MAX)
         self._ended: deque[tuple[int, Ended]] = deque(maxlen=SENT_MAX)
@@ -138,7 +139,7 @@ class FleetIndex:
             if path:
                 self._used.append(path[-1][0])
                 found = _longer(found, self._overlaps(path, chain.unit(filed)))
-        return found
+        return in_blocks(found, self._instances) if self._has_coarser and found is not NOTHING else found
 
     def _match_by_bytes(self, chain: Chain) -> Overlaps:
         tied, exact, linked_tokens, behind_tokens = self._ties.find(chain), NOTHING, 0, 0.0
@@ -379,7 +380,10 @@ class FleetIndex:
         tier = MEDIA[event.medium]
         stream.tiers.add(tier)
         names = _names(event.hashes)
-        self._has_colder = self._has_colder or tier != DEVICE
+        if tier != DEVICE:
+            self._has_colder = True
+        elif event.block_tokens != TOKENS_PER_KEY:
+            known.block_tokens, self._has_coarser = event.block_tokens, True
         if not event.tokens:
             self._hold(known, tier, forest.place(behind, names, names))
             return None

@@ -129,6 +129,9 @@ def _known(ask: Ask, fleet: Fleet, now: float) -> Known:
     device, host, disk = overlaps.device or fleet.no_tokens, overlaps.host, overlaps.disk
     if len(device) != slots or fleet.doubted:
         device, host, disk = (_believed(each, fleet) for each in (device, host, disk))
+    most = max(ask.prompt_tokens - 1, 0)
+    if max(disk or host or device, default=0) > most:  # lengths that are known by bytes are guesses
+        device, host, disk = ([min(tokens, most) for tokens in each] for each in (device, host, disk))
     visit = fleet.sessions.get(ask.session) if ask.session is not None else None
     if visit is not None and now - visit[2] <= SESSION_SECONDS:
         slot, tokens = visit[0], min(visit[1], ask.prompt_tokens - 1)
