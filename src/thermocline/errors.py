@@ -11,7 +11,8 @@
     ├── NodeError               a node cannot run here, or refuses us
     ├── BenchError              a bench cannot run here
     ├── LaunchError             a process that a command starts does not come up, or does not stay up
-    └── UnreachableError        a server that a command asks does not answer
+    ├── UnreachableError        a server that a command asks does not answer
+    └── CommandError            a command of the Redis protocol is refused; the message is the line of the reply
 
 Expected outcomes of the cache itself (miss, late, corrupt, refused) are values, never exceptions.
 """
@@ -82,3 +83,10 @@ class LaunchError(ThermoclineError):
 
 class UnreachableError(ThermoclineError):
     """A server that a command asks does not answer."""
+
+
+class CommandError(ThermoclineError):
+    """A command of the Redis protocol is refused. The message is the reply's line: its first word says which kind.
+
+    Those that Redis gives are worded as there, since clients know them; ours have a hint, which is sent along.
+    """
