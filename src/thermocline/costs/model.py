@@ -100,11 +100,14 @@ class Fit:
     or three terms is all of it).
     """
 
-    def __init__(self, prior: Sequence[float], typical: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, prior: Sequence[float], typical: Sequence[Sequence[float]], forgetting: float = FORGETTING
+    ) -> None:
+        """`forgetting` is what is left of an observation's weight with each later one of its size."""
         rows = np.array(typical, float)
         rows /= (rows @ np.array(prior))[:, None]
         self._scale = 1 / np.abs(rows).max(axis=0)
-        self._prior = tuple(prior)
+        self._prior, self._forgetting = tuple(prior), forgetting
         self._prior_sums = PRIOR_WEIGHT * _products(rows * self._scale)
         self._classes: dict[int, _Observed] = {}
         self.observations = 0
@@ -156,7 +159,7 @@ class Fit:
                     observed.fade(SLOWED_FORGETTING)
             size = int(terms[1]).bit_length() // 2
             observed = self._classes.setdefault(size, _Observed(np.zeros_like(self._prior_sums)))
-            observed.fade(FORGETTING)
+            observed.fade(self._forgetting)
             observed.sums += _products(row)
             observed.slowness += math.log(seconds / _dot(self._prior, terms))
             observed.weight += 1

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thermocline.fleet.costs import InstanceCosts, Stretch, terms_of
+from thermocline.fleet.costs import InstanceCosts, Stretch, new_fit, terms_of
 from thermocline.fleet.instance import Ask, Choice, Instance, InstanceState, Outcome, Regime, Why
 
 SESSIONS_MAX = 65_536
@@ -90,6 +90,7 @@ class Fleet:
         self.no_tokens: list[int] = []
         self.sessions: OrderedDict[str, tuple[int, int, float]] = OrderedDict()
         self.rents: OrderedDict[int, tuple[float, int]] = OrderedDict()  # seconds waited for a prefix, and when last
+        self._common = new_fit()
         self._costs: list[InstanceCosts] = []
         self._weights: list[tuple[float, ...]] = []
         self._per_stream: list[float] = []
@@ -99,7 +100,6 @@ class Fleet:
         self._first_at: list[float] = []
         self._streams: list[int] = []
         self._incarnation: list[int] = []
-        self._unknown: set[int] = set()
         self._stream_seconds: list[float] = []
         self._found: list[list[float]] = []  # tokens found cached, predicted to be, and of prompts
         self._turn = 0
@@ -113,18 +113,18 @@ class Fleet:
     def join(self, instance: Instance, slot: int | None = None, now: float = 0.0) -> int:
         """A new instance, and its slot: the next one, or one that somebody has left. Books of an old one are closed.
 
-        Its costs begin as those that another one has shown, where one has.
+        Its costs begin as what the fleet has shown.
         """
         assert slot is None or slot <= len(self.instances), "slots are given out in order"
         if slot is not None and slot < len(self.instances):
             self._clear(slot, now)
             if self.instances[slot].url != instance.url:
-                self._costs[slot] = self._costs_like()
+                self._costs[slot] = InstanceCosts(self._common)
                 self._weigh(slot)
             self.instances[slot] = instance
             self.allow(slot, available=True)
             return slot
-        costs, slot = self._costs_like(), len(self.instances)
+        costs, slot = InstanceCosts(self._common), len(self.instances)
         self.instances.append(instance)
         self.available.append(True)
         for zeros in (self.until, self.floor, self.late, self.base, self.fixed, self.per_token, self._per_stream):
@@ -143,7 +143,6 @@ class Fleet:
         self._waiting.append({})
         self._streams.append(0)
         self._incarnation.append(0)
-        self._unknown.add(slot)
         self._stream_seconds.append(STREAM_SECONDS_PRIOR)
         self._found.append([0.0, 0.0, 0.0])
         self._weigh(slot)
@@ -293,11 +292,6 @@ class Fleet:
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
-    def _costs_like(self, besides: int = -1) -> InstanceCosts:
-        others = (costs for slot, costs in enumerate(self._costs) if slot != besides)
-        like = max(others, key=lambda costs: costs.observations, default=None)
-        return InstanceCosts(like if like is not None and like.observations else None)
-
     def _clear(self, slot: int, now: float) -> None:
         for booking in [*self._waiting[slot].values()]:
             self.failed(booking, now)
@@ -362,18 +356,14 @@ class Fleet:
         """One that was dear once gets nothing, so nobody would notice that it is not any more: give it another try."""
         for slot, turn in enumerate(self.turns):
             if self._turn - turn > FORGOTTEN_TURNS * len(self.turns) and self._costs[slot].observations:
-                self._costs[slot] = self._costs_like(slot)
+                self._costs[slot] = InstanceCosts(self._common)
                 self._weigh(slot)
 
     def _learned(self, slot: int) -> None:
-        """What was learned of one instance is what is believed of those of which nothing is known."""
-        self._weigh(slot)
-        for other in [*self._unknown]:
-            if self._costs[other].observations:
-                self._unknown.discard(other)
-            elif self._costs[slot].observations and not self.in_flight(other):
-                self._costs[other] = InstanceCosts(self._costs[slot])
-                self._weigh(other)
+        """What one instance has shown is news of those that have not shown enough themselves, too."""
+        if self._costs[slot].weights is not self._weights[slot]:
+            for each in range(len(self.instances)):
+                self._weigh(each)
 
     def _weigh(self, slot: int) -> None:
         weights = self._costs[slot].weights

@@ -20,6 +20,9 @@ STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR = 1e-3, 1e-5, 5e-5, 5e-5
 PRIOR: Terms = (*PREFILL_PRIOR, STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR)
 LOADED_FROM = {Tier.HOST: 4, Tier.DISK: 5, Tier.PEER: 6}
 OPEN_OBSERVATIONS = 8
+"""Before it has shown so much of its own, an instance is believed to take what the fleet takes."""
+FORGETTING = 0.95
+"""First tokens are noisier than loads and prefills that were measured apart, so more of them count."""
 ODD = 2.0
 """After the first few, what is further off its prediction than this factor counts only if the one before was so too."""
 EVERY_SECONDS = 1.0
@@ -85,14 +88,10 @@ class Stretch:
 
 
 class InstanceCosts:
-    """Learned costs of one instance. A new one starts from what `like` has learned, or from a rough prior."""
+    """Learned costs of one instance. Until it has shown enough, those of `common`, to which all of a fleet add."""
 
-    def __init__(self, like: InstanceCosts | None = None) -> None:
-        prior = PRIOR
-        if like is not None:
-            learned = like.weights
-            prior = tuple(max(weight, known * 1e-3) for weight, known in zip(learned, PRIOR, strict=True))  # type: ignore[assignment]  # as many as there are
-        self._fit = Fit(prior, _TYPICAL)
+    def __init__(self, common: Fit | None = None) -> None:
+        self._common, self._fit = common or new_fit(), new_fit()
         self._learned_at = -EVERY_SECONDS
         self._open: Stretch | None = None
         self._odd = 0
@@ -101,12 +100,15 @@ class InstanceCosts:
     @property
     def weights(self) -> tuple[float, ...]:
         """From a to g of the formula above."""
-        return self._fit.weights
+        return self._believed().weights
 
     @property
     def observations(self) -> int:
         """How many stretches were learned from."""
         return self._fit.observations
+
+    def _believed(self) -> Fit:
+        return self._fit if self._fit.observations >= OPEN_OBSERVATIONS else self._common
 
     def first_token(self, arrived: float, now: float) -> Stretch:
         """The stretch that a first token at `now` belongs to. `finished` wants it back."""
@@ -131,8 +133,9 @@ class InstanceCosts:
 
     def waited(self, terms: Sequence[float], booked_seconds: float, seconds: float) -> None:
         """Its first token took `seconds`, and so much was booked before it. While little is known that says nothing."""
-        if booked_seconds > 0 and seconds > 0 and self._fit.observations >= OPEN_OBSERVATIONS:
-            self.steps.observe(self._fit.predict([*terms[:3], 0.0, *terms[4:]]), booked_seconds, seconds)
+        believed = self._believed()
+        if booked_seconds > 0 and seconds > 0 and believed.observations >= OPEN_OBSERVATIONS:
+            self.steps.observe(believed.predict([*terms[:3], 0.0, *terms[4:]]), booked_seconds, seconds)
 
     def _close(self, stretch: Stretch) -> None:
         stretch.closed = True
@@ -149,8 +152,14 @@ class InstanceCosts:
             before, self._odd = self._odd, (ratio > ODD) - (ratio < 1 / ODD)
             if self._odd not in {0, before}:
                 return
-        self._fit.observe(stretch.sums, seconds)
+        for fit in (self._fit, self._common):
+            fit.observe(stretch.sums, seconds)
         self._learned_at = stretch.ended
+
+
+def new_fit() -> Fit:
+    """What is believed of instances of which nothing is known."""
+    return Fit(PRIOR, _TYPICAL, FORGETTING)
 
 
 def _apart(stretch: Stretch, now: float) -> bool:
