@@ -9,6 +9,7 @@
     ├── ModelError              a model cannot be served (unknown, unsupported cache, no weights)
     ├── RequestError            a request is malformed; carries the HTTP status and OpenAI's `param` and `code`
     ├── NodeError               a node cannot run here, or refuses us
+    ├── NearError               the near cache cannot wait longer, or cannot be used so
     ├── BenchError              a bench cannot run here
     ├── LaunchError             a process that a command starts does not come up, or does not stay up
     ├── UnreachableError        a server that a command asks does not answer
@@ -71,6 +72,10 @@ class RequestError(ThermoclineError):
 
 class NodeError(ThermoclineError):
     """A node cannot run here, or refuses this client."""
+
+
+class NearError(ThermoclineError):
+    """The near cache cannot wait longer for a value, or cannot be used in this way."""
 
 
 class BenchError(ThermoclineError):

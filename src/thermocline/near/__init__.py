@@ -1,0 +1,19 @@
+"""Small hot values in this process, alone or in front of Redis, whose client is loaded only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from thermocline.near.cache import Cache, CacheStats, Entry
+
+__all__ = ["Cache", "CacheStats", "Entry"]
+
+_LATER = {"AsyncRedis": "redis_async", "Redis": "redis", "State": "state"}
+"""Names that need more than the standard library, and the file that each comes from."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # the attribute of a module
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
