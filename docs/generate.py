@@ -57,7 +57,7 @@ def cli_page() -> str:
     lines = ["# Command line", NOTE, "| exit code | meaning |", "|---|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in cli.EXIT_CODES.items()]
     lines += ["", "Errors go to stderr, as an `error:` line and a `hint:` line that names the next action.", ""]
-    for name, verb in sorted(cli.app.commands.items()):
+    for name, verb in sorted(_verbs(cli.app.commands).items()):
         arguments = "".join(f" {param.metavar or param.name.upper()}" for param in _params(verb, click.Argument))
         lines += [
             f"## thermocline {name}",
@@ -67,7 +67,7 @@ def cli_page() -> str:
             _unwrapped(verb.help),
             "",
         ]
-        takes_settings = type(verb) is not click.Command
+        takes_settings = type(verb).__name__ == "_VerbWithSettings"
         hidden = settings.DECLARED if takes_settings else {}
         options = [param for param in _params(verb, click.Option) if param.name not in hidden]
         lines += [
@@ -79,6 +79,14 @@ def cli_page() -> str:
             lines.append("| `--SETTING VALUE` | One flag for each of the [settings](settings.md). |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _verbs(commands: dict[str, click.Command], before: str = "") -> dict[str, click.Command]:
+    """By what a person types; of a group, those in it."""
+    found = {}
+    for name, verb in commands.items():
+        found |= _verbs(verb.commands, f"{before}{name} ") if isinstance(verb, click.Group) else {before + name: verb}
+    return found
 
 
 def _params(verb: click.Command, kind: type[click.Parameter]) -> list:

@@ -32,7 +32,7 @@ ONLY_IN = {
     "asyncio": "wire/ gateway/ node/ near/ engines/api engines/light fleet/membership.py",
     "redis": "tiers/redis.py near/",
     "zmq": "wire/",
-    "uvloop": "gateway/ engines/api engines/light",
+    "uvloop": "gateway/ wire/ engines/api engines/light",
     "httptools": "gateway/ wire/",
 }
 NOWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

@@ -64,6 +64,19 @@ class _VerbWithSettings(click.Command):
         return [*_settings_flags(), *super().get_params(ctx)]
 
 
+class _NearVerb(click.Command):
+    """A verb with a flag per setting of `near serve`, by its short name: --port for `near_port`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        import copy
+
+        wanted = [flag for flag in _settings_flags() if (flag.name or "").startswith(("near_", "config_"))]
+        flags = [copy.copy(flag) for flag in wanted]
+        for flag in flags:
+            flag.opts = [flag.opts[0].replace("--near-", "--")]
+        return [*flags, *super().get_params(ctx)]
+
+
 @functools.cache
 def _settings_flags() -> list[click.Option]:
     from thermocline.settings import CONFIG_VARIABLE, DECLARED
@@ -211,6 +224,35 @@ def vllm_config(config_path: str | None, socket: str | None, as_json: bool, **fl
     path = Path(socket) if socket else settings.node_socket or running_node()
     click.echo(f"the node is {path}" if path else "no node: the engine starts a private one", err=True)
     click.echo(vllm_config_json(settings, path))
+
+
+@app.group(cls=_Verbs)
+def near() -> None:
+    """Small hot values in memory."""
+
+
+@near.command("serve", cls=_NearVerb)
+@_json_flag
+def near_serve(config_path: str | None, as_json: bool, **flags: str | None) -> None:
+    """Keep values in memory behind the Redis protocol, for any client of Redis.
+
+    Nothing is kept when it ends: durable state belongs in Redis or Valkey. Listens until Ctrl-C or SIGTERM. --json
+    announces the address as JSON.
+    """
+    settings = _load_settings(config_path, flags)
+    from thermocline.near.engine import Engine
+    from thermocline.wire import resp_server
+
+    def ready(url: str) -> None:
+        import json
+
+        click.echo(json.dumps({"url": url}) if as_json else f"thermocline near is serving at {url}")
+        sys.stdout.flush()
+
+    engine = Engine(settings.near_memory_bytes, password=settings.near_password())
+    limits = resp_server.RespLimits.of(settings.near_memory_bytes, settings.near_connections_max)
+    path = settings.near_unix_socket
+    resp_server.serve(engine, limits, host=settings.near_host, port=settings.near_port, path=path, ready=ready)
 
 
 @app.command()

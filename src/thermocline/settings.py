@@ -333,6 +333,20 @@ class Settings:
         least=1,
         most=1 << 34,
     )
+    near_host: str = _setting(
+        Kind.TEXT, "127.0.0.1", "Where `near serve` listens. Any but loopback needs `near_password_file`."
+    )
+    near_port: int = _setting(Kind.COUNT, 6379, "The port of `near serve`; 0 picks a free one.", most=65535)
+    near_unix_socket: Path | None = _setting(
+        Kind.PATH, None, "A Unix socket for `near serve`, of this user alone, in place of host and port."
+    )
+    near_password_file: Path | None = _setting(
+        Kind.PATH, None, "A file whose first line is the password that clients of `near serve` must say."
+    )
+    near_memory_bytes: int = _setting(
+        Kind.SIZE, 256 << 20, "What `near serve` holds at most; older keys go.", least=1 << 20, most=1 << 50
+    )
+    near_connections_max: int = _setting(Kind.COUNT, 1024, "Clients of `near serve` at a time.", least=1, most=65536)
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -350,6 +364,17 @@ class Settings:
                 f"host {self.host} can be reached from other machines, and no API key protects it",
                 hint="set api_key_file, or listen on 127.0.0.1",
             )
+
+    def near_password(self) -> bytes | None:
+        """The password of `near serve`. Raises SettingsError where it can be reached from elsewhere and has none."""
+        if self.near_password_file is not None:
+            return read_key(self.near_password_file, what="password").encode()
+        if self.near_unix_socket is None and not is_loopback(self.near_host):
+            raise SettingsError(
+                f"near_host {self.near_host} can be reached from other machines, and no password protects it",
+                hint="set near_password_file, or listen on 127.0.0.1",
+            )
+        return None
 
     @classmethod
     def load(

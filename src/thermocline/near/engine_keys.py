@@ -8,8 +8,9 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from bisect import bisect_left
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from thermocline.clock import ManualClock
 from thermocline.errors import CommandError
@@ -26,6 +27,7 @@ ENTRY_SHARE = 4
 CHARGES_BYTES = 4096
 """More than a cache charges for an entry beside its weight."""
 ENDS_SPARE = 1024
+PATTERN_BYTES_MAX = 1024
 
 
 class Keyspace:
@@ -35,6 +37,8 @@ class Keyspace:
         self.clock = ManualClock()
         self.value_bytes_max = bytes_max // ENTRY_SHARE
         self.cache = Cache(bytes_max, clock=self.clock, entry_bytes_max=self.value_bytes_max + CHARGES_BYTES)
+        self.protocol = 2
+        """RESP2 or RESP3: what the command that runs is answered in."""
         self.changed: list[bytes] = []
         self.cleared = False
         """Whether `clear` was called, so that every key may have changed; whoever takes `changed` sets it back."""
@@ -61,7 +65,7 @@ class Keyspace:
             return None
         if type(value) is not kind:
             raise CommandError(WRONG_TYPE)
-        return value  # type: ignore[no-any-return]  # the line before looked at it
+        return value
 
     def any(self, key: bytes) -> Value | None:
         """The value, of whatever kind."""
@@ -74,10 +78,8 @@ class Keyspace:
 
     def names(self, pattern: bytes) -> list[bytes]:
         """The keys that look like this."""
-        if pattern == b"*":
-            return list(self.cache.entries)  # type: ignore[arg-type]  # only bytes are put there
-        fits = glob(pattern)
-        return [key for key in self.cache.entries if fits.fullmatch(key)]  # type: ignore[type-var, misc]  # as above
+        held = cast("list[bytes]", list(self.cache.entries))  # only bytes are put there
+        return held if pattern == b"*" else list(filter(glob(pattern).fullmatch, held))
 
     def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
         """About `count` keys from a cursor on, and the next cursor, 0 at the end.
@@ -86,8 +88,8 @@ class Keyspace:
         """
         if cursor == 0 or not self._ordered:
             self._ordered = sorted((hash(key) & (1 << 62) - 1, key) for key in self.cache.entries)  # type: ignore[misc]  # as in `names`
-        start = next_at = bisect_of(self._ordered, cursor)
-        next_at += count
+        start = bisect_left(self._ordered, (cursor, b""))
+        next_at = start + count
         found = [key for _, key in self._ordered[start:next_at] if key in self.cache.entries]
         if next_at < len(self._ordered):
             return self._ordered[next_at][0], found
@@ -152,16 +154,11 @@ class Keyspace:
             heapq.heapify(self._ends)
 
 
-def bisect_of(ordered: list[tuple[int, bytes]], cursor: int) -> int:
-    """Where the first key lies whose hash is not below the cursor."""
-    from bisect import bisect_left
-
-    return bisect_left(ordered, (cursor, b""))
-
-
 @lru_cache(maxsize=256)
 def glob(pattern: bytes) -> re.Pattern[bytes]:
     """Redis' patterns: * ? [abc] [^a-z] and a backslash. Each star stops at its first fit, so that none takes long."""
+    if len(pattern) > PATTERN_BYTES_MAX:
+        raise CommandError(f"ERR a pattern has at most {PATTERN_BYTES_MAX} bytes")
     parts = [b""]
     for token in re.findall(rb"\\.|\[\^?(?:\\.|[^\]\\])*\]?|\*+|.", pattern, re.DOTALL):
         if token[:1] == b"*":
@@ -182,7 +179,9 @@ def _one(token: bytes) -> bytes:
     if token[:1] != b"[":
         return re.escape(token[1:] if len(token) > 1 else token)
     negated = token[1:2] == b"^"
-    inside = re.findall(rb"(?:\\(.)|(.))(?:-(?:\\(.)|(.)))?", token[2 if negated else 1 :].removesuffix(b"]"), re.DOTALL)
+    inside = re.findall(
+        rb"(?:\\(.)|(.))(?:-(?:\\(.)|(.)))?", token[2 if negated else 1 :].removesuffix(b"]"), re.DOTALL
+    )
     ranges = b""
     for low, low_bare, high, high_bare in inside:
         a = low or low_bare

@@ -170,6 +170,7 @@ class Ranked:
 Container = Hash | Members | Items | Ranked
 Value = bytes | Container
 EMBEDDED_BYTES_MAX, PACKED_MAX, PACKED_BYTES_MAX, INTEGERS_MAX = 44, 128, 64, 512
+INTEGER_DIGITS_MAX = 20
 
 
 def kind_of(value: Value) -> str:
@@ -186,12 +187,16 @@ def encoding_of(value: Value) -> str:
     packed, loose = value.encodings
     if isinstance(value, Members):
         return packed if len(value) <= INTEGERS_MAX and all(map(is_integer, value)) else loose
-    elements = value.scores if isinstance(value, Ranked) else value
-    words = [*elements, *elements.values()] if isinstance(value, Hash) else elements
+    words = (
+        [*value, *value.values()] if isinstance(value, Hash) else value.scores if isinstance(value, Ranked) else value
+    )
     small = len(value) <= (INTEGERS_MAX if isinstance(value, Hash) else PACKED_MAX)
     return packed if small and all(len(word) <= PACKED_BYTES_MAX for word in words) else loose
 
 
 def is_integer(text: bytes) -> bool:
     """Whether these are the digits that Redis would write for a number of 64 bits."""
-    return len(text) <= 20 and text.removeprefix(b"-").isdigit() and -(1 << 63) <= int(text) < 1 << 63 and b"%d" % int(text) == text  # noqa: PLR2004, E501
+    if len(text) > INTEGER_DIGITS_MAX or not text.removeprefix(b"-").isdigit():
+        return False
+    number = int(text)
+    return -(1 << 63) <= number < 1 << 63 and b"%d" % number == text

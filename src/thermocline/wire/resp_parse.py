@@ -109,7 +109,9 @@ class RequestParser:
             return False
         count = _number(line, b"invalid multibulk length", least=-(1 << 63))
         if count > self.bounds.words_max:
-            raise _broken(b"unauthenticated multibulk length" if self.bounds is STRANGER else b"invalid multibulk length")
+            raise _broken(
+                b"unauthenticated multibulk length" if self.bounds is STRANGER else b"invalid multibulk length"
+            )
         self._left = max(0, count)
         return True
 

@@ -1,0 +1,208 @@
+"""An embedded server's meaning: what each command does, for sessions of clients. No bytes of a protocol, no I/O.
+
+    Engine     the keys, who watches and follows them, and the sessions; `execute` runs one command
+    Session    one client: what it chose (name, protocol, tracking), its transaction, and pushes that wait for it
+
+One thread uses an engine. Nothing is kept when the process ends: durable state belongs in Redis or Valkey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+from thermocline.clock import Clock, SystemClock
+from thermocline.errors import CommandError
+from thermocline.near import engine_containers, engine_sessions, engine_strings  # noqa: F401  # they fill the table
+from thermocline.near.engine_keys import Keyspace
+from thermocline.near.engine_table import TABLE, Command, Reply
+from thermocline.near.engine_tracking import Followers, Following
+
+REFUSED = (
+    "EVAL EVALSHA EVAL_RO EVALSHA_RO SCRIPT FUNCTION FCALL FCALL_RO SAVE BGSAVE BGREWRITEAOF LASTSAVE SHUTDOWN DUMP "
+    "RESTORE MIGRATE REPLICAOF SLAVEOF PSYNC SYNC WAIT CLUSTER MODULE MONITOR DEBUG"
+)
+"""Commands of Redis that an embedded cache does not have on purpose, unlike those that it merely lacks."""
+NO_DURABILITY = "this is a cache in memory: scripts, replicas and durable state belong in Redis or Valkey"
+NOT_QUEUED = frozenset({"multi", "exec", "discard", "watch", "unwatch", "quit", "reset"})
+NOT_IN_MULTI = frozenset({"subscribe", "unsubscribe", "psubscribe", "punsubscribe", "hello", "auth", "client|reply"})
+WITHOUT_PASSWORD = frozenset({"auth", "hello", "quit", "reset"})
+WHILE_SUBSCRIBED = frozenset({"subscribe", "unsubscribe", "psubscribe", "punsubscribe", "ping", "quit", "reset"})
+QUEUED_BYTES_MAX = 64 << 20
+NAME_SHOWN_MAX = 128
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client. `wake` is called when something was pushed, or `closing` was set, from another client's command."""
+
+    id: int
+    address: str
+    wake: Callable[[], None]
+    since: float
+    authenticated: bool
+    name: bytes = b""
+    library: tuple[bytes, bytes] = (b"", b"")
+    protocol: int = 2
+    plain: bool = False
+    """Nothing has to be looked at before a command is run. See `settle`."""
+    queue: list[tuple[Command, list[bytes]]] | None = None
+    queue_spoilt: bool = False
+    queued_bytes: int = 0
+    watched: dict[bytes, None] | None = None
+    stale: bool = False
+    """A watched key has changed."""
+    following: Following | None = None
+    caching: bool | None = None
+    """What CLIENT CACHING said of the next command."""
+    channels: dict[bytes, None] | None = None
+    patterns: dict[bytes, None] | None = None
+    answers: str = "ON"
+    """CLIENT REPLY: ON, OFF, or SKIP for this command, SKIPPING for the next."""
+    last_command: str = ""
+    last_at: float = 0.0
+    pushes: list[Reply] | None = None
+    closing: bool = False
+
+    @property
+    def subscriptions(self) -> int:
+        """Channels and patterns."""
+        return len(self.channels or ()) + len(self.patterns or ())
+
+    def push(self, message: tuple[Reply, ...]) -> None:
+        """Have it sent, behind the reply to what this client is waiting for."""
+        if self.pushes is None:
+            self.pushes = []
+        self.pushes.append(message)
+        self.wake()
+
+    def settle(self) -> None:
+        """Something that `plain` depends on has changed."""
+        listens = self.protocol < 3 and self.subscriptions > 0  # noqa: PLR2004  # RESP3 tells pushes from replies
+        self.plain = self.authenticated and self.queue is None and not listens and self.answers == "ON"
+
+
+class Engine:
+    """Commands on keys in memory of at most `bytes_max`. A `password` must be said before any other command."""
+
+    def __init__(self, bytes_max: int, *, password: bytes | None = None, clock: Clock | None = None) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.password = password
+        self.keys = Keyspace(bytes_max)
+        self.followers = Followers()
+        self.watchers: dict[bytes, set[Session]] = {}
+        self.subscribers: dict[bytes, set[Session]] = {}
+        self.pattern_subscribers: dict[bytes, set[Session]] = {}
+        self.sessions: dict[int, Session] = {}
+        self.started = self.clock.wall()
+        self.commands = 0
+        self.bytes_max = bytes_max
+        self._ids = count(1)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def connect(self, address: str, wake: Callable[[], None]) -> Session:
+        """A client came."""
+        now = self.clock.wall()
+        session = Session(next(self._ids), address, wake, now, self.password is None, last_at=now)
+        session.settle()
+        self.sessions[session.id] = session
+        return session
+
+    def disconnect(self, session: Session) -> None:
+        """It went."""
+        self.sessions.pop(session.id, None)
+        engine_sessions.forget(self, session)
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def execute(self, session: Session, words: list[bytes]) -> Reply:
+        """Run a command and return its reply; an error is returned, too, as the CommandError that says it."""
+        keys = self.keys
+        keys.begin(self.clock.wall())
+        keys.protocol = session.protocol
+        self.commands += 1
+        try:
+            command = TABLE.get(words[0]) or self._find(words)
+            if command.run is None:
+                command = self._find(words)
+            command.check(words)
+            session.last_command, session.last_at = command.name, keys.clock.seconds
+            reply = self.run(session, command, words) if session.plain else self._gated(session, command, words)
+        except CommandError as error:
+            if session.queue is not None:
+                session.queue_spoilt = True
+            reply = error
+        if keys.changed or keys.cleared:
+            self.tell(session)
+        return reply
+
+    def tick(self) -> None:
+        """Let what has ended go. To be called now and then, so that it is announced also while nobody asks."""
+        self.keys.begin(self.clock.wall())
+        if self.keys.changed:
+            self.tell(None)
+
+    def run(self, session: Session, command: Command, words: list[bytes]) -> Reply:
+        """Run a command whose turn it is."""
+        assert command.run is not None
+        if command.of_session:
+            return command.run(self, session, words)
+        reply: Reply = command.run(self.keys, words)
+        if session.following is not None:
+            if command.reads:
+                self.followers.remember(session, command.keys_in(words))
+            session.caching = None
+        return reply
+
+    def tell(self, author: Session | None) -> None:
+        """Say to those who watch or follow keys that these have changed."""
+        keys = self.keys
+        changed, keys.changed = dict.fromkeys(keys.changed), []
+        if keys.cleared:
+            keys.cleared = False
+            self.followers.all_changed(author)
+            changed |= dict.fromkeys(self.watchers)
+        for key in changed if self.watchers else ():
+            for session in self.watchers.get(key, ()):
+                session.stale = True
+        if changed and self.followers:
+            self.followers.changed(list(changed), author)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _gated(self, session: Session, command: Command, words: list[bytes]) -> Reply:
+        """A session that has something to be looked at first."""
+        if not session.authenticated and command.name not in WITHOUT_PASSWORD:
+            raise CommandError("NOAUTH Authentication required.")
+        if session.protocol < 3 and session.subscriptions and command.name not in WHILE_SUBSCRIBED:  # noqa: PLR2004  # RESP3
+            raise CommandError(
+                f"ERR Can't execute '{command.name}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are "
+                "allowed in this context"
+            )
+        if session.queue is None or command.name in NOT_QUEUED:
+            return self.run(session, command, words)
+        if command.name in NOT_IN_MULTI:
+            raise CommandError("ERR Command not allowed inside a transaction")
+        session.queued_bytes += sum(map(len, words)) + len(words)
+        if session.queued_bytes > QUEUED_BYTES_MAX:
+            raise CommandError("ERR this transaction is too large", hint=f"it may have {QUEUED_BYTES_MAX} bytes")
+        session.queue.append((command, words))
+        return "QUEUED"
+
+    def _find(self, words: list[bytes]) -> Command:
+        name = words[0].upper()
+        command = TABLE.get(name)
+        if command is not None and command.run is None and len(words) > 1:
+            command = TABLE.get(name + b"|" + words[1].upper())
+            if command is None:
+                shown = words[1][:NAME_SHOWN_MAX].decode(errors="replace")
+                raise CommandError(f"ERR unknown subcommand '{shown}'. Try {name.decode()} HELP.")
+        if command is not None:
+            return command
+        shown = words[0][:NAME_SHOWN_MAX].decode(errors="replace")
+        if name.decode("latin-1") in REFUSED.split():
+            raise CommandError(f"ERR '{shown}' is not offered here", hint=NO_DURABILITY)
+        begins = "".join(f"'{word[:NAME_SHOWN_MAX].decode(errors='replace')}' " for word in words[1:21])
+        raise CommandError(f"ERR unknown command '{shown}', with args beginning with: {begins}")
