@@ -36,12 +36,6 @@ SUBSCRIPTIONS_MAX, PREFIXES_MAX, WATCHED_MAX = 10_000, 100, 100_000
 TEXT_BYTES_MAX = 512
 """Of a client's name, a prefix, a channel."""
 SETTABLE = {"timeout": "0", "slowlog-log-slower-than": "10000", "save": "", "appendonly": "no"}
-    "timeout": "0",
-    "slowlog-log-slower-than": "10000",
-    "slowlog-max-len": "128",
-    "save": "",
-    "appendonly": "no",
-}
 """What tools ask for, and set: only to what it is."""
 
 
