@@ -17,7 +17,8 @@ from typing import Any
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.errors import NearError, SettingsError
-from thermocline.near.eviction import RULES, Rule, rule
+from thermocline.near.adaptive import Adaptive
+from thermocline.near.eviction import FIXED, Rule
 
 ENTRY_BYTES = 600
 """Charged per entry beside its value: entry, floats, dict slots, its place in the rule's queues."""
@@ -25,6 +26,7 @@ GENERATIONS = 1 << 14
 """Counters that keys share by hash: two keys on one counter cost a store now and then, never a stale value."""
 ENTRY_SHARE_MAX = 4
 """Without `entry_bytes_max`, an entry weighs at most this fraction of the bound."""
+RULES: dict[str, Callable[[int], Rule]] = {"adaptive": Adaptive, **FIXED}
 WAIT_SECONDS = 30.0
 REFRESHES_MAX = 8
 """Background loads at a time; beyond them the old value is served and the next reader tries again."""
@@ -33,7 +35,18 @@ REFRESHES_MAX = 8
 class Entry:
     """One key's value. Writers replace it whole; readers write `touched` and `hits` (a lost mark does no harm)."""
 
-    __slots__ = ("deadline", "gone_at", "hits", "load_seconds", "order", "seen", "touched", "value", "weight_bytes")
+    __slots__ = (
+        "deadline",
+        "gone_at",
+        "hits",
+        "load_seconds",
+        "order",
+        "seen",
+        "told",
+        "touched",
+        "value",
+        "weight_bytes",
+    )
 
     def __init__(self, value: Any, deadline: float, gone_at: float, weight_bytes: int, touched: float) -> None:  # noqa: ANN401  # a cache keeps anything
         self.value = value
@@ -42,8 +55,7 @@ class Entry:
         self.weight_bytes = weight_bytes
         self.touched = touched
         self.hits = 0
-        self.seen = 0
-        self.order = 0
+        self.seen = self.order = self.told = 0
         self.load_seconds = 0.0
 
 
@@ -113,7 +125,7 @@ class Cache:
         bytes_max: int,
         *,
         max_age_seconds: float = math.inf,
-        policy: str = "lru",
+        policy: str = "adaptive",
         clock: Clock | None = None,
         entry_bytes_max: int | None = None,
         chance: Callable[[], float] = random.random,
@@ -128,7 +140,7 @@ class Cache:
         self.entry_bytes_max = bytes_max // ENTRY_SHARE_MAX if entry_bytes_max is None else entry_bytes_max
         self._max_age_seconds = max_age_seconds
         self._policy = policy
-        self._rule: Rule = rule(policy, bytes_max)
+        self._rule: Rule = RULES[policy](bytes_max)
         self._chance = chance
         self._lock = threading.Lock()
         self._nbytes = 0
@@ -203,7 +215,8 @@ class Cache:
 
         `generation` is what `generation(key)` said before the value was fetched: where the key has been dropped since,
         nothing is stored. Without it, this is a write, and overtakes what is being fetched. What is refused for its
-        age or size takes the older value of the key with it. Sizes of bytes, str and memoryview are known; anything else weighs `weight_bytes`.
+        age or size takes the older value of the key with it. Sizes of bytes, str and memoryview are known; anything
+        else weighs `weight_bytes`.
         """
         weight = ENTRY_BYTES + (weigh(value) if weight_bytes is None else weight_bytes) + weigh(key)
         with self._lock:
@@ -244,7 +257,7 @@ class Cache:
             self.entries.clear()
             self._ends.clear()
             self._nbytes = 0
-            self._rule = rule(self._policy, self.bytes_max)
+            self._rule = RULES[self._policy](self.bytes_max)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -363,7 +376,8 @@ class Cache:
         if old is None:
             self._rule.add(key, entry)
         else:
-            entry.hits, entry.seen, entry.order = old.hits, old.seen, old.order
+            entry.hits, entry.told, entry.order = old.hits, old.told, old.order
+            entry.seen = old.seen - 1  # a write is a use
             self._rule.replace(key, entry)
             self._nbytes -= old.weight_bytes
         self._nbytes += entry.weight_bytes
@@ -401,7 +415,7 @@ class Cache:
             held = self.entries.get(key)
             if self._nbytes - (0 if held is None else held.weight_bytes) + weight <= self.bytes_max:
                 return
-            self._forget(self.entries.pop(self._rule.evict()))
+            self._forget(self.entries.pop(self._rule.evict()[0]))
             self._evicted += 1
 
 
