@@ -1,8 +1,8 @@
 """Clients under fire: what each of them writes and reads, and when; and the checker of such a history.
 
-As a program it is one client process: `fire.py FOLDER ID OF SERVER_PORT LINK_PORT MODE OPERATIONS SEED`. Every key has one
-writer, a thread of one process, so its versions are in order; anyone reads it. Times are of a clock that all processes
-share. A history is a list of records (kind, key, version, began, ended): a write that got no answer ended never.
+As a program it is one client process: `fire.py FOLDER ID OF SERVER_PORT LINK_PORT MODE OPERATIONS SEED`. Every key has
+one writer, a thread of one process, so its versions are in order; anyone reads it. Times are of a clock that all
+processes share. A history is a list of records (see Record): a write that got no answer ended never.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Life:
     """One thread or task: what it saw."""
 
     def __init__(self, number, of, seed):
-        self.number, self.rng = number, random.Random(seed * 1000 + number)
+        self.number, self.rng = number, random.Random(seed * 1000 + number)  # noqa: S311  # a seed must replay
         self.mine = [f"k{index}" for index in range(KEYS) if index % of == number]
         self.version, self.records = 0, []
 
@@ -207,7 +207,7 @@ def main(folder, number, of, server_port, link_port, mode, operations, seed):
     Path(folder, f"{number}.json").write_text(json.dumps({"stats": told, "records": records}))
 
 
-# -- the checker ---------------------------------------------------------------------------------------------------------
+# -- the checker -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -263,7 +263,7 @@ class _Key:
 
 
 def check(records: Iterable[Record], bound_seconds: float) -> Verdict:
-    """Every read against every write: none older than the bound, none from the future, none backwards, own ones seen."""
+    """Every read against every write: none older than the bound, none from the future or backwards, own ones seen."""
     verdict, by_key, wiped = Verdict(), defaultdict(list), []
     for record in records:
         (wiped if record[1] == ALWAYS else by_key[record[1]]).append(tuple(record))

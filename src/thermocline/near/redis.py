@@ -59,6 +59,7 @@ class Kept:
 
     def near_bind(self) -> None:
         """Look into the memory that is ours now: none while replies are no values, another one after a fork."""
+        self.near.join(self)
         unserved = self._near_held or self._near_off
         self._near_find = nothing if unserved else self.near.view.cache.entries.get
         self._near_lease = UNSERVED if unserved else self.near.view.lease
@@ -110,6 +111,12 @@ class Pipeline(redis.client.Pipeline):
 class Redis(Kept, redis.Redis):
     """redis-py's `Redis`, and `near=Options(...)`: how values are kept. `client.near.stats()` counts."""
 
+    def close(self) -> None:
+        """As in redis-py."""
+        super().close()
+        if hasattr(self, "near"):  # or it failed as it was made
+            self.near.leave(self)
+
     def get(self, name: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; from memory within 200 ns, where it is held."""
         try:
@@ -124,7 +131,7 @@ class Redis(Kept, redis.Redis):
                     entry.touched = now
                     entry.hits += 1
                     return text
-        return super().get(name)  # type: ignore[no-untyped-call]  # redis-py has half of its types
+        return super().get(name)
 
     def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; hot reads from memory."""
@@ -146,7 +153,7 @@ class Redis(Kept, redis.Redis):
             return [self._near_tried(command) for command in commands]
         with redis.client.Pipeline(self.connection_pool, self.response_callbacks, False, None) as batch:  # noqa: FBT003
             for command in commands:
-                batch.execute_command(*command)
+                batch.execute_command(*command)  # type: ignore[no-untyped-call]  # as above
             return batch.execute(raise_on_error=False)
 
     def _near_tried(self, command: Args) -> Reply:

@@ -44,6 +44,11 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
         super().__init__(*args, near=near, **kwargs)
         self._near_flights: Flights = {}  # of this client's loop
 
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:  # noqa: FBT001  # redis-py's signature
+        """As in redis-py."""
+        await super().aclose(close_connection_pool)
+        self.near.leave(self)
+
     async def get(self, name: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; from memory, where it is held."""
         try:

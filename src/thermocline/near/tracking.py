@@ -32,6 +32,8 @@ PINGS_PER_LEASE = 4
 """A lease is renewed so many times before it would end."""
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 5.0
 CONNECT_SECONDS_MAX = 2.0
+TELL_SECONDS = 300.0
+"""A link that is lost is told in the log once in this time. `stats` counts each loss."""
 ASKED_MAX = 10_000
 """Questions that may wait for the link; one more is answered at once: not told."""
 OF_CONNECTIONS = ("host", "port", "path", "db", "username", "password", "credential_provider", "socket_keepalive")
@@ -64,7 +66,7 @@ class Link:
         self._closing = threading.Event()
         self._woken: socket.socket | None = None
         self._wake: socket.socket | None = None
-        self._quiet = False
+        self._quiet_until = -math.inf
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class Link:
             return
         sent_at, future = self._sent.popleft()
         self._lease.until = max(self._lease.until, sent_at + self._options.stale_seconds_max)
-        self.stats.up, self._quiet = True, False
+        self.stats.up = True
         if future is not None:
             future.set_result(message)
 
@@ -192,8 +194,8 @@ class Link:
         self.stats.lost += self.stats.up
         self.stats.failed += error is not None and not self.stats.up
         self.stats.up = False
-        if error is not None and not self._quiet:
-            self._quiet = True
+        if error is not None and self._clock.now() > self._quiet_until:
+            self._quiet_until = self._clock.now() + TELL_SECONDS
             LOG.warning(
                 "near: no tracking link (%s: %s); all reads go to the server until there is one. "
                 "hint: it takes Redis 6 or newer, and a user who may do CLIENT TRACKING",
@@ -243,6 +245,7 @@ class Near:
 
     def __init__(self, arguments: Mapping[str, Any], options: Options) -> None:
         self._arguments, self.options = dict(arguments), options
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._begin()
 
     def _begin(self) -> None:
@@ -253,6 +256,18 @@ class Near:
         decodes = bool(self._arguments.get("decode_responses"))
         self.view = View(self.options, clock, self.link.ask, encoding=encoding if plain else "", decodes=decodes)
         self._end = weakref.finalize(self, self.link.close)
+
+    def join(self, client: object) -> None:
+        """A client uses this."""
+        self._users.add(client)
+
+    def leave(self, client: object) -> None:
+        """A client was closed. With the last one the link ends and all is forgotten, until one of them reads again."""
+        self._users.discard(client)
+        if not self._users:
+            self.view.lease.until = -math.inf
+            self._end()
+            self._begin()
 
     def wait(self, seconds: float = 5.0) -> bool:
         """Wait until memory is served; False where it is not in time. Never needed: until then the server answers."""
