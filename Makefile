@@ -60,7 +60,7 @@ test-vllm: $(DEV) redis-server vllm ## The long forms on real vLLM; takes an hou
 
 fuzz: $(DEV) ## Ten minutes of any bytes for each parser of outside bytes (ARGS="events node", FUZZ_SECONDS=60 for less)
 	@$(BIN)/python -m pip install -q -e '.[fuzz]' || echo "no atheris here: going on with changed seeds alone" >&2
-	@for target in $(or $(ARGS),events client node session replies topics requests http answers); do \
+	@for target in $(or $(ARGS),events client node session replies topics requests http answers resp resp-session); do \
 		$(BIN)/python tests/fuzz/long.py $$target $(or $(FUZZ_SECONDS),600); \
 	done
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tests.fuzz.node import REPLY_SEEDS, SESSION_SEEDS, feed_replies, feed_session
+from tests.fuzz.resp import REQUEST_SEEDS, REQUEST_WORDS, feed_requests, feed_server
 from tests.wire.batches import ARRAYS, EVENTS, OTHERS, packed
 from thermocline.errors import RequestError
 from thermocline.gateway.admission import read_front, spliced
@@ -206,6 +207,8 @@ TARGETS = {
         Target("requests", _requests, _REQUESTS, _JSON),
         Target("session", feed_session, SESSION_SEEDS),
         Target("replies", feed_replies, REPLY_SEEDS),
+        Target("resp", feed_requests, REQUEST_SEEDS, REQUEST_WORDS),
+        Target("resp-session", feed_server, REQUEST_SEEDS, REQUEST_WORDS),
         *_http(),
     )
 }

@@ -311,19 +311,25 @@ def _check_tracking(old: Following | None, how: Following) -> None:
             f"ERR You can't switch {what} before disabling tracking for this client, and then re-enabling it with a "
             "different mode."
         )
-    held = [*(old.prefixes if old is not None else ()), *how.prefixes]
-    for prefix, other in itertools.combinations(held, 2):
-        if prefix.startswith(other) or other.startswith(prefix):
-            a, b = other.decode(errors="replace"), prefix.decode(errors="replace")
+    existing = old.prefixes if old is not None else ()
+    pairs = [(new, held, "an existing") for new in how.prefixes for held in existing]
+    pairs += [(one, other, "another provided") for one, other in itertools.combinations(how.prefixes, 2)]
+    for one, other, which in pairs:
+        if one.startswith(other) or other.startswith(one):
+            a, b = one.decode(errors="replace"), other.decode(errors="replace")
             raise CommandError(
-                f"ERR Prefix '{b}' overlaps with an existing prefix '{a}'. Prefixes for a single client must not "
-                "overlap."
+                f"ERR Prefix '{a}' overlaps with {which} prefix '{b}'. Prefixes for a single client must not overlap."
             )
 
 
 @command("client|caching", 3, of_session=True)
 def _client_caching(_: Engine, session: Session, words: Words) -> Reply:
     choice = session.following.choice if session.following else ""
+    if session.following is None:
+        raise CommandError(
+            "ERR CLIENT CACHING can be called only when the client is in tracking mode with OPTIN or OPTOUT mode "
+            "enabled"
+        )
     says = words[2].upper()
     if says not in {b"YES", b"NO"}:
         raise CommandError(SYNTAX)

@@ -24,8 +24,7 @@ from thermocline.near.engine_table import (
 from thermocline.near.engine_values import Container, encoding_of, kind_of
 
 NO_KEY = "ERR no such key"
-MILLISECONDS_MAX = 1 << 53
-"""Moments beyond are not told apart in a float: in 285,000 years."""
+MILLISECONDS_MAX = 1 << 63
 ENDS = {"EX": (1000, False), "PX": (1, False), "EXAT": (1000, True), "PXAT": (1, True)}
 """Options and commands that say when a key ends: milliseconds of their unit, and whether they name a moment."""
 DIGITS = decimal.Context(prec=60, traps=[])
@@ -71,8 +70,8 @@ def _set(keys: Keyspace, words: list[bytes]) -> Reply:
         return OK
     given = {"NX": 0, "XX": 0, "GET": 0, "KEEPTTL": 0} | dict.fromkeys(ENDS, 1)
     found = options(words[3:], given)
-    deadline = _deadline(keys, found, "set")
     condition = exclusive(found, "NX", "XX")
+    deadline = _deadline(keys, found, "set")
     old = keys.find(key, bytes) if "GET" in found else keys.any(key)
     refused = condition is not None and (old is None) != (condition == "NX")
     if not refused:
@@ -123,9 +122,10 @@ def _getdel(keys: Keyspace, words: list[bytes]) -> Reply:
 @command("getex", -2, "write fast", 1)
 def _getex(keys: Keyspace, words: list[bytes]) -> Reply:
     found = options(words[2:], {"PERSIST": 0} | dict.fromkeys(ENDS, 1))
-    deadline = _deadline(keys, found, "getex")
+    exclusive(found, *ENDS, "PERSIST")
     value = keys.find(words[1], bytes)
-    if value is not None and deadline is not None:
+    deadline = None if value is None else _deadline(keys, found, "getex")
+    if deadline is not None:
         keys.expire(words[1], deadline)
     elif value is not None and found and keys.deadline(words[1]) != math.inf:
         keys.expire(words[1], math.inf)
@@ -168,6 +168,8 @@ def _append(keys: Keyspace, words: list[bytes]) -> Reply:
 def _getrange(keys: Keyspace, words: list[bytes]) -> Reply:
     first, last = integer(words[2]), integer(words[3])
     value = keys.find(words[1], bytes) or b""
+    if not last < first < 0:  # what lies before the beginning is the first byte, in this command alone
+        last = max(last, -len(value))
     start, stop = span(first, last, len(value))
     return value[start:stop]
 

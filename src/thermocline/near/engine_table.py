@@ -109,7 +109,7 @@ def options(words: list[bytes], known: dict[str, int]) -> dict[str, list[bytes]]
     while at < len(words):
         name = words[at].upper().decode("latin-1")
         count = known.get(name)
-        if count is None or name in found or at + count >= len(words):
+        if count is None or (count and name in found) or at + count >= len(words):
             raise CommandError(SYNTAX)
         found[name] = words[at + 1 : at + 1 + count]
         at += 1 + count
