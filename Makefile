@@ -25,6 +25,7 @@ LMCACHE_VENV := .venv-lmcache
 LMCACHE_READY := $(LMCACHE_VENV)/.ready
 LMCACHE := 0.5.6
 DYNAMO_VENV := .venv-dynamo
+NEAR_VENV := .venv-near
 DYNAMO := 1.6.1
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
@@ -35,7 +36,8 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
 .PHONY: help demo test test-long test-vllm fuzz lint format types docs generate bench check clean engine redis-server \
-	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env bench-dynamo-env
+	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env bench-dynamo-env \
+	bench-near-env
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,7 +112,8 @@ redis-server:
 			echo "going on without it: tests of the Redis tier are skipped; hint: install the package redis-server" >&2; }
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
-$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python $(DYNAMO_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python $(DYNAMO_VENV)/bin/python \
+	$(NEAR_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(call say,making $* with $(PYTHON))
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
@@ -189,3 +192,8 @@ $(ROUTERS_READY): | $(ROUTERS_VENV)/bin/python
 # Another peer, whose router core `bench route` asks what it asks ours. What else it needs is what makes the events.
 bench-dynamo-env: | $(DYNAMO_VENV)/bin/python ## Install Dynamo's router core on its own, for `thermocline bench route`
 	@$(DYNAMO_VENV)/bin/python -m pip install -q "ai-dynamo-runtime==$(DYNAMO)" pyzmq msgspec numpy xxhash
+
+# In-process caches that `bench near` reads beside ours, and redis-py with hiredis, in one process.
+bench-near-env: | $(NEAR_VENV)/bin/python ## Install cachebox, moka, cachetools and theine, for `thermocline bench near`
+	@$(NEAR_VENV)/bin/python -m pip install -q "cachebox==6.2.10" "moka-py==0.5.0" "cachetools==8.0.1" "theine==2.0.0" \
+		"redis==8.1.0" "hiredis==3.5.0" msgspec numpy

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from thermocline.near.eviction import FIXED, Marks, Rule, mix
+from thermocline.near.eviction import FIXED, Marks, Rule, Sketch, WTinyLfu, mix
 
 SAMPLED_MAX = 1024
 """Sampled entries; four shadows of so many marks take about a megabyte."""
-JUDGED_EVERY = 512
+JUDGED_EVERY = 256
 """Sampled uses."""
-KEPT = 0.8
+KEPT = 0.9
 """Of the scores, at each judgement: about 2,500 uses are remembered."""
 MARGIN = 0.01
 """Of the uses remembered: so much better must another rule be."""
@@ -45,8 +45,10 @@ class Shadow:
         self._bytes_max = bytes_max
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, old: Rule | None = None) -> None:
         self._rule: Rule = FIXED[self._policy](self._bytes_max)
+        if isinstance(self._rule, WTinyLfu) and isinstance(old, WTinyLfu):
+            self._rule.sketch = old.sketch
         self._held: dict[int, Marks] = {}
         self._nbytes = 0
 
@@ -77,7 +79,7 @@ class Shadow:
         """Half the bound, and of the keys those that `mask` still samples."""
         kept = sorted(self._held.items(), key=lambda held: held[1].touched)
         self._bytes_max //= 2
-        self._begin()
+        self._begin(self._rule)
         for key, mark in kept:
             if not key & mask and self._nbytes + mark.weight_bytes <= self._bytes_max:
                 self._hold(key, mark)
@@ -100,9 +102,10 @@ class Adaptive:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._shadows = {policy: Shadow(policy, bytes_max) for policy in FIXED}
-        self.policy = "lru"
+        self.policy = "s3-fifo"
         self._rule: Rule = FIXED[self.policy](bytes_max)
         self._old: Rule | None = None
+        self._sketch = Sketch()  # counts under every rule, so that W-TinyLFU does not begin with nothing
         self._mask = 0
         self._sampled: dict[Hashable, Marks] = {}
         self._untold = 0
@@ -117,6 +120,8 @@ class Adaptive:
 
     def add(self, key: Hashable, entry: Marks) -> None:
         """See Rule."""
+        if not isinstance(self._rule, WTinyLfu):
+            self._sketch.count(key, 1, len(self))
         self._rule.add(key, entry)
         if not mix(key) & self._mask:
             self._sample(key, entry)
@@ -144,6 +149,8 @@ class Adaptive:
                 self._rule.add(*self._old.evict())
             if not self._old:
                 self._old = None
+        if entry.hits and not isinstance(self._rule, WTinyLfu):
+            self._sketch.count(key, entry.hits, len(self))
         if self._sampled.pop(key, None) is not None:
             self._tell(key, entry)
         return key, entry
@@ -194,5 +201,7 @@ class Adaptive:
         if lead * KEPT > MARGIN * self._uses and self._old is None:
             self.policy = best
             self._old, self._rule = self._rule, FIXED[best](self._bytes_max)
+            if isinstance(self._rule, WTinyLfu):
+                self._rule.sketch = self._sketch
         for shadow in self._shadows.values():
             shadow.score *= KEPT

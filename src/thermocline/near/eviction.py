@@ -255,7 +255,7 @@ class Sketch:
 
     def count(self, key: Hashable, times: int, held: int) -> None:
         """`key` was used so often, while so many keys are held."""
-        while 4 * held > len(self._rows[0]):
+        while 16 * held > len(self._rows[0]):
             self._rows = self._rows[0] * 2, self._rows[1] * 2  # a key's place in the doubled row holds what it held
         for row, place in zip(self._rows, self._places(key), strict=True):
             row[place] = min(15, row[place] + times)
@@ -293,13 +293,13 @@ class WTinyLfu(_Queues):
         super().__init__(self._window, self._probation, self._protected)
         self._window_bytes_max = int(self.WINDOW_SHARE * bytes_max)
         self._protected_bytes_max = int(self.PROTECTED_SHARE * (bytes_max - self._window_bytes_max))
-        self._sketch = Sketch()
+        self.sketch = Sketch()
         self._has_room = True  # while nothing has to go, keys leave the window without a contest
 
     def add(self, key: Hashable, entry: Marks) -> None:
         """See Rule."""
         entry.seen = entry.hits
-        self._sketch.count(key, 1, len(self))
+        self.sketch.count(key, 1, len(self))
         self._window.push(key, entry)
         while self._has_room and self._window.nbytes > self._window_bytes_max:
             self._probation.push(*self._window.pop())
@@ -320,7 +320,7 @@ class WTinyLfu(_Queues):
 
     def _contest(self, key: Hashable, entry: Marks) -> tuple[Hashable, Marks]:
         victim, weak = self._weakest()
-        if self._sketch.estimate(key) > self._sketch.estimate(victim):
+        if self.sketch.estimate(key) > self.sketch.estimate(victim):
             self._probation.push(key, entry)
             return victim, weak
         self._probation.push_front(victim, weak)
@@ -340,7 +340,7 @@ class WTinyLfu(_Queues):
     def _was_hit(self, key: Hashable, entry: Marks) -> bool:
         hits = entry.hits - entry.seen
         if hits:
-            self._sketch.count(key, hits, len(self))
+            self.sketch.count(key, hits, len(self))
             entry.seen = entry.hits
         return hits > 0
 
