@@ -48,9 +48,9 @@ class _Listening(Process):
 class Light(_Listening):
     """An instance without a model. Its events go to `events`; where that begins with @, it listens there itself."""
 
-    def __init__(self, folder: Path, name: str, events: str, blocks: int) -> None:
+    def __init__(self, folder: Path, name: str, events: str, blocks: int, *, token_seconds: float = 20e-6) -> None:
         super().__init__(folder / f"{name}.log")
-        self.name, self._events, self._blocks = name, events, blocks
+        self.name, self._events, self._blocks, self._token_seconds = name, events, blocks, token_seconds
         self.replay = f"tcp://127.0.0.1:{free_port()}"
         self.start()
 
@@ -68,6 +68,7 @@ class Light(_Listening):
 
     def start(self) -> None:
         words = ["--name", self.name, "--port", str(self.port), "--blocks", str(self._blocks)]
+        words += ["--token-seconds", str(self._token_seconds)]
         self.run("thermocline.engines.light", *words, "--events", self._events, "--replay", self.replay)
 
 
