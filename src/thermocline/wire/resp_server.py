@@ -128,7 +128,10 @@ def _encode_many(value: object, protocol: int, out: list[bytes]) -> None:
     mark = b">" if isinstance(value, tuple) else b"~" if isinstance(value, set) else b"*"
     out.append(b"%b%d\r\n" % (mark if new else b"*", len(value)))
     for each in value:
-        encode(each, protocol, out)
+        if type(each) is bytes and len(each) <= JOINED_BYTES_MAX:  # the usual one
+            out.append(b"$%d\r\n%b\r\n" % (len(each), each))
+        else:
+            encode(each, protocol, out)
 
 
 def _digits(value: float) -> bytes:
