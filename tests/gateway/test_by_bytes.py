@@ -38,7 +38,7 @@ def ask(port: int, prompt: str) -> tuple[str, int, int]:
         reply = link.getresponse()
         told = json.load(reply)
         assert reply.status == http.HTTPStatus.OK
-        predicted = int(reply.getheader("x-thermocline-cached-tokens") or 0)
+        predicted = int(reply.getheader("x-thermocline-predicted-cached-tokens") or 0)
         cached = told["usage"]["prompt_tokens_details"]["cached_tokens"]
         return reply.getheader("x-thermocline-instance") or "", predicted, cached
 

@@ -32,7 +32,8 @@ def test_untouched(path):
     assert instance.requests[0].headers["content-length"] == str(len(ODD))
     assert answer.headers["x-thermocline-instance"] == "i0"
     assert answer.headers["x-thermocline-predicted-ttft"] == "0.2500"
-    assert answer.headers["x-thermocline-cached-tokens"] == "48"
+    assert answer.headers["x-thermocline-predicted-cached-tokens"] == "48"
+    assert answer.headers["x-thermocline-cached-tokens"] == "64"
 
 
 def test_models():
@@ -48,6 +49,7 @@ def test_stream():
         answer = door.ask(b'{"stream":true,"events":5}')
         assert answer.whole
         assert answer.headers["content-type"] == "text/event-stream"
+        assert "x-thermocline-cached-tokens" not in answer.headers
         assert answer.body.count(b"data: ") == 7
         assert answer.body.endswith(b"data: [DONE]\n\n")
         assert until(lambda: ("finished", Usage(100, 64, 3)) in door.chooser.heard)
@@ -181,7 +183,7 @@ def test_decided_aside():
             return later()
 
     with served(chooser=Slow(), rules=RULES) as (door, _):
-        assert door.ask().headers["x-thermocline-cached-tokens"] == "48"
+        assert door.ask().headers["x-thermocline-predicted-cached-tokens"] == "48"
         assert door.ask(b'{"fail":1}').status == 200
         assert door.ask(b'{"late":1}').status == 200
         assert door.counted("decisions_missed_total") == {"": 2}

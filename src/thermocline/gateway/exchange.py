@@ -71,6 +71,7 @@ class Exchange:
         self._tries: list[Try] = []
         self._begun = self._over = self._chosen = False
         self._before = self._last = b""
+        self._usage: Usage | None = None
         self._status = 0
         self._first_byte = self._try_started = 0.0
 
@@ -194,15 +195,17 @@ class Exchange:
         decision, standing = self._decision, self._standing
         assert decision is not None
         assert standing is not None
+        actual = b""
         if status == OK:
             self._tell(self._gateway.chooser.first_byte, now)
+            actual = self._cached_already(body)
         if not framed or self._gateway.stopping:
             self.client.keep_alive = False
         if self.client.paused:
             self.pause()
         self.client.write(
             b"%b%b%bx-thermocline-instance: %b\r\nx-thermocline-predicted-ttft: %.4f\r\n"
-            b"x-thermocline-cached-tokens: %d\r\nx-thermocline-request: %b\r\n\r\n%b"
+            b"x-thermocline-predicted-cached-tokens: %d\r\n%bx-thermocline-request: %b\r\n\r\n%b"
             % (
                 LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
                 headers,
@@ -210,10 +213,19 @@ class Exchange:
                 standing.label,
                 decision.predicted_seconds,
                 decision.cached_tokens,
+                actual,
                 self.ask.id.encode(),
                 body,
             )
         )
+
+    def _cached_already(self, body: bytes) -> bytes:
+        """The header that says what the instance found cached, where its answer is there at once."""
+        if self.ask.front.stream is not True:
+            self._usage = read_usage(b"", body)
+        if self._usage is None or self._usage.cached_tokens is None:
+            return b""
+        return b"x-thermocline-cached-tokens: %d\r\n" % self._usage.cached_tokens
 
     def more(self, data: bytes) -> None:
         """More of the answer, as it came."""
@@ -229,7 +241,9 @@ class Exchange:
         now, gateway = self._gateway.clock.now(), self._gateway
         assert self._decision is not None
         assert self._standing is not None
-        usage = read_usage(self._before, self._last) if self._status == OK else None
+        usage = self._usage
+        if usage is None and self._status == OK:
+            usage = read_usage(self._before, self._last)
         outcome = self._tell(gateway.chooser.finished, now, usage)
         self._standing.in_flight -= 1
         self._standing.routed += 1
