@@ -52,10 +52,14 @@ def test_help_lists_every_verb(run):
     assert all(re.search(rf"\b{code} {meaning.split()[0]}", out) for code, meaning in cli.EXIT_CODES.items())
 
 
-@pytest.mark.parametrize("verb", cli.app.commands)
-def test_every_verb_speaks_json(verb):
+def _verbs(group):
+    for verb in group.commands.values():
+        yield from _verbs(verb) if isinstance(verb, click.Group) else [verb]
+
+
+@pytest.mark.parametrize("command", _verbs(cli.app), ids=lambda command: command.name)
+def test_every_verb_speaks_json(command):
     """Every verb has `--json`, and an explanation."""
-    command = cli.app.commands[verb]
     params = command.get_params(click.Context(command))
     assert "--json" in {option for param in params for option in param.opts}
     assert command.help

@@ -68,6 +68,9 @@ def test_commands(path):
 def _check_verb(words: list[str], command: str) -> None:
     assert words[0] in cli.app.commands, command
     verb = cli.app.commands[words[0]]
+    if isinstance(verb, click.Group) and words[1:]:
+        assert words[1] in verb.commands, command
+        verb = verb.commands[words[1]]
     words = words[: words.index("--")] if "--" in words else words  # what follows is another program's
     options = {opt for param in verb.get_params(click.Context(verb)) for opt in param.opts}
     used = {word.partition("=")[0] for word in words if word.startswith("-")} - {"--help", "--SETTING"}

@@ -58,6 +58,12 @@ OTHER = {
     "events_listen": "tcp://127.0.0.1:5557",
     "gateway_processes": "4",
     "index_blocks": "1000000",
+    "near_host": "127.0.0.2",
+    "near_port": "6390",
+    "near_unix_socket": "/run/near.sock",
+    "near_password_file": "/etc/near.password",
+    "near_memory_bytes": "2GiB",
+    "near_connections_max": "64",
 }
 
 
