@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import BENCHES, beside, chart
+from bench import BENCHES, beside, chart, hit_ratio
 from bench.claims import CLAIMS
 from bench.harness import RESULTS, ROOT, Check, Result, kept, quantity, saved
 
@@ -113,6 +113,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "claims": claims,
     "demo": demo,
+    "near_hits": hit_ratio.near_hits,
     "peers": beside.peers,
     "tests": tests,
 }
