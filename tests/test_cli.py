@@ -57,7 +57,7 @@ def _verbs(group):
         yield from _verbs(verb) if isinstance(verb, click.Group) else [verb]
 
 
-@pytest.mark.parametrize("command", _verbs(cli.app), ids=lambda command: command.name)
+@pytest.mark.parametrize("command", list(_verbs(cli.app)), ids=lambda command: command.name)
 def test_every_verb_speaks_json(command):
     """Every verb has `--json`, and an explanation."""
     params = command.get_params(click.Context(command))
