@@ -246,7 +246,7 @@ def near_serve(config_path: str | None, as_json: bool, **flags: str | None) -> N
     def ready(url: str) -> None:
         import json
 
-        click.echo(json.dumps({"url": url}) if as_json else f"thermocline near is serving at {url}")
+        click.echo(json.dumps({"url": url}) if as_json else f"serving values at {url}")
         sys.stdout.flush()
 
     engine = Engine(settings.near_memory_bytes, password=settings.near_password())
