@@ -542,7 +542,7 @@ def _settings(engine: Engine) -> dict[str, str]:
     fixed = {
         "databases": "1",
         "maxmemory": str(engine.bytes_max),
-        "maxmemory-policy": "allkeys-lru",
+        "maxmemory-policy": "adaptive",
         "proto-max-bulk-len": str(engine.keys.value_bytes_max),
     }
     return SETTABLE | fixed
