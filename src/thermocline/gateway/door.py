@@ -151,10 +151,14 @@ class Door:
         if chain is None and prompt is not None:
             keys = prompt.chunks(self._secret, _salt(request, prompt).encode())
             chain = self._chain_of_bytes(request, prompt, keys) if keys else None
-        tokens = (chain.tokens if chain is not None else 0) or self._bytes_per_token.tokens(cost_bytes)
+        overlaps = self._index.match(chain) if chain is not None else NOTHING
+        tokens = chain.tokens if chain is not None else 0
+        if not tokens:  # by its bytes, but no less than what events say of its beginning
+            held = max(overlaps.disk or overlaps.host or overlaps.device, default=0)
+            tokens = max(self._bytes_per_token.tokens(cost_bytes), held + 1)
         ask = Ask(
-            prompt_tokens=max(1, tokens),
-            overlaps=self._index.match(chain) if chain is not None else NOTHING,
+            prompt_tokens=tokens,
+            overlaps=overlaps,
             session=self._digest(request),
             output_tokens_expected=request.output_tokens or 0,
             exclude=request.exclude,
