@@ -152,10 +152,9 @@ class Door:
             keys = prompt.chunks(self._secret, _salt(request, prompt).encode())
             chain = self._chain_of_bytes(request, prompt, keys) if keys else None
         overlaps = self._index.match(chain) if chain is not None else NOTHING
-        tokens = chain.tokens if chain is not None else 0
-        if not tokens:  # by its bytes, but no less than what events say of its beginning
-            held = max(overlaps.disk or overlaps.host or overlaps.device, default=0)
-            tokens = max(self._bytes_per_token.tokens(cost_bytes), held + 1)
+        tokens = (chain.tokens if chain is not None else 0) or self._bytes_per_token.tokens(cost_bytes)
+        if chain is None or chain.chunk_tokens:  # a guess, but no less than what events say of its beginning
+            tokens = max(tokens, 1, 1 + max(overlaps.disk or overlaps.host or overlaps.device, default=0))
         ask = Ask(
             prompt_tokens=tokens,
             overlaps=overlaps,
