@@ -9,7 +9,7 @@ from thermocline.near.cache import Cache, CacheStats, Entry
 
 __all__ = ["Cache", "CacheStats", "Entry"]
 
-_LATER = {"AsyncRedis": "redis_async", "Redis": "redis", "State": "state"}
+_LATER = {"AsyncRedis": "redis_async", "Options": "coherence", "Redis": "redis"}
 """Names that need more than the standard library, and the file that each comes from."""
 
 

@@ -57,7 +57,7 @@ class Options:
     max_age_seconds: float = 300.0
     negative_seconds: float = 10.0
     wait_seconds: float = 5.0
-    policy: str = "lru"
+    policy: str = "adaptive"
 
     def __post_init__(self) -> None:
         if self.mode not in {"bcast", "default"}:
