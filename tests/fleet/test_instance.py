@@ -5,7 +5,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from tests.fleet.simulated import seeded
 from thermocline.fleet.books import SESSIONS_MAX, Fleet
-from thermocline.fleet.costs import InstanceCosts, terms_of
+from thermocline.fleet.costs import InstanceCosts, Steps, terms_of
 from thermocline.fleet.instance import Ask, Choice, Instance, Overlaps, Tier, Why
 from thermocline.fleet.router import choose, route
 
@@ -88,6 +88,16 @@ def test_prompts_of_one_step_are_learned_together():
             fleet.finished(booking, now + 0.2, 0)
         now += 0.5
     assert error(fleet, 1_500) < 0.2
+
+
+def test_waiting_is_never_taken_for_nothing():
+    """However little the queue seemed to matter, a longer one is a longer wait; nothing becomes negative."""
+    steps = Steps()
+    for at in range(200):
+        booked = at % 10 / 10 + 0.01
+        steps.observe(0.1, booked, 0.7 - 0.4 * booked)
+        assert steps.behind >= 1
+        assert steps.wait > 0
 
 
 def test_queues_are_not_taken_for_work():

@@ -191,6 +191,20 @@ def test_a_prompt_that_is_announced_with_its_answer(index):
     assert found(index, prompt) == [40 * BLOCK, 40 * BLOCK]
 
 
+def test_a_prompt_that_ends_with_a_block_is_no_longer_than_it_is(index):
+    """Of a prompt of four whole blocks and no output, a text of three is not the beginning: nothing is tied to it."""
+    tokens, engine = text(4 * CHUNK // BLOCK), Engine(index)
+    chain = by_bytes(index, tokens)
+    index.learn(0, chain)
+    engine.says(stored(text(15, seed=9)))
+    ended(index, 0, chain, tokens)
+    index.learn(0, chain)
+    assert found(index, tokens) == [len(tokens)]  # as it was sent there
+    index.drop(0)
+    index.check_integrity()
+    assert index.blocks == 0
+
+
 def test_events_may_come_behind_the_answer(index):
     """A batch that is late still says what the prompt's blocks are, but not for ever."""
     tokens, other, engine = text(40), text(30, seed=1), Engine(index)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.gateway.serving import LIMITS, RULES, InTurn, World, post, served, until
-from thermocline.gateway.seam import Trouble
+from tests.gateway.serving import LIMITS, RULES, USAGE, InTurn, World, post, served, until
+from thermocline.gateway.seam import Trouble, Usage
 from thermocline.gateway.standing import State
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -279,3 +279,17 @@ def test_stopping_finishes():
         assert idle.closed()
         with pytest.raises(OSError):  # noqa: PT011  # refused or reset, as the kernel likes
             door.connect()
+
+
+@pytest.mark.parametrize("cut", [1, 20, len(USAGE) - 3])
+def test_usage_that_comes_in_two_pieces_is_read_whole(cut):
+    """Where a plain answer is cut inside its usage, no number is taken for another: none is told, the whole is learned."""
+    body = b'{"choices":[],%b}' % USAGE
+    at = body.index(USAGE) + cut
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with World() as world:
+        door = world.gateway([world.raw(_says(head + body[:at], body[at:]))])
+        answer = door.ask()
+        assert answer.body == body
+        assert "x-thermocline-cached-tokens" not in answer.headers
+        assert until(lambda: ("finished", Usage(100, 64, 3)) in door.chooser.heard)

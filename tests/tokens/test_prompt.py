@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thermocline.tokens.chunks import CHUNK_BYTES, PROMPT_CHUNK_BYTES, BytesPerToken, chunk_keys, chunk_seed
-from thermocline.tokens.prompt import Kind, Prompt, prompt_of
+from thermocline.tokens.prompt import Kind, Prompt, front_of, prompt_in, prompt_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -50,6 +51,18 @@ def test_what_is_no_prompt_is_none(body):
     """A body that is no request is left to the engine to refuse."""
     assert prompt_of(COMPLETIONS, body) is None
     assert prompt_of(CHAT, body.replace(b"prompt", b"messages")) is None
+
+
+@pytest.mark.parametrize("kwargs", [b'{"a": 1e999}', b'{"a": "\xff"}', b"[" * 5000 + b"]" * 5000])
+def test_variables_that_cannot_be_read_are_left_to_the_engine(kwargs):
+    """What the template would be told, and is no JSON that we can read, makes the prompt none of ours."""
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": %b}' % kwargs
+    assert prompt_of(CHAT, body) is None
+    try:
+        front = front_of(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return
+    assert prompt_in(CHAT, front) is None
 
 
 @pytest.mark.parametrize(

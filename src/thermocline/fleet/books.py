@@ -358,6 +358,7 @@ class Fleet:
             if self._turn - turn > FORGOTTEN_TURNS * len(self.turns) and self._costs[slot].observations:
                 self._costs[slot] = InstanceCosts(self._common)
                 self._weigh(slot)
+                self._settle(slot)
 
     def _learned(self, slot: int) -> None:
         """What one instance has shown is news of those that have not shown enough themselves, too."""

@@ -32,9 +32,9 @@ TOGETHER = 0.1
 """First tokens that come within so much of a stretch's length after it are of the same step."""
 STEP_FADING = 0.98
 STEP_PRIOR = 0.01
-STEP_MAX, OFF_MAX = 8.0, 4.0
-"""No share is learned to be more than the first. What was predicted at more than the second times what it took is news,
-but not so much as to decide alone."""
+STEP_MAX, WAIT_MIN, OFF_MAX = 8.0, 0.1, 4.0
+"""No share is learned to be more than the first, and waiting never to be nothing: one that hangs must look worse the
+longer it does. What was predicted at more than the last times what it took is news, but does not decide alone."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Steps:
         self._sums = tuple(STEP_FADING * total + more for total, more in zip(self._sums, new, strict=True))
         xx, xy, yy, x, y = self._sums
         behind, wait = _two(xx + STEP_PRIOR, xy, yy + STEP_PRIOR, x + STEP_PRIOR, y + STEP_PRIOR)
-        self.behind, self.wait = min(max(behind, 1.0), STEP_MAX), min(wait, STEP_MAX)
+        self.behind, self.wait = min(max(behind, 1.0), STEP_MAX), min(max(wait, WAIT_MIN), STEP_MAX)
 
 
 def _two(xx: float, xy: float, yy: float, x: float, y: float) -> tuple[float, float]:

@@ -481,8 +481,8 @@ class FleetIndex:
     def _prune(self, run: Run | None) -> None:
         while run is not None and not run.holders and not run.kids:
             run.forest.forget(run)
-            self._ties.forget(run)
             self._recent.pop(run, None)
+            self._ties.forget(run)
             run = run.parent
 
     def _learn_sent(self) -> None:

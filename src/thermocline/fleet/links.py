@@ -80,7 +80,7 @@ class Ends:
         length = ended.prompt_tokens
         through = length + ended.output_tokens
         cached = None if ended.cached_tokens is None else ended.cached_tokens // block_tokens
-        depths = {each // block_tokens for each in (length, through - 1, through)}
+        depths = {each // block_tokens for each in (length, max(length, through - 1), through)}
         return {
             up(end.place, depth - length // block_tokens)
             for depth in depths

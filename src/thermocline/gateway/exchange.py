@@ -181,7 +181,7 @@ class Exchange:
 
     # -- the answer ----------------------------------------------------------------------------------------------------
 
-    def begin(self, status: int, headers: bytes, body: bytes, *, framed: bool) -> None:
+    def begin(self, status: int, headers: bytes, body: bytes, *, framed: bool, whole: bool) -> None:
         """The head and the first bytes of the body: from here on there is no other try."""
         assert self._link is not None
         if status in BUSY and self._may_retry():
@@ -198,7 +198,7 @@ class Exchange:
         actual = b""
         if status == OK:
             self._tell(self._gateway.chooser.first_byte, now)
-            actual = self._cached_already(body)
+            actual = self._cached_already(body) if whole else b""
         if not framed or self._gateway.stopping:
             self.client.keep_alive = False
         if self.client.paused:
@@ -221,8 +221,7 @@ class Exchange:
 
     def _cached_already(self, body: bytes) -> bytes:
         """The header that says what the instance found cached, where its answer is there at once."""
-        if self.ask.front.stream is not True:
-            self._usage = read_usage(b"", body)
+        self._usage = read_usage(b"", body)
         if self._usage is None or self._usage.cached_tokens is None:
             return b""
         return b"x-thermocline-cached-tokens: %d\r\n" % self._usage.cached_tokens

@@ -122,7 +122,7 @@ class Link(asyncio.Protocol):
         if known is None or not begin:
             return False
         self._passing = self._keep_alive = True
-        exchange.begin(HTTPStatus.OK, data[known.line_bytes : begin - 2], data[begin:], framed=True)
+        exchange.begin(HTTPStatus.OK, data[known.line_bytes : begin - 2], data[begin:], framed=True, whole=True)
         if self.exchange is exchange:
             self._end(exchange)
         return True
@@ -149,7 +149,8 @@ class Link(asyncio.Protocol):
             return False
         self._passing = True
         body, self._pending = self._pending[cut:], b""
-        exchange.begin(self._status, b"".join(self._headers), body, framed=self._framed)
+        headers = b"".join(self._headers)
+        exchange.begin(self._status, headers, body, framed=self._framed, whole=self._complete)
         return self.exchange is exchange
 
     def _end(self, exchange: Exchange) -> None:

@@ -29,8 +29,10 @@ class Mould(Struct, frozen=True, gc=False):
             return 0
         first = len(before)
         stop = message.find(b"\r", first, first + DIGITS_MAX + 1)
+        if stop < 0:
+            return 0
         digits = message[first:stop]
-        if stop < 0 or not message.startswith(after, stop) or not digits.isdigit():
+        if not message.startswith(after, stop) or not digits.isdigit():
             return 0
         begin, length = stop + len(after), int(digits)
         return begin if len(message) == begin + length and length <= body_bytes_max else 0

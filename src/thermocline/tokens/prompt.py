@@ -188,6 +188,10 @@ def prompt_in(path: str, front: Front) -> Prompt | None:
         front.prompt_embeds,
         front.truncate_prompt_tokens,
     )
+    try:
+        variables = _variables(front) if chat else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
     exact = kind is not Kind.OTHER and (foreign == _NO_FOREIGN or not any(map(_present, foreign)))
     special = front.add_special_tokens
     return Prompt(
@@ -199,7 +203,7 @@ def prompt_in(path: str, front: Front) -> Prompt | None:
         exact,
         not chat if special is None else special,
         front.add_generation_prompt is not False,
-        _variables(front) if chat else {},
+        variables,
     )
 
 
