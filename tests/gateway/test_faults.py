@@ -283,7 +283,7 @@ def test_stopping_finishes():
 
 @pytest.mark.parametrize("cut", [1, 20, len(USAGE) - 3])
 def test_usage_that_comes_in_two_pieces_is_read_whole(cut):
-    """Where a plain answer is cut inside its usage, no number is taken for another: none is told, the whole is learned."""
+    """Where a plain answer is cut inside its usage, no header tells a part of a number, and the whole is learned."""
     body = b'{"choices":[],%b}' % USAGE
     at = body.index(USAGE) + cut
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
