@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from thermocline.errors import SettingsError
@@ -151,6 +151,7 @@ def test_bad_values(name, raw, words):
     assert "Default:" in caught.value.hint
 
 
+@example(name="redis_gain_min", raw=0.001953125)  # has more than six digits
 @given(
     st.sampled_from(list(DECLARED)), st.text() | st.integers() | st.floats() | st.booleans() | st.none() | st.binary()
 )

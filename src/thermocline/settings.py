@@ -87,7 +87,8 @@ class Setting:
         if self.kind is Kind.SIZE and isinstance(value, int):
             return _size_text(value)
         if self.kind is Kind.NUMBER:
-            return f"{value:g}"
+            short = f"{value:g}"
+            return short if float(short) == value else repr(value)
         return f"{value:g}s" if self.kind is Kind.DURATION else str(value)
 
     def show_bound(self, bound: float) -> str:
