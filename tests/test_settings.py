@@ -151,6 +151,7 @@ def test_bad_values(name, raw, words):
     assert "Default:" in caught.value.hint
 
 
+@example(name="redis_gain_min", raw=5.021095424358942e-142)
 @example(name="redis_gain_min", raw=0.001953125)  # has more than six digits
 @given(
     st.sampled_from(list(DECLARED)), st.text() | st.integers() | st.floats() | st.booleans() | st.none() | st.binary()

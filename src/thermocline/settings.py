@@ -135,7 +135,7 @@ def _count(raw: object) -> int:
 def _number(raw: object) -> float:
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         return float(raw)
-    if isinstance(raw, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", raw):
+    if isinstance(raw, str) and re.fullmatch(r"\s*\d+(\.\d+)?(e[+-]?\d{1,3})?\s*", raw):
         return float(raw)
     raise ValueError("must be a number")
 

@@ -109,7 +109,7 @@ class _Heard:
     def __init__(self) -> None:
         self.body, self.begun, self.over = b"", False, False
 
-    def begin(self, status: int, headers: bytes, body: bytes, *, framed: bool) -> None:
+    def begin(self, status: int, headers: bytes, body: bytes, *, framed: bool, whole: bool) -> None:
         assert not self.begun
         assert not self.over
         assert 200 <= status <= 999
