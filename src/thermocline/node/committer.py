@@ -82,14 +82,18 @@ class Committer:
         self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._under_way = 0
         self._idle = threading.Condition()
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="node commit", daemon=True)
         self._thread.start()
 
     def put(self, part: Part) -> None:
-        """Commit this, after what came before."""
+        """Commit this, after what came before. Once closed, it has failed."""
         with self._idle:
             self._under_way += 1
-        self._queue.put(part)
+            if not self._closed:
+                self._queue.put(part)
+                return
+        self._finish(part, (), [Outcome.FAILED] * len(part.lent))
 
     @property
     def idle(self) -> bool:
@@ -103,7 +107,9 @@ class Committer:
 
     def close(self) -> None:
         """End the thread."""
-        self._queue.put(None)
+        with self._idle:
+            self._closed = True
+            self._queue.put(None)
         self._thread.join(2.0)
 
     def _serve(self) -> None:
