@@ -166,8 +166,8 @@ CLAIMS = (
         "taken for granted: a router needs a session header to keep conversations where they are",
         "thermocline bench fleet-vllm",
         _two_servers,
-        "Two real vLLM servers, a core each, 24 conversations, no header. The median first token came no sooner than "
-        "with round robin, and times were predicted worse than we want with both servers busy: see the budgets.",
+        "Two real vLLM servers that share two cores, 24 conversations, no header. Times are predicted worse than we "
+        "want with both servers busy: see the budgets.",
     ),
     Row(
         "demo",

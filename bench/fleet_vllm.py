@@ -1,14 +1,13 @@
 """Two real vLLM servers behind routers: the same conversations through each, one router after the other, in rounds.
 
 Figures are the servers' own: a hit is a token that vLLM counts as found in its prefix cache, over all prompt tokens.
-Each server has a core of its own, as if it were a machine of its own; clients and routers take what time those leave.
+Both servers share all cores with the routers and clients, so a busy server slows the other one down too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -90,8 +89,8 @@ def _servers(
     stack: contextlib.ExitStack, folder: Path, model: Path, events: str, progress: Progress
 ) -> tuple[list[Server], str]:
     """Both servers, each with its events going to whichever gateway listens; and how a gateway is told of them."""
-    servers, told, cores = [], [], sorted(os.sched_getaffinity(0))
-    for at, name in enumerate(NAMES):
+    servers, told = [], []
+    for name in NAMES:
         progress(f"starting server {name}")
         replay = f"tcp://127.0.0.1:{free_port()}"
         config = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events, "replay_endpoint": replay}
@@ -103,7 +102,6 @@ def _servers(
             folder,
             arguments=[*arguments, str(BLOCK_TOKENS)],
             environment={"PYTHONHASHSEED": "0"},
-            core=cores[at % len(cores)],
         )
         servers.append(stack.enter_context(server).wait())
         told.append(f"{name}={server.url} replay={replay} capacity={BLOCKS * BLOCK_TOKENS} seats=16")

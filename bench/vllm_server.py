@@ -96,9 +96,8 @@ class Server:
         transfer: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
-        core: int | None = None,
     ) -> None:
-        """`arguments` are vLLM's own, and win over those that every server here gets. `core`: it gets no other one."""
+        """`arguments` are vLLM's own, and win over those that every server here gets."""
         self.port = free_port()
         self._log = folder / f"vllm-{self.port}.log"
         argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *_ARGUMENTS]
@@ -109,8 +108,6 @@ class Server:
         every = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, **(environment or {})}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log, env=every, start_new_session=True)
-        if core is not None:
-            os.sched_setaffinity(self._process.pid, {core})  # what it starts inherits that
 
     def __enter__(self) -> Self:
         return self
