@@ -8,6 +8,7 @@ import click
 from faults_page import faults_page
 
 from thermocline import cli, metrics, settings
+from thermocline.cli.app import VerbWithSettings
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py from the declarations. Change those, then run `make generate`. -->\n"
@@ -67,7 +68,7 @@ def cli_page() -> str:
             _unwrapped(verb.help),
             "",
         ]
-        takes_settings = type(verb).__name__ == "_VerbWithSettings"
+        takes_settings = isinstance(verb, VerbWithSettings)
         hidden = settings.DECLARED if takes_settings else {}
         options = [param for param in _params(verb, click.Option) if param.name not in hidden]
         lines += [

@@ -1,0 +1,3 @@
+"""Verbs that plan and diagnose: bytes, seconds, money, and what is wrong."""
+
+from __future__ import annotations
