@@ -66,7 +66,16 @@ def _decoded(path: Path) -> _File:
 
 def write(path: Path, costs: CostsState) -> bool:
     """Replace the file in one step, readable by its owner only. False, and a warning, where that cannot be done."""
-    body = msgspec.json.encode(_File(VERSION, machine(), costs))
+    try:
+        replace(path, msgspec.json.encode(_File(VERSION, machine(), costs)))
+    except OSError as error:
+        LOG.warning("what was learned of costs is not saved to %s: %s", path, error)
+        return False
+    return True
+
+
+def replace(path: Path, body: bytes) -> None:
+    """Give a file this content in one step, readable by its owner only. Raises OSError, and then nothing is left."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -75,12 +84,10 @@ def write(path: Path, costs: CostsState) -> bool:
             out.flush()
             os.fsync(out.fileno())
         draft.replace(path)
-    except OSError as error:
-        LOG.warning("what was learned of costs is not saved to %s: %s", path, error)
+    except OSError:
         with contextlib.suppress(OSError):
             draft.unlink()
-        return False
-    return True
+        raise
 
 
 class SavedCosts(LearnedCosts):
