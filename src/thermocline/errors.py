@@ -10,6 +10,7 @@
     ├── RequestError            a request is malformed; carries the HTTP status and OpenAI's `param` and `code`
     ├── NodeError               a node cannot run here, or refuses us
     ├── NearError               the near cache cannot wait longer, or cannot be used so
+    ├── TraceError              a request trace cannot be read
     ├── BenchError              a bench cannot run here
     ├── LaunchError             a process that a command starts does not come up, or does not stay up
     ├── UnreachableError        a server that a command asks does not answer
@@ -76,6 +77,12 @@ class NodeError(ThermoclineError):
 
 class NearError(ThermoclineError):
     """The near cache cannot wait longer for a value, or cannot be used in this way."""
+
+
+class TraceError(ThermoclineError):
+    """A request trace cannot be read, or is of no format we know."""
+
+    exit_code = 2
 
 
 class BenchError(ThermoclineError):
