@@ -86,7 +86,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _get(url: str, path: str, api_key_file: Path | None, missing: str) -> bytes:
-    connection, prefix = _connect(url)
+    connection, prefix = connect(url)
     headers = {"Authorization": f"Bearer {read_key(api_key_file)}"} if api_key_file else {}
     try:
         connection.request("GET", prefix + path, headers=headers)
@@ -104,7 +104,14 @@ def _get(url: str, path: str, api_key_file: Path | None, missing: str) -> bytes:
     return body
 
 
-def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
+def connect(
+    url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, secret: str = "the receipt"
+) -> tuple[http.client.HTTPConnection, str]:
+    """A connection that is not open yet, and the path that requests there begin with.
+
+    `secret` names what may not cross the network readable, over plain HTTP; empty where nothing is. Raises
+    SettingsError for a URL that is none, or would send it so.
+    """
     parts = urlsplit(url)
     try:
         port = parts.port
@@ -112,14 +119,15 @@ def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
         port = -1
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
         raise SettingsError(f"{url} is not the address of a server", hint="write it as http://127.0.0.1:8000")
+    path = parts.path.rstrip("/")
     if parts.scheme == "https":
-        return http.client.HTTPSConnection(parts.hostname, port, timeout=TIMEOUT_SECONDS), parts.path.rstrip("/")
-    if not is_loopback(parts.hostname):
+        return http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_seconds), path
+    if secret and not is_loopback(parts.hostname):
         raise SettingsError(
-            f"{url} would send the receipt readable over the network",
-            hint="use https, or run `thermocline why` on the server's own machine",
+            f"{url} would send {secret} readable over the network",
+            hint="use https, or run this on the server's own machine",
         )
-    return http.client.HTTPConnection(parts.hostname, port, timeout=TIMEOUT_SECONDS), parts.path.rstrip("/")
+    return http.client.HTTPConnection(parts.hostname, port, timeout=timeout_seconds), path
 
 
 def _refuse_failure(status: int, url: str, missing: str) -> None:
