@@ -105,11 +105,11 @@ def _get(url: str, path: str, api_key_file: Path | None, missing: str) -> bytes:
 
 
 def connect(
-    url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, secret: str = "the receipt"
+    url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, carried: str = "the receipt"
 ) -> tuple[http.client.HTTPConnection, str]:
     """A connection that is not open yet, and the path that requests there begin with.
 
-    `secret` names what may not cross the network readable, over plain HTTP; empty where nothing is. Raises
+    `carried` names what may not cross the network readable, over plain HTTP; empty where nothing is. Raises
     SettingsError for a URL that is none, or would send it so.
     """
     parts = urlsplit(url)
@@ -122,9 +122,9 @@ def connect(
     path = parts.path.rstrip("/")
     if parts.scheme == "https":
         return http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_seconds), path
-    if secret and not is_loopback(parts.hostname):
+    if carried and not is_loopback(parts.hostname):
         raise SettingsError(
-            f"{url} would send {secret} readable over the network",
+            f"{url} would send {carried} readable over the network",
             hint="use https, or run this on the server's own machine",
         )
     return http.client.HTTPConnection(parts.hostname, port, timeout=timeout_seconds), path
