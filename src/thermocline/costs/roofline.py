@@ -1,0 +1,234 @@
+"""How long a model computes on a machine: one pass over a batch, from which prefill and decode follow.
+
+    pass      = linear + attention + communication + overhead
+    linear    = max(2 * active parameters * tokens / (flops * mfu), weights read / (bandwidth * mbu))
+    attention = max(4 * query elements * pairs / (flops * attention mfu), KV read / (bandwidth * mbu))
+
+`pairs` are the (new token, earlier token) pairs of the layers that attend, within their windows. It is the roofline
+model (Williams, Waterman and Patterson, 2009) with measured shares of both peaks. A batch of a mixture of experts reads
+the experts that its tokens are expected to choose: 1 - (1 - k/E)^tokens of them. Tensor parallelism adds two
+all-reduces per layer. Times are of the accelerators only, in one pass: what waits is in `queueing.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from thermocline.costs.geometry import Attention, Geometry
+from thermocline.costs.hardware import Accelerator, element_bytes
+from thermocline.costs.memory import sequence_bytes
+from thermocline.errors import ModelError
+
+Prefill = Callable[[int, int], float]
+"""Seconds to compute so many tokens behind so many known ones: `Costs.recompute`, `Measured.prefill_seconds`, or
+`prefill_of` below where nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One term of an estimate. `how` is its formula, filled in."""
+
+    name: str
+    seconds: float
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds, the terms that add up to them, and what was assumed."""
+
+    seconds: float
+    parts: tuple[Part, ...]
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Shares of the peaks that engines reach, and what every pass takes whatever its size."""
+
+    mfu: float
+    """Of the dense compute rate, in the products of weights and many tokens."""
+    attention_mfu: float
+    mbu: float
+    """Of the memory bandwidth."""
+    link: float
+    """Of the link between the accelerators, in an all-reduce of a large buffer."""
+    hop_seconds: float
+    """What an all-reduce of a small buffer takes."""
+    layer_seconds: float
+    """What a layer takes beside its bytes and operations."""
+    pass_seconds: float
+    """What a pass takes beside its layers: the engine's scheduling and sampling."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model on a machine: how it is split, what it is kept in, how well it runs. `efficiency` None: the table's."""
+
+    geometry: Geometry
+    accelerator: Accelerator
+    tp: int = 1
+    weights_dtype: str = "bf16"
+    kv_dtype: str = ""
+    efficiency: Efficiency | None = None
+
+    @property
+    def running(self) -> Efficiency:
+        """How well it runs."""
+        return self.efficiency or efficiency_of(self.accelerator)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one pass computes: in each of `sequences` sequences `tokens` new tokens behind `cached` known ones."""
+
+    sequences: int
+    tokens: int
+    cached: int
+
+    @property
+    def all_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.sequences * self.tokens
+
+
+_SEED_SOURCE = "aiconfigurator 0.12.0, its measured kernels (vLLM, bf16); a seed, to be measured"
+SEEDS = {
+    "A100": Efficiency(0.88, 0.61, 0.73, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
+    "H100": Efficiency(0.75, 0.61, 0.81, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
+    "H200": Efficiency(0.75, 0.64, 0.75, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
+    "B200": Efficiency(0.62, 0.50, 0.75, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
+}
+ASSUMED = Efficiency(0.60, 0.50, 0.75, 0.65, 8e-6, 0.0, 0.0, "assumed: nothing measured is known of this accelerator")
+
+
+def efficiency_of(accelerator: Accelerator) -> Efficiency:
+    """What the table has for this accelerator, or a cautious assumption that says so."""
+    return SEEDS.get(accelerator.name.partition("-")[0], ASSUMED)
+
+
+def pass_seconds(setup: Setup, work: Work) -> Estimate:
+    """One pass of one batch. Raises ModelError where the model's parameters are not known."""
+    parts = (_linear(setup, work), _attention(setup, work), *_communication(setup, work), _overhead(setup))
+    accelerator, running = setup.accelerator, setup.running
+    assumptions = [
+        f"{accelerator.name}: peaks {accelerator.evidence} ({accelerator.source})",
+        f"shares of the peaks: {running.source}",
+        f"{setup.geometry.name}: {setup.geometry.source}",
+    ]
+    shown = tuple(part for part in parts if part.seconds > 0)
+    return Estimate(math.fsum(part.seconds for part in shown), shown, tuple(assumptions))
+
+
+def _parameters(geometry: Geometry) -> tuple[int, int]:
+    total = geometry.parameters_total
+    if total is None:
+        raise ModelError(
+            f"the number of parameters of {geometry.name} is not known, and its times follow from it",
+            hint="name a folder with the checkpoint, or a model of the table that has it",
+        )
+    return total, geometry.parameters_active or total
+
+
+def weights_read(geometry: Geometry, tokens: int) -> float:
+    """Parameters that a pass over so many tokens is expected to read: of a mixture of experts, those chosen."""
+    total, active = _parameters(geometry)
+    return total * (1 - (1 - active / total) ** tokens)
+
+
+def _linear(setup: Setup, work: Work) -> Part:
+    _, active = _parameters(setup.geometry)
+    accelerator, running, dtype = setup.accelerator, setup.running, setup.weights_dtype
+    flops, rate = 2.0 * active * work.all_tokens, accelerator.flops_for(dtype) * running.mfu * setup.tp
+    nbytes = weights_read(setup.geometry, work.all_tokens) * element_bytes(dtype)
+    speed = accelerator.memory_bytes_per_second * running.mbu * setup.tp
+    if flops / rate >= nbytes / speed:
+        return Part("weights, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
+    return Part("weights, read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s)")
+
+
+def _attention(setup: Setup, work: Work) -> Part:
+    geometry, accelerator, running = setup.geometry, setup.accelerator, setup.running
+    flops = work.sequences * sum(
+        4.0 * each.layers * _query_elements(geometry, each, work) * _pairs(each, work) for each in geometry.attention
+    )
+    rate = accelerator.flops_for("bf16") * running.attention_mfu * setup.tp
+    nbytes = work.sequences * sequence_bytes(geometry, work.cached + work.tokens, setup.kv_dtype, tp=setup.tp)
+    speed = accelerator.memory_bytes_per_second * running.mbu
+    if flops / rate >= nbytes / speed:
+        return Part("attention, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
+    return Part("attention, KV read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s) on each rank")
+
+
+def _query_elements(geometry: Geometry, attention: Attention, work: Work) -> int:
+    absorbed = attention.latent_elements if work.tokens == 1 else 0
+    return geometry.query_heads * (absorbed or geometry.query_head_dim)
+
+
+def _pairs(attention: Attention, work: Work) -> float:
+    """(new, earlier) pairs of one sequence and layer: each token attends to itself and all before it in its window."""
+    first, last = work.cached + 1, work.cached + work.tokens
+    window = attention.window_tokens
+    if window is None or last <= window:
+        return (first + last) * work.tokens / 2
+    inside = max(0, window - work.cached)
+    beyond = (work.tokens - inside) * (window / 2 if attention.chunked else window)
+    return inside * (first + window) / 2 + beyond
+
+
+def _communication(setup: Setup, work: Work) -> tuple[Part, ...]:
+    """Two ring all-reduces per layer: each rank sends 2 (tp - 1) / tp of the buffer."""
+    if setup.tp == 1:
+        return ()
+    accelerator, running = setup.accelerator, setup.running
+    speed = (accelerator.peer_bytes_per_second or accelerator.pcie_bytes_per_second or math.inf) * running.link
+    buffer = work.all_tokens * setup.geometry.hidden_size * 2
+    each = max(2 * (setup.tp - 1) / setup.tp * buffer / speed, running.hop_seconds)
+    count = 2 * setup.geometry.layers
+    return (Part("all-reduces", count * each, f"{count} x {buffer:.4g} B over {setup.tp} ranks at {speed:.4g} B/s"),)
+
+
+def _overhead(setup: Setup) -> Part:
+    running, layers = setup.running, setup.geometry.layers
+    seconds = running.pass_seconds + layers * running.layer_seconds
+    return Part("per pass", seconds, f"{running.pass_seconds:g} s + {layers} layers x {running.layer_seconds:g} s")
+
+
+def prefill_seconds(
+    geometry: Geometry,
+    accelerator: Accelerator,
+    tokens: int,
+    cached: int = 0,
+    *,
+    tp: int = 1,
+    weights_dtype: str = "bf16",
+    kv_dtype: str = "",
+    efficiency: Efficiency | None = None,
+) -> Estimate:
+    """Seconds to compute `tokens` new tokens behind `cached` known ones, alone."""
+    setup = Setup(geometry, accelerator, tp, weights_dtype, kv_dtype, efficiency)
+    return pass_seconds(setup, Work(1, tokens, cached))
+
+
+def decode_step_seconds(
+    geometry: Geometry,
+    accelerator: Accelerator,
+    batch: int,
+    context_tokens: int,
+    *,
+    tp: int = 1,
+    weights_dtype: str = "bf16",
+    kv_dtype: str = "",
+    efficiency: Efficiency | None = None,
+) -> Estimate:
+    """Seconds of one step that gives each of `batch` sequences its next token, behind `context_tokens` each."""
+    setup = Setup(geometry, accelerator, tp, weights_dtype, kv_dtype, efficiency)
+    return pass_seconds(setup, Work(batch, 1, context_tokens))
+
+
+def prefill_of(setup: Setup) -> Prefill:
+    """Prefills of a setup as a function, where nothing was measured."""
+    return lambda tokens, cached: pass_seconds(setup, Work(1, tokens, cached)).seconds if tokens > 0 else 0.0
