@@ -7,8 +7,6 @@ nothing is deferred. The cache itself is replayed whole, `get` and `put` after a
 from __future__ import annotations
 
 import heapq
-import json
-import lzma
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import accumulate
@@ -19,6 +17,7 @@ import numpy as np
 
 from bench.harness import ROOT, Progress, Report, check, kept
 from thermocline.clock import ManualClock
+from thermocline.costs.trace import read
 from thermocline.near import Cache
 from thermocline.near.cache import ENTRY_BYTES
 
@@ -70,39 +69,10 @@ def chat(seed: int = 3, turns: float = 4.0, active: float = 1_000.0) -> Trace:
     return trace
 
 
-def mooncake(name: str) -> Trace:
+def public(file: str) -> Trace:
     """Blocks of the prompts, each prompt's last block first: then ancestors are never older than descendants."""
-    with lzma.open(TRACES / f"mooncake_{name}.jsonl.xz", "rt") as lines:
-        return [block for line in lines for block in reversed(json.loads(line)["hash_ids"])]
-
-
-def kvct_dev() -> Trace:
-    """150 coding-agent conversations as one stream, as the README beside the traces says."""
-    random = Random(1)  # noqa: S311  # the recipe names this generator
-    with lzma.open(TRACES / "kvct_001_369.jsonl.xz", "rt") as lines:
-        conversations = [json.loads(line) for line in lines]
-    random.shuffle(conversations)
-    shared: dict[tuple[int, int], int] = {}
-    requests: list[tuple[float, list[int]]] = []
-    start, base = 0.0, 1_000_000
-    for conversation in conversations[:150]:
-        start += random.expovariate(1 / 30)
-        tool, system = conversation["tool"], conversation["sys"]
-        number = shared.setdefault((tool, system), len(shared))
-        latest = shift = 0.0
-        for at, _, _, runs, *_ in conversation["req"]:
-            shift += max(0.0, at - latest - 600.0)
-            latest = max(latest, at)
-            ids = [first + step for first, count in runs for step in range(count)][7::8]
-            common = min((tool + system) // 512, len(ids))
-            blocks = [number * 1000 + step for step in range(common)] + [base + block for block in ids[common:]]
-            if blocks:
-                requests.append((start + at - shift, blocks))
-        base += (
-            max((first + count for _, _, _, runs, *_ in conversation["req"] for first, count in runs), default=0) + 10
-        )
-    requests.sort(key=lambda request: request[0])
-    return [block for _, blocks in requests for block in reversed(blocks)]
+    trace = read(TRACES / file)
+    return [block for request in range(len(trace)) for block in reversed(trace.path(request).tolist())]
 
 
 # -- rules, as their papers have them ----------------------------------------------------------------------------------
@@ -297,9 +267,9 @@ CHOSEN_FROM: dict[str, Callable[[Trace, int], int]] = {
 ALL = {"Belady": belady, "FIFO": fifo, **CHOSEN_FROM, "ours": ours}
 SYNTHETIC: dict[str, Callable[[], Trace]] = {"Zipf 0.9": zipf, "Zipf with scans": scans, "chat sessions": chat}
 PUBLIC: dict[str, Callable[[], Trace]] = {
-    "Mooncake conversation": lambda: mooncake("conversation"),
-    "Mooncake synthetic": lambda: mooncake("synthetic"),
-    "kvct_dev": kvct_dev,
+    "Mooncake conversation": lambda: public("mooncake_conversation.jsonl.xz"),
+    "Mooncake synthetic": lambda: public("mooncake_synthetic.jsonl.xz"),
+    "kvct_dev": lambda: public("kvct_001_369.jsonl.xz"),
 }
 
 

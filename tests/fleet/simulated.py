@@ -5,8 +5,6 @@ Each instance computes one prompt after the other; what a decision knows of cach
 
 import heapq
 import itertools
-import json
-import lzma
 import statistics
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from random import Random
 
 import pytest
 
+from thermocline.costs.trace import read
 from thermocline.fleet.books import Fleet
 from thermocline.fleet.instance import Ask, Instance, Overlaps
 from thermocline.fleet.router import choose
@@ -230,22 +229,15 @@ def seeded(seed: int) -> Random:
 
 
 def mooncake(name: str, count: int | None = None) -> list[Request]:
-    path = traces() / f"mooncake_{name}.jsonl.xz"
-    with lzma.open(path, "rt") as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, count)]
-    uses: dict[int, int] = {}
-    for row in rows:
-        for block in row["hash_ids"]:
-            uses[block] = uses.get(block, 0) + 1
-    common = max(20, 0.005 * len(rows))
+    trace = read(traces() / f"mooncake_{name}.jsonl.xz")
     return [
         Request(
-            row["timestamp"] / 1000,
-            row["input_length"],
-            row["hash_ids"],
-            str(next((block for block in row["hash_ids"] if uses[block] < common), row["hash_ids"][-1])),
+            float(trace.arrival_seconds[at]),
+            int(trace.input_tokens[at]),
+            trace.path(at).tolist(),
+            str(trace.sessions[at]),
         )
-        for row in rows
+        for at in range(min(len(trace), count or len(trace)))
     ]
 
 

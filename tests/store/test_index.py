@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import lzma
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from tests.store.making import LAYOUT, chain, make_layout
 from thermocline.blocks.key import NO_PARENT, BlockKey
 from thermocline.blocks.layout import Layout
+from thermocline.costs.trace import read
 from thermocline.store.evict import Candidate, LeastRecent
 from thermocline.store.index import NO_NODE, Index
 from thermocline.tiers.tier import FIRST, GONE, Found
@@ -210,13 +209,12 @@ def test_hit_rate_on_a_real_trace():
     """On the Mooncake conversation trace, 10,000 blocks of leaf-first LRU hit 21.6 % of the tokens."""
     ours = LeafLru()
     hit_tokens = tokens = 0
-    with lzma.open(TRACE, "rt") as lines:
-        for number, line in enumerate(lines):
-            request = json.loads(line)
-            keys = [BlockKey((block + 1).to_bytes(32, "little")) for block in request["hash_ids"]]
-            hits = ours.use(keys, 10_000, float(number))
-            hit_tokens += min(hits * 512, request["input_length"])
-            tokens += request["input_length"]
+    trace = read(TRACE)
+    for number in range(len(trace)):
+        keys = [BlockKey((block + 1).to_bytes(32, "little")) for block in trace.path(number).tolist()]
+        hits = ours.use(keys, 10_000, float(number))
+        hit_tokens += min(hits * 512, int(trace.input_tokens[number]))
+        tokens += int(trace.input_tokens[number])
     assert hit_tokens / tokens == pytest.approx(0.216, abs=0.001)
     ours.index.check_integrity()
 

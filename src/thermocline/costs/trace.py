@@ -3,7 +3,7 @@
 | format | told by | blocks |
 |---|---|---|
 | Mooncake (JSON lines) | `hash_ids` | named by the trace; their size follows from `input_length` |
-| kv-cache-tester (JSON lines, one conversation a line) | `req` with runs | 64 tokens, coarsened to 512; mixed as `Mix` says |
+| kv-cache-tester (JSON lines, one conversation a line) | `req` with runs | 64 tokens, mixed as `Mix` says |
 | LMCache agent traces (JSON lines) | `input`, `session_id` | of 64 characters; four characters are taken for a token |
 | Azure LLM inference (CSV) | `ContextTokens` | none: lengths and arrivals only |
 
@@ -123,7 +123,9 @@ def read(path: Path, mix: Mix | None = None) -> Trace:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:
             rows = _read(file, mix or Mix())
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise TraceError(f"the trace {path} cannot be read: {error}", hint="name a file of requests, or an .xz") from error
+        raise TraceError(
+            f"the trace {path} cannot be read: {error}", hint="name a file of requests, or an .xz"
+        ) from error
     if not rows.inputs:
         raise TraceError(f"the trace {path} holds no request", hint=f"formats: {', '.join(_FORMATS)}")
     return rows.trace(path.name.partition(".")[0])
@@ -164,9 +166,9 @@ class _Rows:
     def keep(self, chosen: Sequence[bool]) -> None:
         """Pass over all requests but these."""
         self.skipped += len(chosen) - sum(chosen)
-        columns = (self.arrivals, self.inputs, self.outputs, self.sessions, self.paths)
+        columns: tuple[list[Any], ...] = (self.arrivals, self.inputs, self.outputs, self.sessions, self.paths)
         for column in columns:
-            column[:] = compress(column, chosen)  # type: ignore[index]  # each of its own type
+            column[:] = compress(column, chosen)
 
     def trace(self, name: str) -> Trace:
         """All of them in the order they came."""
@@ -205,7 +207,9 @@ def _read(file: IO[bytes], mix: Mix) -> _Rows:
     first = next(lines, b"")
     reader = next((reader for mark, reader in _FORMATS.items() if mark.encode() in first), None)
     if reader is None:
-        raise TraceError("the trace is of no format we know", hint=f"its first line names one of: {', '.join(_FORMATS)}")
+        raise TraceError(
+            "the trace is of no format we know", hint=f"its first line names one of: {', '.join(_FORMATS)}"
+        )
     reader(chain([first], lines), rows, mix)
     return rows
 
