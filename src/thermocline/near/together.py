@@ -16,43 +16,50 @@ def together(view: View, commands: Sequence[Args], flights: Flights, *, local: b
     Not `local`: memory may not be used now, and all of them are fetched. A read that others fetch already is waited for
     only when what it takes for ours has come: two that want the same keys in another order never wait for each other.
     """
-    reads = [view.read(args, flights) if local else _plainly() for args in commands]
-    replies: list[Reply] = [None] * len(reads)
-    steps: dict[int, Step] = {}
-
-    def go_on(at: int, reply: Reply) -> None:
-        try:
-            steps[at] = reads[at].throw(reply) if isinstance(reply, Exception) else reads[at].send(reply)
-        except StopIteration as end:
-            replies[at] = end.value
-            steps.pop(at, None)
-        except Exception as error:  # noqa: BLE001  # it is the reply
-            replies[at] = error
-            steps.pop(at, None)
-
+    reads = _Reads([view.read(args, flights) if local else _plainly() for args in commands])
     try:
-        for at in range(len(reads)):
-            go_on(at, None)
-        while steps:
-            for at, step in list(steps.items()):
-                if not _fetches(step) and not _follows(step):  # the link answers by itself, a refresh begins at once
-                    go_on(at, (yield step))
-            fetches = {at: step for at, step in steps.items() if _fetches(step)}
-            if fetches:
-                for at, reply in (yield from _fetched(fetches, commands)).items():
-                    go_on(at, reply)
-                continue
-            follows = next(((at, step) for at, step in steps.items() if _follows(step)), None)
-            if follows:
-                go_on(follows[0], (yield follows[1]))
+        for at in range(len(commands)):
+            reads.go_on(at, None)
+        while reads.steps:
+            for at, step in list(reads.steps.items()):
+                if not isinstance(step, Fetch | Plain) and not _follows(step):  # the link's answer, or a refresh begun
+                    reads.go_on(at, (yield step))
+            fetches = {at: step for at, step in reads.steps.items() if isinstance(step, Fetch | Plain)}
+            came = (yield from _fetched(fetches, commands)) if fetches else {}
+            for at, reply in came.items():
+                reads.go_on(at, reply)
+            for at, step in [] if came else list(reads.steps.items())[:1]:
+                reads.go_on(at, (yield step))
     finally:
-        for read in reads:
+        reads.close()
+    return reads.replies
+
+
+class _Reads:
+    """Reads under way: the step that each of them has come to, or its reply."""
+
+    def __init__(self, reads: Sequence[Steps]) -> None:
+        self._reads = reads
+        self.replies: list[Reply] = [None] * len(reads)
+        self.steps: dict[int, Step] = {}
+
+    def go_on(self, at: int, came: Reply) -> None:
+        read = self._reads[at]
+        try:
+            self.steps[at] = read.throw(came) if isinstance(came, Exception) else read.send(came)
+        except StopIteration as end:
+            self._ended(at, end.value)
+        except Exception as error:  # noqa: BLE001  # it is the reply
+            self._ended(at, error)
+
+    def close(self) -> None:
+        """Those that have not ended let go of what others may wait for."""
+        for read in self._reads:
             read.close()
-    return replies
 
-
-def _fetches(step: Step) -> bool:
-    return isinstance(step, Fetch | Plain)
+    def _ended(self, at: int, reply: Reply) -> None:
+        self.replies[at] = reply
+        self.steps.pop(at, None)
 
 
 def _follows(step: Step) -> bool:
