@@ -7,7 +7,30 @@ Bytes follow from it in `memory.py`; names and files are looked up in `models.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from thermocline.costs.architectures import ARCHITECTURES, INNER, LAYER_WORDS, PATTERN_WORDS, Architecture
+from thermocline.errors import ModelError
+
+NESTED = ("text_config", "llm_config", "language_config")
+"""Where models of several inputs keep the configuration of their decoder."""
+
+ALIASES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("num_attention_groups",),
+    "hidden_size": ("n_embd", "d_model"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "head_dim": ("attention_head_dim",),
+    "dtype": ("torch_dtype",),
+}
+KV_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+INDEX_SCALE_ELEMENTS, SCALE_BYTES = 128, 4
+"""The keys of a sparse indexer are one byte an element, with an fp32 scale for every 128 (DeepSeek-V3.2)."""
+
+FOUR_BITS = {4, "nvfp4", "mxfp4", "awq", "gptq"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +66,8 @@ class State:
     layers: int
     state_elements: int
     conv_elements: int
+    dtype: str = ""
+    """What the checkpoint asks for its state; "" where it says nothing (engines then differ)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +94,326 @@ class Geometry:
     source: str
     """Where these numbers are from, to be shown beside every figure that follows from them."""
     weights_dtype: str = "bf16"
+    pattern: str = ""
+    """What each layer keeps, a letter each: f all tokens, w a window, s a state, b all tokens and a state, - nothing.
+    "" where only the counts are known."""
+
+
+class _Config:
+    """One configuration: its fields under one name each, with the defaults of its class. A missing one is an error."""
+
+    def __init__(self, given: Mapping[str, Any], architecture: Architecture, name: str) -> None:
+        self._given, self._defaults, self.name = given, architecture.defaults, name
+
+    def get(self, field: str) -> Any:  # noqa: ANN401  # whatever JSON holds
+        """The field, else its default, else None."""
+        for each in (field, *ALIASES.get(field, ())):
+            if self._given.get(each) is not None:
+                return self._given[each]
+        return None if field in self._given else self._defaults.get(field)
+
+    def count(self, field: str, *or_else: str) -> int:
+        """A whole number above nothing, from the first of these fields that is there."""
+        for each in (field, *or_else):
+            found = self.get(each)
+            if isinstance(found, int | float) and found == int(found) and found > 0:
+                return int(found)
+            if found is not None:
+                raise self.wrong(f"its {each} is {found!r}")
+        raise self.wrong(f"it has no {field}")
+
+    def wrong(self, what: str) -> ModelError:
+        """The error of a configuration that does not say what is needed."""
+        return ModelError(
+            f"the geometry of {self.name} cannot be read: {what}",
+            hint="give the checkpoint's own config.json; circulating copies are often incomplete",
+        )
+
+
+def geometry_of(config: Mapping[str, Any], name: str) -> Geometry:
+    """What a Hugging Face `config.json` says a model keeps.
+
+    Raises ModelError for an architecture that is not known here, by its name, and for a field that lacks: nothing is
+    guessed. `source` says only that a config.json was read; `models.find` says which.
+    """
+    outer = str(config.get("model_type", ""))
+    inner = next((config[each] for each in NESTED if isinstance(config.get(each), Mapping)), None)
+    if inner is not None:
+        read = {"model_type": INNER.get(outer, outer), **inner}
+        for each in ("quantization_config", "dtype", "torch_dtype"):
+            read.setdefault(each, config.get(each))
+        return replace(geometry_of(read, name), model_type=outer)
+    architecture = ARCHITECTURES.get(outer)
+    if architecture is None:
+        raise ModelError(
+            f"{name} has the architecture {outer or 'without a model_type'}, and what that keeps is not known here",
+            hint=f"known are {', '.join(sorted(ARCHITECTURES))}; or measure it with `thermocline profile`",
+        )
+    fields = _Config(config, architecture, name)
+    pattern = _pattern(fields, architecture)
+    heads = fields.get("num_attention_heads") or 0
+    attention = _attention(fields, architecture, pattern)
+    return Geometry(
+        name=name,
+        model_type=outer,
+        hidden_size=fields.count("hidden_size"),
+        layers=len(pattern),
+        query_heads=heads if attention else 0,
+        query_head_dim=_query_head_dim(fields, architecture, attention),
+        attention=attention,
+        state=_state(fields, architecture, pattern),
+        parameters_total=None,
+        parameters_active=None,
+        weights_bytes=None,
+        context_tokens=fields.get("max_position_embeddings"),
+        kv_dtype=_kv_dtype(config),
+        source="config.json",
+        weights_dtype=_weights_dtype(config),
+        pattern=pattern,
+    )
+
+
+# -- which layer keeps what --------------------------------------------------------------------------------------------
+
+
+def _pattern(fields: _Config, architecture: Architecture) -> str:
+    if architecture.layers == "letters" and fields.get("hybrid_override_pattern"):
+        return _letters(fields, fields.get("hybrid_override_pattern"), PATTERN_WORDS)
+    listed = fields.get("layer_types") or fields.get("layers_block_type")
+    if architecture.layers == "letters":
+        return _letters(fields, listed or (), LAYER_WORDS)
+    layers = fields.count("num_hidden_layers")
+    if isinstance(listed, list) and architecture.layers != "both":
+        letters = _letters(fields, listed[:layers], LAYER_WORDS)
+        if len(letters) != layers:
+            raise fields.wrong(f"it names the kind of {len(letters)} of its {layers} layers")
+    else:
+        rule, _, number = architecture.layers.partition(" ")
+        letters = RULES[rule](fields, layers, int(number or 0))
+    if "w" in letters and fields.get("sliding_window") is None and fields.get("attention_chunk_size") is None:
+        letters = letters.replace("w", "f")
+    if fields.get("use_sliding_window") is False:
+        letters = letters.replace("w", "f")
+    return letters[: layers - (fields.get("num_kv_shared_layers") or 0)].ljust(layers, "-")
+
+
+def _letters(fields: _Config, listed: Any, words: Mapping[str, str]) -> str:  # noqa: ANN401  # a list, or a text
+    unknown = sorted({str(each) for each in listed} - set(words))
+    if unknown or not listed:
+        raise fields.wrong(f"it has layers of the kind {', '.join(unknown)}" if unknown else "it lists no layers")
+    return "".join(words[each] for each in listed)
+
+
+def _every(fields: _Config, layers: int, number: int) -> str:
+    """All but each n-th layer have a window. Exaone spells the turn out, and ends with a layer that keeps all."""
+    turn = fields.get("sliding_window_pattern")
+    if isinstance(turn, str):
+        spelt = _letters(fields, turn, PATTERN_WORDS)
+        return (spelt * layers)[: layers - 1] + "f"
+    number = int(turn or number)
+    return "".join("f" if (at + 1) % number == 0 else "w" for at in range(layers))
+
+
+def _qwen(fields: _Config, layers: int, _: int) -> str:
+    full = layers if not fields.get("use_sliding_window") else int(fields.get("max_window_layers") or 0)
+    return ("f" * full).ljust(layers, "w")[:layers]
+
+
+def _chunks(fields: _Config, layers: int, _: int) -> str:
+    """Llama 4: a layer with rotary positions attends inside its chunk, one without to all."""
+    every = fields.get("no_rope_layer_interval") or 4
+    rotary = fields.get("no_rope_layers") or [int((at + 1) % every != 0) for at in range(layers)]
+    return "".join("w" if each else "f" for each in rotary)[:layers]
+
+
+def _mimo(fields: _Config, layers: int, _: int) -> str:
+    listed = fields.get("hybrid_layer_pattern")
+    if not isinstance(listed, list):
+        raise fields.wrong("it has no hybrid_layer_pattern")
+    return "".join("w" if each else "f" for each in listed)[:layers]
+
+
+def _interval(fields: _Config, layers: int, _: int) -> str:
+    every = int(fields.get("full_attention_interval") or 4)
+    return "".join("f" if (at + 1) % every == 0 else "s" for at in range(layers))
+
+
+def _jamba(fields: _Config, layers: int, _: int) -> str:
+    period, offset = fields.count("attn_layer_period"), int(fields.get("attn_layer_offset") or 0)
+    return "".join("f" if at % period == offset else "s" for at in range(layers))
+
+
+def _indices(fields: _Config, layers: int, _: int) -> str:
+    full = fields.get("attn_layer_indices") or fields.get("full_attn_idxs")
+    if full is None:
+        raise fields.wrong("it does not say which layers have attention")
+    return "".join("f" if at in full else "s" for at in range(layers))
+
+
+def _kimi(fields: _Config, layers: int, _: int) -> str:
+    """Kimi's lists count layers from 1."""
+    full = (fields.get("linear_attn_config") or {}).get("full_attn_layers")
+    if full is None:
+        raise fields.wrong("it does not say which layers have attention")
+    return "".join("f" if at + 1 in full else "s" for at in range(layers))
+
+
+RULES: dict[str, Callable[[_Config, int, int], str]] = {
+    "full": lambda _, layers, __: "f" * layers,
+    "window": lambda _, layers, __: "w" * layers,
+    "states": lambda _, layers, __: "s" * layers,
+    "both": lambda _, layers, __: "b" * layers,
+    "every": _every,
+    "qwen": _qwen,
+    "chunks": _chunks,
+    "mimo": _mimo,
+    "interval": _interval,
+    "jamba": _jamba,
+    "indices": _indices,
+    "kimi": _kimi,
+}
+
+
+# -- what such a layer keeps -------------------------------------------------------------------------------------------
+
+
+def _attention(fields: _Config, architecture: Architecture, pattern: str) -> tuple[Attention, ...]:
+    full, windowed = pattern.count("f") + pattern.count("b"), pattern.count("w")
+    groups: list[Attention] = []
+    if full and architecture.latent:
+        latent = fields.count("kv_lora_rank") + fields.count("qk_rope_head_dim")
+        each = Attention(full, 0, 0, 0, latent_elements=latent)
+        indexed = _indexed(fields, full) if architecture.indexed else 0
+        index = fields.count("index_head_dim") if indexed else 0
+        with_index = replace(each, layers=indexed, index_bytes=index + SCALE_BYTES * -(-index // INDEX_SCALE_ELEMENTS))
+        groups += [with_index] * bool(indexed) + [replace(each, layers=full - indexed)] * (indexed < full)
+    elif full:
+        groups.append(Attention(full, *_heads(fields, architecture, "global_")))
+    if windowed:
+        chunk = fields.get("attention_chunk_size") if architecture.layers == "chunks" else None
+        window = chunk or fields.count("sliding_window")
+        kept = _heads(fields, architecture, "swa_")
+        groups.append(Attention(windowed, *kept, window_tokens=window, chunked=chunk is not None))
+    return tuple(groups)
+
+
+def _heads(fields: _Config, architecture: Architecture, own: str) -> tuple[int, int, int]:
+    """Heads, and elements of a key and of a value.
+
+    Gemma 4 has fields of their own for layers that keep all (`global_`), MiMo-V2 for those with a window (`swa_`).
+    `head_dim` as published comes first: hidden size over heads is wrong for Qwen3, Gemma and gpt-oss.
+    """
+    query_heads = fields.count("num_attention_heads")
+    kv_heads, key = KV_HEADS[architecture.heads](fields, query_heads), fields.get(f"{own}head_dim")
+    if own == "swa_" or fields.get("attention_k_eq_v"):
+        kv_heads = fields.get(f"{own}num_key_value_heads") or fields.get(f"num_{own}key_value_heads") or kv_heads
+    key = key or fields.get("head_dim") or fields.count("hidden_size") // query_heads
+    return kv_heads, key, fields.get("swa_v_head_dim" if own == "swa_" else "v_head_dim") or key
+
+
+def _falcon_heads(fields: _Config, heads: int) -> int:
+    if fields.get("new_decoder_architecture"):
+        return fields.count("num_kv_heads", "n_head_kv")
+    return 1 if fields.get("multi_query") in {None, True} else int(fields.get("num_kv_heads") or heads)
+
+
+KV_HEADS: dict[str, Callable[[_Config, int], int]] = {
+    "num_key_value_heads": lambda fields, heads: int(fields.get("num_key_value_heads") or heads),
+    "all": lambda _, heads: heads,
+    "multi_query": lambda fields, heads: 1 if fields.get("multi_query") in {None, True} else heads,
+    "falcon": _falcon_heads,
+    "dbrx": lambda fields, _: int((fields.get("attn_config") or {}).get("kv_n_heads", 1)),
+}
+
+
+def _indexed(fields: _Config, layers: int) -> int:
+    """How many layers have an indexer of their own: GLM-5.2 lets the layers between use the choice of the last one."""
+    every, offset = int(fields.get("index_topk_freq") or 1), fields.get("index_skip_topk_offset")
+    offset = 2 if offset is None else int(offset)
+    return sum(max(at - offset + 1, 0) % every == 0 for at in range(layers))
+
+
+def _query_head_dim(fields: _Config, architecture: Architecture, attention: tuple[Attention, ...]) -> int:
+    if not attention:
+        return 0
+    if architecture.latent:
+        return (fields.count("qk_nope_head_dim") + fields.count("qk_rope_head_dim") + fields.count("v_head_dim")) // 2
+    return (attention[0].head_dim_k + attention[0].head_dim_v) // 2
+
+
+def _state(fields: _Config, architecture: Architecture, pattern: str) -> State | None:
+    layers = pattern.count("s") + pattern.count("b")
+    if not layers:
+        return None
+    dtype = str(fields.get("mamba_ssm_dtype") or fields.get("mamba_ssm_cache_dtype") or "")
+    return State(layers, *STATES[architecture.state](fields), dtype)
+
+
+def _delta(fields: _Config) -> tuple[int, int]:
+    """Gated delta rule (Qwen3-Next): a matrix per value head; the convolution is over queries, keys and values."""
+    key, value = fields.count("linear_key_head_dim"), fields.count("linear_value_head_dim")
+    key_heads, value_heads = fields.count("linear_num_key_heads"), fields.count("linear_num_value_heads")
+    kept = fields.count("linear_conv_kernel_dim") - 1
+    return value_heads * value * key, kept * (2 * key_heads * key + value_heads * value)
+
+
+def _kda(fields: _Config) -> tuple[int, int]:
+    """Kimi delta attention: as above, with as many heads for keys as for values."""
+    linear = fields.get("linear_attn_config") or {}
+    heads = linear.get("num_heads") or fields.count("linear_num_heads")
+    size = linear.get("head_dim") or fields.count("linear_head_dim")
+    kernel = linear.get("short_conv_kernel_size") or fields.count("linear_conv_kernel_dim")
+    return heads * size * size, (kernel - 1) * 3 * heads * size
+
+
+def _mamba1(fields: _Config) -> tuple[int, int]:
+    inner = fields.count("mamba_expand", "expand") * fields.count("hidden_size")
+    return inner * fields.count("mamba_d_state", "state_size"), inner * (
+        fields.count("mamba_d_conv", "conv_kernel") - 1
+    )
+
+
+def _mamba2(fields: _Config) -> tuple[int, int]:
+    heads, size = fields.count("mamba_n_heads", "mamba_num_heads", "num_heads"), fields.get("mamba_d_head")
+    if not isinstance(size, int):  # Bamba's "auto"
+        size = fields.get("mamba_head_dim") or fields.get("head_dim")
+        size = size or fields.count("mamba_expand") * fields.count("hidden_size") // heads
+    state, groups = (
+        fields.count("mamba_d_state", "ssm_state_size", "state_size"),
+        fields.count("mamba_n_groups", "n_groups"),
+    )
+    return heads * size * state, (fields.count("mamba_d_conv", "conv_kernel") - 1) * (heads * size + 2 * groups * state)
+
+
+STATES: dict[str, Callable[[_Config], tuple[int, int]]] = {
+    "delta": _delta,
+    "kda": _kda,
+    "mamba1": _mamba1,
+    "mamba2": _mamba2,
+    "conv": lambda fields: (0, (fields.count("conv_L_cache") - 1) * fields.count("hidden_size")),
+}
+
+
+# -- data types --------------------------------------------------------------------------------------------------------
+
+
+def _kv_dtype(config: Mapping[str, Any]) -> str:
+    """What the checkpoint asks for. One of fp32 weights is served with 16 bits unless the engine is told otherwise."""
+    quantised = config.get("quantization_config") or {}
+    scheme = quantised.get("kv_cache_scheme") or quantised.get("kv_cache_quant_algo")
+    if isinstance(scheme, Mapping):
+        scheme = {"float": "fp", "int": "int"}.get(str(scheme.get("type")), "?") + str(scheme.get("num_bits"))
+    if scheme:
+        return str(scheme).lower()
+    return KV_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
+
+
+def _weights_dtype(config: Mapping[str, Any]) -> str:
+    """A rough one, for where no files say how large the weights are: the width that most of them have."""
+    quantised = config.get("quantization_config") or {}
+    methods = {str(quantised.get(each)).lower() for each in ("quant_method", "quant_algo")}
+    groups = quantised.get("config_groups") or {}
+    bits = [each.get("weights", {}).get("num_bits") for each in groups.values() if isinstance(each, Mapping)]
+    if not quantised:
+        return {"float32": "fp32"}.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
+    return "fp4" if {*bits, quantised.get("bits"), *methods} & FOUR_BITS else "fp8"
