@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {
     OK: "done, and what was checked holds",
-    FAILED: "an error, damage found by `check`, or a budget missed by `bench`",
+    FAILED: "an error, damage found by `check`, a finding of `doctor`, or a budget missed by `bench`",
     USAGE: "a mistake in the command line or the settings",
     INTERRUPTED: "stopped by Ctrl-C",
 }

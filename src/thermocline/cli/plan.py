@@ -1,3 +1,139 @@
 """Verbs that plan and diagnose: bytes, seconds, money, and what is wrong."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from thermocline.cli.app import FAILED, INTERRUPTED, OK, app, json_flag
+
+if TYPE_CHECKING:
+    from thermocline.clock import Clock
+    from thermocline.lens.observe import Ear
+
+
+@app.command()
+@click.option("--url", "urls", multiple=True, metavar="URL", help="A server: vLLM's or ours. May be given again.")
+@click.option("--node", "nodes", multiple=True, metavar="PATH", help="A node's socket. May be given again.")
+@click.option(
+    "--gateway", "gateways", multiple=True, metavar="PATH", help="A gateway's admin socket, and its instances."
+)
+@click.option(
+    "--events", metavar="ENDPOINT", help="Listen for KV events there: tcp://127.0.0.1:5557, or >ENDPOINT to connect."
+)
+@click.option("--seconds", type=click.FloatRange(0, 3600), default=5.0, show_default=True, help="How long to look.")
+@click.option("--checklist", is_flag=True, help="Also check what should be true in production, item by item.")
+@click.option("--measured", metavar="FILE", help="For the checklist: what `profile` wrote.")
+@click.option("--api-key-file", metavar="FILE", help="The servers' key, where they have one.")
+@json_flag
+def doctor(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
+    urls: tuple[str, ...],
+    nodes: tuple[str, ...],
+    gateways: tuple[str, ...],
+    events: str | None,
+    seconds: float,
+    checklist: bool,
+    measured: str | None,
+    api_key_file: str | None,
+    as_json: bool,
+) -> int:
+    """Say what is wrong with what runs, by which numbers, and the one thing to do next. Exits 1 where it found anything.
+
+    Without --url, --node and --gateway: this user's nodes and gateways here, and http://127.0.0.1:8000.
+    """
+    import msgspec
+
+    from thermocline.clock import SystemClock
+    from thermocline.costs import measured as profiles
+    from thermocline.lens import checklist as production
+    from thermocline.lens import diagnosis, observe
+    from thermocline.lens.doctor import diagnose
+    from thermocline.node import ask, paths
+
+    clock, key = SystemClock(), Path(api_key_file) if api_key_file else None
+    profile = profiles.read(Path(measured)) if measured else None
+    sources = observe.named(urls, nodes, gateways, key, ask) if (urls or nodes or gateways) else None
+    if sources is None:
+        sources = observe.found(sorted(paths.runtime_folder().glob("*.sock")), key, ask)
+    with contextlib.ExitStack() as stack:
+        ear = _listening(stack, events, clock) if events else None
+        watched = observe.watch(sources, seconds, clock)
+        if ear is not None:
+            watched = (*watched, ear.watched(events or ""))
+    found, items = diagnose(watched), production.check(watched, profile) if checklist else ()
+    if as_json:
+        click.echo(msgspec.json.encode({"diagnosis": found, "checklist": items}).decode())
+    else:
+        text = diagnosis.render(found)
+        click.echo("\n\n".join((production.render(items), text)) if items else text)
+    return FAILED if found.findings else OK
+
+
+def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
+    from thermocline.lens.observe import Ear
+    from thermocline.wire.subscriber import Subscriber
+
+    ear = Ear(clock)
+    stack.callback(Subscriber([endpoint], ear.take).close)
+    return ear
+
+
+@app.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that is asked.")
+@click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
+@click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 8,192.")
+@click.option("--reuse", metavar="S,S,...", default="0,0.5,0.9", show_default=True, help="Shares asked before, 0 to 1.")
+@click.option("--concurrency", metavar="N,N,...", default="1,4", show_default=True, help="Clients at a time.")
+@click.option("--seconds-max", metavar="N", type=click.IntRange(1, 86_400), default=600, show_default=True)
+@click.option("--write", metavar="FILE", help="Keep what was measured, for --measured of `size` and `advise`.")
+@click.option("--html", metavar="FILE", help="Write a page with charts.")
+@json_flag
+def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
+    url: str,
+    api_key_file: str | None,
+    contexts: str,
+    reuse: str,
+    concurrency: str,
+    seconds_max: int,
+    write: str | None,
+    html: str | None,
+    as_json: bool,
+) -> int:
+    """Measure a live server: time to first token by length, reuse and concurrency, and KV memory by length.
+
+    Sends prompts of random tokens to an OpenAI-compatible server, never more at once than --concurrency says. Ctrl-C
+    ends it with what there is. Nothing else should use the server meanwhile.
+    """
+    import secrets
+
+    import msgspec
+
+    from thermocline.clock import SystemClock
+    from thermocline.costs import measured
+    from thermocline.lens import profile as lens
+    from thermocline.lens.sweep import Endpoint
+
+    wanted = (
+        lens.numbers("--contexts", contexts),
+        lens.numbers("--reuse", reuse),
+        lens.numbers("--concurrency", concurrency),
+    )
+    endpoint = Endpoint(url, Path(api_key_file) if api_key_file else None, SystemClock())
+    plan = lens.plan(endpoint.context_tokens, *wanted)
+    click.echo(f"asking {plan.requests:,} requests of {plan.prompt_tokens:,} tokens in all", err=True)
+
+    def progress(done: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{done:,} of {plan.requests:,}", err=True, nl=done == plan.requests)
+
+    found = lens.profile(endpoint, plan, SystemClock(), seconds_max, progress, secrets.randbits(64))
+    if write:
+        measured.write(Path(write), found.measured)
+    if html:
+        Path(html).write_text(lens.page(found))
+    click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
+    return INTERRUPTED if found.stopped == lens.BY_HAND else OK

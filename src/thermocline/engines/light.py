@@ -21,7 +21,9 @@ import msgspec
 import uvloop
 
 from thermocline.blocks.key import BlockKey, block_keys, root_key
+from thermocline.clock import SystemClock
 from thermocline.errors import RequestError
+from thermocline.metrics import Metrics
 from thermocline.tokens.prompt import Kind, prompt_of
 from thermocline.wire import openai
 from thermocline.wire.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Topic, write_topic
@@ -31,6 +33,8 @@ from thermocline.wire.routes import Request, Response, Routes
 
 MODEL = "light"
 NEW_TOKENS_MAX = 1024
+CLOCK = SystemClock()
+DEVICE = (("tier", "device"),)
 
 
 class Cache:
@@ -78,22 +82,33 @@ class Light:
         self.cache, self._publisher, self._topic = cache, publisher, topic
         self._token_seconds = token_seconds
         self._prefilling = asyncio.Lock()
+        self.metrics = Metrics()
         self.prompt_tokens = self.cached_tokens = self.requests = 0
 
     async def prefill(self, tokens: array[int], salt: str) -> int:
         """Compute what is not held, and hold it. Returns how many tokens were held before."""
         root = root_key(salt.encode())
         keys = block_keys(tokens, root=root, tokens_per_block=self.cache.tokens_per_block)
+        arrived = CLOCK.now()
         async with self._prefilling:
+            began = CLOCK.now()
             found = min(self.cache.leading(keys) * self.cache.tokens_per_block, len(tokens) - 1)
             found -= found % self.cache.tokens_per_block
             await asyncio.sleep((len(tokens) - found) * self._token_seconds)
+            self.metrics.count("prefill_seconds_total", CLOCK.now() - began)
             events = self.cache.keep(tokens, keys)
         self._tell(events)
+        self.metrics.count("first_token_seconds_total", CLOCK.now() - arrived)
+        self.metrics.count("prompt_tokens_total", len(tokens))
+        self.metrics.count("cached_tokens_total", found, DEVICE)
         self.requests += 1
         self.prompt_tokens += len(tokens)
         self.cached_tokens += found
         return found
+
+    def answered(self, route: str, status: int) -> None:
+        """Count an answer."""
+        self.metrics.count("requests_total", labels=(("route", route), ("status", str(status))))
 
     def clear(self) -> None:
         """Empty the cache."""
@@ -124,6 +139,7 @@ class _Api:
                 ("GET", "/v1/models"): self._models,
                 ("GET", "/health"): self._health,
                 ("GET", "/counts"): self._counts,
+                ("GET", "/metrics"): self._metrics,
                 ("POST", "/reset_prefix_cache"): self._reset,
             }
         )
@@ -163,6 +179,10 @@ class _Api:
         found = {"requests": light.requests, "prompt_tokens": light.prompt_tokens, "cached_tokens": light.cached_tokens}
         return Response(json.dumps(found | {"blocks": len(light.cache)}).encode())
 
+    async def _metrics(self, _: Request) -> Response:
+        self._light.metrics.gauge("tier_blocks", len(self._light.cache), DEVICE)
+        return Response(self._light.metrics.text().encode(), content_type="text/plain; version=0.0.4")
+
     async def _reset(self, _: Request) -> Response:
         self._light.clear()
         return Response(b"{}")
@@ -186,7 +206,8 @@ async def _serve(options: argparse.Namespace) -> None:
     publisher = Publisher(options.events, options.replay) if options.events else None
     topic = write_topic(Topic(options.name or url, MODEL))
     light = Light(Cache(options.blocks, options.block_tokens), publisher, topic, options.token_seconds)
-    server = Server(_Api(light, options.decode_seconds).routes(), _refuse, limits=Limits(connections_max=1024))
+    routes = _Api(light, options.decode_seconds).routes()
+    server = Server(routes, _refuse, limits=Limits(connections_max=1024), observe=light.answered)
     await server.start(sock)
     print(msgspec.json.encode({"url": url}).decode(), flush=True)  # noqa: T201  # the result of the command
     await stop.wait()

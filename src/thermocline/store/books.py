@@ -66,6 +66,8 @@ class Books:
         self.leases = Leases(self.index, lease_seconds)
         self.watch: Watch | None = None
         self.saving: set[tuple[LayoutId, BlockKey]] = set()
+        self.reuse_gap_max = 0.0
+        """The longest time after which held blocks were used again, in seconds."""
         # One for each verb: a disk that still takes writes may hang in every read, and a full one may still be read.
         self._breakers: dict[tuple[str, Verb], Breaker] = {}
         for name in (*self.tiers, *self.shared):
@@ -140,7 +142,9 @@ class Books:
         """The path was used, in every tier that holds a part of it."""
         for tier in held:
             for layout in layouts if tier.blocks else ():
-                self.index.touch(self.index.node(layout.id, keys[tier.blocks - 1]), now)
+                node = self.index.node(layout.id, keys[tier.blocks - 1])
+                self.reuse_gap_max = max(self.reuse_gap_max, now - self.index.used(node))
+                self.index.touch(node, now)
 
     def enter(self, layout: LayoutId, keys: Sequence[BlockKey], blocks: Sequence[Block], name: str, used: float) -> int:
         """Enter stored blocks, parents first. Returns how many; what lost its parent meanwhile is removed again."""
@@ -180,14 +184,20 @@ class Books:
     def evict(self, name: str, count: int) -> int:
         """Give up at least `count` leaves of a tier where there are so many. Returns how many left."""
         with self.lock:
-            self.leases.expire(self.clock.now())
+            self._expire_leases(self.clock.now())
             count = max(count, min(EVICT_BATCH, self.index.blocks(name) // EVICT_SHARE))
             return self._leave_while(name, count, float("inf"), Reason.EVICTED, self.policy.name)
 
     def expire(self, now: float) -> None:
         """End leases whose time is up, and blocks that were not used for the time to live."""
-        self.leases.expire(now)
+        self._expire_leases(now)
         self._expire_blocks(now, EXPIRE_BATCH)
+
+    def idle_seconds(self, name: str) -> float:
+        """Since the last use of the block that would leave the tier next; 0 where none may leave."""
+        with self.lock:
+            node = self.index.victim(name)
+            return 0.0 if node == NO_NODE else self.clock.now() - self.index.used(node)
 
     def lost(self, layout: LayoutId, keys: Sequence[BlockKey], outcomes: Sequence[Outcome], name: str) -> None:
         """Of these blocks a tier may not have all that the index promised: take out what it does not hold any more."""
@@ -256,6 +266,10 @@ class Books:
     def _covered_by_others(self, layouts: Sequence[Layout], keys: Sequence[BlockKey]) -> int:
         asked = {layout.id for layout in layouts}
         return max((self._reach(other, keys) for other in self.index.layouts() if other not in asked), default=0)
+
+    def _expire_leases(self, now: float) -> None:
+        if ended := self.leases.expire(now):
+            self.metrics.count("leases_expired_total", ended)
 
     def _expire_blocks(self, now: float, count: int) -> None:
         if self.ttl_seconds is not None:

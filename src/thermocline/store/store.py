@@ -458,7 +458,12 @@ class Store:
             self.metrics.gauge("tier_used_bytes", usage.used_bytes, label)
             self.metrics.gauge("tier_capacity_bytes", usage.capacity_bytes, label)
             self.metrics.gauge("breaker_open", not self._books.allows(name, "load"), label)
+            if name in self._books.tiers:
+                self.metrics.gauge("tier_idle_seconds", self._books.idle_seconds(name), label)
         self.metrics.gauge("leases", len(self._books.leases))
+        self.metrics.gauge("reuse_gap_max_seconds", self._books.reuse_gap_max)
+        if self._books.ttl_seconds is not None:
+            self.metrics.gauge("ttl_seconds", self._books.ttl_seconds)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything that was saved is durable or dropped; False if `seconds` passed first."""

@@ -1,0 +1,190 @@
+"""What should be true of a system in production, each item checked against what runs: pass, fail, or unknown.
+
+A pure function of what was observed, and of the file that `thermocline profile` wrote.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from thermocline.costs.measured import Measured
+from thermocline.costs.model import SURE_OBSERVATIONS
+from thermocline.lens.observe import Kind, Watched
+
+LENGTHS_MIN = 3
+"""Two lengths fit any line: the third is the first that can contradict it."""
+WARM_SHARE = 0.5
+"""A prompt is warm when most of it was loaded."""
+EXTERNAL = "vllm:external_prefix_cache_queries_total"
+PROFILE = "a file of `thermocline profile --write FILE`, named with --measured FILE"
+
+
+class State(StrEnum):
+    """What became of an item."""
+
+    PASS = "pass"  # noqa: S105  # no password
+    FAIL = "fail"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One item. `why` has the numbers where they are known, or what is missing."""
+
+    item: str
+    state: State
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the items are checked against."""
+
+    watched: tuple[Watched, ...]
+    measured: Measured | None = None
+
+    @property
+    def engines(self) -> tuple[Watched, ...]:
+        """What answers requests, or keeps blocks, and tells its metrics."""
+        return tuple(each for each in self.watched if each.kind in {Kind.SERVER, Kind.NODE} and each.scrapes)
+
+    @property
+    def ours(self) -> tuple[Watched, ...]:
+        """Those with tiers of ours."""
+        return tuple(each for each in self.engines if each.last.value("tier_capacity_bytes"))
+
+
+def check(watched: Iterable[Watched], measured: Measured | None = None) -> tuple[Checked, ...]:
+    """Every item, in the order in which they are worked through."""
+    seen = Seen(tuple(sorted(watched, key=lambda each: (each.kind, each.name))), measured)
+    return tuple(Checked(item, *ask(seen)) for item, ask in ITEMS.items())
+
+
+Answer = tuple[State, str]
+
+
+def _unknown(needs: str) -> Answer:
+    return State.UNKNOWN, f"needs {needs}"
+
+
+def _memory_profiled(seen: Seen) -> Answer:
+    if seen.measured is None:
+        return _unknown(PROFILE)
+    lengths = sorted({each.context_tokens for each in seen.measured.memory})
+    if not lengths:
+        return State.FAIL, "the profile has no KV memory: the engine that it asked tells none in its metrics"
+    found = f"KV memory was measured at {', '.join(f'{each:,}' for each in lengths)} tokens"
+    return (
+        (State.PASS, found)
+        if len(lengths) >= LENGTHS_MIN
+        else (State.FAIL, f"{found}; {LENGTHS_MIN} lengths are needed")
+    )
+
+
+def _tiers(seen: Seen) -> Answer:
+    if not seen.engines:
+        return _unknown("a server or node that tells its metrics")
+    names = sorted({tier for each in seen.ours for tier in each.last.by("tier_capacity_bytes", "tier")})
+    used = math.fsum(each.last.value(EXTERNAL) or 0.0 for each in seen.engines)
+    if names:
+        return State.PASS, f"blocks are kept in {', '.join(names)}"
+    return (State.PASS, f"vLLM asked its tiers for {used:,.0f} tokens") if used else (State.FAIL, "no tier was found")
+
+
+def _thresholds(seen: Seen) -> Answer:
+    """What a tier is worth is decided from measured costs, and from how long sessions pause."""
+    if not seen.ours:
+        return (State.FAIL, "no tier, so no threshold") if seen.engines else _unknown("a node or server with tiers")
+    missing = [tier for tier, loads in _loads(seen).items() if loads < SURE_OBSERVATIONS]
+    gap = max((each.gauge("reuse_gap_max_seconds") or 0.0 for each in seen.ours), default=0.0)
+    if missing:
+        return _unknown(f"{SURE_OBSERVATIONS} loads from {', '.join(missing)}: until then every save is taken")
+    if not gap:
+        return _unknown("a prompt that comes back: no pause was seen yet")
+    return State.PASS, f"by predicted cost, from measured loads and prefills; pauses of up to {gap:,.1f} s were seen"
+
+
+def _loads(seen: Seen) -> dict[str, float]:
+    """Blocks loaded from each tier of ours, since the start."""
+    tiers = {tier for each in seen.ours for tier in each.last.by("tier_capacity_bytes", "tier")}
+    return {
+        tier: math.fsum(each.last.value("load_blocks_total", tier=tier, outcome="hit") or 0.0 for each in seen.ours)
+        for tier in sorted(tiers)
+    }
+
+
+def _monitored(seen: Seen) -> Answer:
+    """Somebody else than us reads the metrics. Who reads vLLM's or a node's, nobody counts."""
+    scrapes = math.fsum(each.last.value("requests_total", route="/metrics") or 0.0 for each in seen.engines)
+    own = sum(len(each.scrapes) for each in seen.engines if each.last.value("requests_total", route="/metrics"))
+    if scrapes > own:
+        return State.PASS, f"/metrics was read {scrapes - own:,.0f} times by others"
+    if own:
+        return State.FAIL, "nobody but this command has read /metrics: let Prometheus do it"
+    return _unknown("a server of ours, which counts who reads /metrics; or look at `up` in Prometheus")
+
+
+def _benchmarked(seen: Seen) -> Answer:
+    """Measured loads beside measured prefills, per thousand tokens."""
+    receipts = [each for some in seen.engines for each in some.receipts or ()]
+    loads = [each for each in receipts if each.loaded_tokens]
+    cold = [each for each in receipts if not each.loaded_tokens and each.prompt_tokens]
+    if len(loads) < SURE_OBSERVATIONS or not cold:
+        if seen.measured is not None and any(row.cached for row in seen.measured.rows):
+            return State.PASS, f"a profile measured both up to {seen.measured.tokens_max:,} tokens"
+        return _unknown(f"{SURE_OBSERVATIONS} requests that load and one that computes all; or {PROFILE}")
+    loading = 1e3 * math.fsum(each.load_seconds for each in loads) / sum(each.loaded_tokens for each in loads)
+    computing = 1e3 * math.fsum(each.prefill_seconds for each in cold) / sum(each.prompt_tokens for each in cold)
+    return State.PASS, f"1,000 tokens load in {1e3 * loading:,.1f} ms and are computed in {1e3 * computing:,.1f} ms"
+
+
+def _eviction(seen: Seen) -> Answer:
+    if not seen.ours:
+        return _unknown("a node or server with tiers: vLLM's own cache drops what was used longest ago")
+    ttls = [each.gauge("ttl_seconds") for each in seen.ours]
+    if None in ttls:
+        return State.FAIL, "ttl_seconds is not set: sessions leave only when their room is needed"
+    return State.PASS, f"sessions expire {', '.join(f'{ttl:,.0f} s' for ttl in ttls if ttl)} after their last use"
+
+
+def _first_tokens(seen: Seen) -> Answer:
+    """Warm and cold requests of like length, as they were answered."""
+    receipts = [each for some in seen.engines for each in some.receipts or ()]
+    warm = [each for each in receipts if each.loaded_tokens > WARM_SHARE * each.prompt_tokens]
+    cold = [each for each in receipts if not each.loaded_tokens]
+    shortest = min((each.prompt_tokens for each in warm), default=0)
+    longest = max((each.prompt_tokens for each in warm), default=0)
+    cold = [each for each in cold if shortest <= each.prompt_tokens <= longest]
+    if warm and cold:
+        times = [statistics.median(each.load_seconds + each.prefill_seconds for each in some) for some in (warm, cold)]
+        figures = f"{1e3 * times[0]:,.1f} ms with reuse, {1e3 * times[1]:,.1f} ms without"
+        return (
+            State.PASS,
+            f"{figures} (medians of {len(warm)} and {len(cold)} requests, {shortest:,} to {longest:,} tokens)",
+        )
+    if seen.measured is not None and any(row.cached for row in seen.measured.rows):
+        return State.PASS, f"a profile measured both up to {seen.measured.tokens_max:,} tokens"
+    return _unknown(f"receipts of like prompts with and without reuse; or {PROFILE}")
+
+
+ITEMS: dict[str, Callable[[Seen], Answer]] = {
+    "KV memory profiled at several context lengths": _memory_profiled,
+    "tiers implemented": _tiers,
+    "offload thresholds defined from access patterns": _thresholds,
+    "hit rates monitored": _monitored,
+    "transfer benchmarked against recompute": _benchmarked,
+    "session eviction configured": _eviction,
+    "first tokens tested with and without reuse": _first_tokens,
+}
+
+
+def render(checked: Sequence[Checked]) -> str:
+    """A line for each."""
+    width = max(len(each.item) for each in checked)
+    lines = [f"  {each.state:7}  {each.item:{width}}  {each.why}" for each in checked]
+    counts = ", ".join(f"{sum(each.state is state for each in checked)} {state}" for state in State)
+    return "\n".join(["checklist", *lines, f"  {counts}"])
