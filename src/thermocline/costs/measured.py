@@ -136,6 +136,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         cached = shared - shared % self.block_tokens
         return self._fit.predict(self._terms(prompt_tokens - cached, cached, self._usual if source is None else source))
 
+    def expected_seconds(self, row: Row) -> float:
+        """What a row that ran alone should have taken."""
+        return self._fit.predict(self._terms(row.prompt_tokens - row.cached, row.cached, row.source))
+
     def decode_seconds(self, context_tokens: int, concurrency: int = 1) -> float | None:
         """Seconds per generated token of one stream while so many run; None where that many were not measured."""
         fit = Fit(DECODE_PRIOR, [(1.0, 64.0), (1.0, 16384.0)], forgetting=1.0)
