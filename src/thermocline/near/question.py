@@ -1,0 +1,107 @@
+"""What the typed stores hand to a state: questions, as values. Nothing here does I/O.
+
+Space      whose keys these are: a prefix and a tenant
+Question   commands that go in one round trip, and how their replies are read
+Change     one key that is read and written with nobody else's write in between
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from thermocline.errors import NearError, SettingsError
+
+T = TypeVar("T")
+Words = tuple[Any, ...]
+"""A command as redis-py sends it."""
+Replies = Sequence[Any]
+
+
+class Failing(enum.Enum):
+    """What becomes of a question whose server does not answer, or whose bytes cannot be read."""
+
+    RAISES = "the caller is told: it is state, and to go on without it would be wrong"
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[T]):
+    """Commands of one round trip, and what reads their replies: the answer, or the question that follows.
+
+    `otherwise` is the answer where the server fails or bytes are damaged; a state counts it. `slow`: reading calls what
+    is not ours, and AsyncState does it in a thread. A question is a value: it may be asked again, by any state.
+    """
+
+    commands: tuple[Words, ...]
+    read: Callable[[Replies], T | Question[T]]
+    otherwise: T | Failing = Failing.RAISES
+    writes: bool = False
+    slow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[T]):
+    """A key that is looked at and written unless another writes it meanwhile. `decide` is given its bytes, or None.
+
+    It returns the commands to send (none: nothing is written) and the answer; where somebody else wrote meanwhile
+    nothing is sent and the answer is `lost`.
+    """
+
+    key: str
+    decide: Callable[[bytes | None], tuple[tuple[Words, ...], T]]
+    lost: T
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where keys lie, `prefix:tenant:kind:name`. No tenant can name a key of another one, whatever it is called."""
+
+    tenant: str = ""
+    prefix: str = "state"
+
+    def key(self, kind: str, name: str) -> str:
+        """The key of a thing."""
+        return f"{self.prefix}:{quote(self.tenant, safe='', errors='surrogatepass')}:{kind}:{name}"
+
+    def named(self, kind: str, name: str) -> str:
+        """The key of a thing by a name that others choose, such as a session's."""
+        return self.key(kind, quote(name, safe="", errors="surrogatepass"))
+
+
+SHARED = Space()
+"""Of nobody in particular."""
+
+
+def digest(*parts: str) -> str:
+    """64 hexadecimal digits that stand for these texts in this order: SHA-256, each behind its length."""
+    encoded = (part.encode(errors="surrogatepass") for part in parts)
+    return hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text for text in encoded)).hexdigest()
+
+
+def normalised(text: str, *, fold_case: bool = False, keep_spaces: bool = False) -> str:
+    """The text that two spellings share: Unicode NFC, runs of white space as one space, none at the ends.
+
+    Case is kept unless `fold_case`; with `keep_spaces`, as code wants it, white space stays as it is.
+    """
+    found = text if text.isascii() else unicodedata.normalize("NFC", text)
+    if fold_case:
+        found = unicodedata.normalize("NFC", found.casefold())
+    return found if keep_spaces else " ".join(found.split())
+
+
+def milliseconds(seconds: float) -> int:
+    """A time to live, as the server takes it. Raises SettingsError for none."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise SettingsError(f"a time to live of {seconds} seconds", hint="give seconds above 0")
+    return max(1, round(seconds * 1000))
+
+
+def damaged(what: str) -> NearError:
+    """What reads raise for bytes that are not what was written."""
+    return NearError(f"{what} cannot be read", hint="another program may write under this prefix; drop the key")
