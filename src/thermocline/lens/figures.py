@@ -1,0 +1,52 @@
+"""Numbers as people read them: GB are 10^9 bytes, "k" are thousands, and seconds have the unit that suits."""
+
+from __future__ import annotations
+
+_STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SECONDS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+_LONG_SECONDS, _WHOLE_DOLLARS = 120.0, 100
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many digits that count, without zeros that say nothing; never with an exponent."""
+    if not value:
+        return "0"
+    text = f"{float(f'{value:.{digits}g}'):,.9f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def count(value: float) -> str:
+    """12.3k, 1.5M, 640."""
+    step, letter = next(((step, letter) for step, letter in _STEPS if abs(value) >= step), (1.0, ""))
+    return significant(value / step) + letter
+
+
+def nbytes(value: float) -> str:
+    """655 kB, 16.1 GB; 10^9 bytes are a GB."""
+    step, letter = next(((step, letter) for step, letter in _STEPS if abs(value) >= step), (1.0, ""))
+    return f"{significant(value / step)} {letter}B"
+
+
+def seconds(value: float) -> str:
+    """45 ms, 1.14 s, 12 min: minutes and more from two minutes on."""
+    if not value:
+        return "0 s"
+    units = _SECONDS if abs(value) >= _LONG_SECONDS else _SECONDS[3:]
+    step, name = next(((step, name) for step, name in units if abs(value) >= step), units[-1])
+    return f"{significant(value / step)} {name}"
+
+
+def share(value: float) -> str:
+    """37.4 %."""
+    return f"{100 * value:.1f} %"
+
+
+def dollars(value: float) -> str:
+    """$0.0031, $2.95, $1,065."""
+    places = "" if abs(value) < 1 else ".0f" if abs(value) >= _WHOLE_DOLLARS else ".2f"
+    return f"${value:,{places}}" if places else f"${significant(value)}"
+
+
+def percent(value: float) -> str:
+    """37 %, for an axis."""
+    return f"{100 * value:.0f} %"
