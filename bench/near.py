@@ -138,8 +138,7 @@ def _clients(url: str, left_out: list[str]) -> dict[str, Any]:
     import redis
     from redis.cache import CacheConfig
 
-    from thermocline.near import Redis
-    from thermocline.near.coherence import Options
+    from thermocline.near import Options, Redis
 
     redis.connection.CacheProxyConnection.MIN_ALLOWED_VERSION = "6.0.0"
     clients = {

@@ -23,13 +23,13 @@ import redis
 import redis.exceptions
 
 from thermocline.clock import SystemClock
-from thermocline.near.coherence import Options
+from thermocline.near.options import Options, Under
 from thermocline.near.redis import Redis
 from thermocline.near.redis_async import AsyncRedis
 
 NOW = SystemClock.now
 THREADS, KEYS = 3, 24
-STALE_SECONDS_MAX, EXPIRY_SECONDS, ALWAYS = 0.5, 0.04, "*"
+STALE_SECONDS_MAX, GRACE_SECONDS, EXPIRY_SECONDS, ALWAYS = 0.5, 0.2, 0.04, "*"
 TICK_SECONDS = 0.003
 """The server counts milliseconds of its own clock."""
 READ, OWN, WRITE, GONE = "read", "own", "write", "gone"
@@ -39,7 +39,9 @@ Record = tuple[str, str, int, float, float, int]
 
 def client_of(kind, server_port, link_port, mode):
     """A client whose commands go to the server, and whose tracking link goes through the proxy."""
-    options = Options(mode=mode, stale_seconds_max=STALE_SECONDS_MAX, bytes_max=1 << 20)
+    mode, _, grace = mode.partition("+")
+    under = (Under(prefix="", grace_seconds=GRACE_SECONDS, early=1.0),) if grace else ()
+    options = Options(mode=mode, stale_seconds_max=STALE_SECONDS_MAX, bytes_max=1 << 20, under=under)
     client = kind(port=server_port, socket_timeout=2, retry=None, near=options)
     client.near.link._arguments["port"] = link_port
     return client
@@ -189,6 +191,7 @@ def main(folder, number, of, server_port, link_port, mode, operations, seed):
 
         async def tasks():
             client = client_of(AsyncRedis, server_port, link_port, mode)
+            client.near.wait(10)
             await asyncio.gather(*(live_async(life, client, operations) for life in lives))
             await client.aclose()
             return client
@@ -196,6 +199,7 @@ def main(folder, number, of, server_port, link_port, mode, operations, seed):
         client = asyncio.run(tasks())
     else:
         client = client_of(Redis, server_port, link_port, mode)
+        client.near.wait(10)
         threads = [threading.Thread(target=live, args=(life, client, operations)) for life in lives]
         for thread in threads:
             thread.start()

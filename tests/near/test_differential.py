@@ -10,7 +10,7 @@ import redis.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from thermocline.near.coherence import Options
+from thermocline.near.options import Options
 from thermocline.near.redis import Redis
 from thermocline.near.redis_async import AsyncRedis
 

@@ -14,7 +14,7 @@ import redis.asyncio
 from tests.faults.process import CLOCK
 from thermocline.clock import until
 from thermocline.errors import SettingsError
-from thermocline.near.coherence import Options
+from thermocline.near.options import Options
 from thermocline.near.redis import Redis
 from thermocline.near.redis_async import AsyncRedis
 

@@ -13,7 +13,7 @@ from tests.faults.process import CLOCK
 from tests.faults.proxy import Proxy
 from tests.faults.redis_server import RedisServer
 from thermocline.clock import until
-from thermocline.near.coherence import Options
+from thermocline.near.options import Options
 from thermocline.near.redis import Redis
 
 

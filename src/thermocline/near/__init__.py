@@ -9,7 +9,17 @@ from thermocline.near.cache import Cache, CacheStats, Entry
 
 __all__ = ["Cache", "CacheStats", "Entry"]
 
-_LATER = {"AsyncRedis": "redis_async", "Options": "coherence", "Redis": "redis"}
+_FILES = {
+    "embeddings": "Answer Answers Chunks Embeddings Found Results Scope Similar SimilarStats",
+    "options": "Options Under",
+    "question": "Change Question Space",
+    "redis": "Redis",
+    "redis_async": "AsyncRedis",
+    "routes": "Routes Table",
+    "sessions": "Sessions Turn",
+    "state": "AsyncState LocalState Prefetched State StateStats",
+}
+_LATER = {name: file for file, names in _FILES.items() for name in names.split()}
 """Names that need more than the standard library, and the file that each comes from."""
 
 

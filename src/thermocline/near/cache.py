@@ -33,7 +33,10 @@ REFRESHES_MAX = 8
 
 
 class Entry:
-    """One key's value. Writers replace it whole; readers write `touched` and `hits` (a lost mark does no harm)."""
+    """One key's value. Writers replace it whole, or move its end nearer; readers write `touched` and `hits`.
+
+    A mark that is lost between threads does no harm.
+    """
 
     __slots__ = (
         "deadline",
@@ -248,6 +251,19 @@ class Cache:
             self._dropped += count
         return count
 
+    def make_old(self, key: Hashable, grace_seconds: float) -> None:
+        """As `drop`, but what is held stays, past its deadline, for `grace_seconds` since the first time at most."""
+        with self._lock:
+            self._generations[hash(key) % GENERATIONS] += 1
+            entry, now = self.entries.get(key), self.now()
+            if entry is None:
+                return
+            entry.deadline = min(entry.deadline, now)
+            if now + grace_seconds < entry.gone_at:
+                entry.gone_at = now + grace_seconds
+                self._note_end(key, entry)
+            self._dropped += 1
+
     def clear(self) -> None:
         """Forget everything, and refuse what was being fetched."""
         with self._lock:
@@ -321,7 +337,7 @@ class Cache:
                 took = self.now() - started
                 seen = flight.generation
                 self.put(key, value, ttl_seconds=ttl, generation=seen, stale_seconds=stale, load_seconds=took)
-        except BaseException as error:
+        except BaseException as error:  # a leader that is interrupted, too, must not leave others waiting
             flight.error = error
             raise
         finally:
@@ -384,11 +400,14 @@ class Cache:
         self.entries[key] = entry
         self._stored += 1
         if entry.gone_at < math.inf:
-            self._end_serial += 1
-            heapq.heappush(self._ends, (entry.gone_at, self._end_serial, key))
-            if len(self._ends) > 2 * len(self.entries) + 64:  # ends of entries that went before their time
-                self._ends = [end for end in self._ends if self._is_end(end)]
-                heapq.heapify(self._ends)
+            self._note_end(key, entry)
+
+    def _note_end(self, key: Hashable, entry: Entry) -> None:
+        self._end_serial += 1
+        heapq.heappush(self._ends, (entry.gone_at, self._end_serial, key))
+        if len(self._ends) > 2 * len(self.entries) + 64:  # ends of entries that went before their time
+            self._ends = [end for end in self._ends if self._is_end(end)]
+            heapq.heapify(self._ends)
 
     def _is_end(self, end: tuple[float, int, Hashable]) -> bool:
         held = self.entries.get(end[2])

@@ -8,12 +8,17 @@ removal. Three things together keep it right:
   served for `stale_seconds_max` from that moment and no longer, whatever becomes of the link;
 - the *generation* (cache.py): what was fetched while its key was dropped is not stored;
 - a value that differs from one stored while it was fetched makes the key forgotten: nobody sees a key go backwards.
+
+Where a prefix has a grace (options.py), an entry that the server says has changed is *old* for so long: it is still
+served, and fetched anew in the background once. So nothing older than `stale_seconds_max + grace_seconds` is served.
+Own writes remove entries, old or not; after one whose keys cannot be told no entry that was old by then is served.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
@@ -21,51 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from thermocline.clock import Clock
-from thermocline.errors import SettingsError
-from thermocline.near.cache import Cache, Entry
+from thermocline.near.cache import REFRESHES_MAX, Cache, Entry
 from thermocline.near.commands import Args, Effect, Kind
+from thermocline.near.held import ANSWERS, KEY_MISSING, NOT_HERE, Held, Name, Reply
+from thermocline.near.options import PLAIN_UNDER, Options, Under
 
-FIELDS_MAX = 256
-"""Fields of a hash that are known one by one; one more starts anew. A hash read whole has no such bound."""
-ITEM_BYTES = 120
-"""Charged per field of a hash and item of a list, beside its bytes."""
 ASK_SECONDS = 0.05
 """How long a command waits for the tracking link; then memory is cleared or left out instead."""
-KEY_MISSING = -2
-"""What TTL and PTTL say of a key that does not exist."""
-Name = bytes | str
-"""Under which a key is kept."""
-Reply = Any
-"""Whatever redis-py returns for a command."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How a client keeps values. Raises SettingsError for what cannot be.
-
-    `stale_seconds_max`: nothing older than that is served, even where the link to the server dies silently.
-    `mode`: "bcast" has the server announce every change under `prefixes` (all keys where there are none);
-    "default" only changes of keys that were read, for large key spaces of which this process reads few.
-    With `prefixes` only keys that begin with one of them are kept. `max_age_seconds` and `negative_seconds` (for keys
-    that do not exist) bound every entry once more. `wait_seconds`: how long readers of a cold key wait for the first.
-    """
-
-    bytes_max: int = 64 << 20
-    prefixes: tuple[str, ...] = ()
-    mode: str = "bcast"
-    stale_seconds_max: float = 1.0
-    max_age_seconds: float = 300.0
-    negative_seconds: float = 10.0
-    wait_seconds: float = 5.0
-    policy: str = "adaptive"
-
-    def __post_init__(self) -> None:
-        if self.mode not in {"bcast", "default"}:
-            raise SettingsError(f"no tracking mode {self.mode!r}", hint='the mode is "bcast" or "default"')
-        if any(a != b and a.startswith(b) for a in self.prefixes for b in self.prefixes):
-            raise SettingsError("prefixes overlap", hint='give prefixes such as ("session:", "flag:")')
-        if min(self.stale_seconds_max, self.max_age_seconds, self.negative_seconds, self.wait_seconds) <= 0:
-            raise SettingsError("an age or a wait is not above 0 seconds", hint="give seconds above 0")
+REFRESH_PAUSE_SECONDS = 0.1
+"""After a fetch in the background has failed, its key's next one waits so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +52,19 @@ class Wait:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Step: take these steps beside what goes on; comes back with whether that was begun."""
+
+    steps: Steps
+
+
 class Plain:
     """Step: the command itself, as it was given, as redis-py does it."""
 
 
 PLAIN = Plain()
-Step = Fetch | Wait | Plain
+Step = Fetch | Wait | Background | Plain
 Steps = Generator[Step, Any, Any]
 
 
@@ -101,64 +77,6 @@ class Lease:
         self.until = -math.inf
 
 
-class Held:
-    """What is known of one key. Never changed once it is stored."""
-
-    __slots__ = ("exists", "expires", "fields", "items", "text", "whole")
-
-    def __init__(self, expires: float, *, exists: bool = True) -> None:
-        self.exists = exists
-        self.expires = expires
-        self.text: Any = None  # a string's value as the client returns it; `get` looks no further
-        self.fields: dict[Any, Any] | None = None  # of a hash; None for a field that does not exist
-        self.whole = False  # all fields are known
-        self.items: tuple[Any, ...] | None = None  # of a list
-
-    def weight_bytes(self) -> int:
-        """What it takes in memory, about."""
-        pairs = self.fields.items() if self.fields else ()
-        weight = _size(self.text) + sum(_size(name) + _size(value) + ITEM_BYTES for name, value in pairs)
-        return weight + sum(_size(item) + ITEM_BYTES for item in self.items or ())
-
-    def differs(self, other: Held) -> bool:
-        """Whether the two cannot both be what the server holds."""
-        if self.exists != other.exists:
-            return True
-        if any(a is not None and b is not None and a != b for a, b in _pairs(self, other)):
-            return True
-        kinds = {kind for held in (self, other) for kind, value in held.parts() if value is not None}
-        mine, theirs = self.fields or {}, other.fields or {}
-        return len(kinds) > 1 or any(mine[name] != theirs[name] for name in mine.keys() & theirs.keys())
-
-    def parts(self) -> tuple[tuple[str, Any], ...]:
-        """Its value by the kind of key that has one."""
-        return ("text", self.text), ("fields", self.fields), ("items", self.items)
-
-    def with_what_was_known(self, old: Held) -> Held:
-        """This, and what an entry that does not differ knew beside it."""
-        if self.text is None:
-            self.text = old.text
-        if self.items is None:
-            self.items = old.items
-        if old.fields is not None and not self.whole:
-            both = {**old.fields, **(self.fields or {})}
-            if old.whole or len(both) <= FIELDS_MAX or self.fields is None:
-                self.fields, self.whole = both, old.whole
-        self.expires = min(self.expires, old.expires)
-        return self
-
-
-def _pairs(a: Held, b: Held) -> tuple[tuple[Any, Any], ...]:
-    both_whole = a.whole and b.whole
-    return (a.text, b.text), (a.items, b.items), (a.fields, b.fields) if both_whole else (None, None)
-
-
-def _size(value: object) -> int:
-    if isinstance(value, str):
-        return len(value) if value.isascii() else 4 * len(value)
-    return len(value) if isinstance(value, bytes) else 0
-
-
 class Flight(Future[Any]):
     """One fetch that others wait for. `generation` is its key's when it began."""
 
@@ -168,8 +86,6 @@ class Flight(Future[Any]):
 
 
 Flights = dict[tuple[Any, ...], Flight]
-NOT_HERE = object()
-"""Memory has no answer."""
 
 
 class View:
@@ -179,16 +95,27 @@ class View:
     """
 
     def __init__(
-        self, options: Options, clock: Clock, ask: Callable[..., Future[Any]], *, encoding: str, decodes: bool
+        self,
+        options: Options,
+        clock: Clock,
+        ask: Callable[..., Future[Any]],
+        *,
+        encoding: str,
+        decodes: bool,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self.options = options
-        self.cache = Cache(
-            options.bytes_max, max_age_seconds=options.max_age_seconds, policy=options.policy, clock=clock
-        )
+        self._under = [(under.prefix.encode(), under) for under in options.under]
+        self._under.sort(key=lambda pair: -len(pair[0]))
+        longest = options.max_age_seconds + max((under.grace_seconds for under in options.under), default=0.0)
+        self.cache = Cache(options.bytes_max, max_age_seconds=longest, policy=options.policy, clock=clock)
         self.lease = Lease()
         self.flights: Flights = {}
-        self.fetches = 0
+        self.fetches = self.refreshes_failed = 0
         self.now = clock.now
+        self._chance = chance
+        self._refreshes: dict[Name, float] = {}  # of which keys, and until when no other one begins
+        self._old_until = -math.inf  # what was old by then is not served
         self._ask = ask
         self.encoding = encoding
         self.decodes = decodes
@@ -206,15 +133,28 @@ class View:
 
     def drop(self, keys: Iterable[object]) -> None:
         """Forget keys under every name they may be kept as."""
-        names: list[bytes | str] = []
-        for key in keys:
-            encoded = self._encoded(key)
-            if encoded is not None:
-                names.append(encoded)
-                with contextlib.suppress(UnicodeDecodeError):
-                    names.append(encoded.decode())
+        names = [name for key in keys for name in self._names(key)]
         if names:
             self.cache.drop(names)
+
+    def changed(self, keys: Iterable[bytes]) -> None:
+        """What others have changed, as the server says: forgotten, or old from now on where there is a grace."""
+        if not self._under:
+            self.drop(keys)
+            return
+        for key in keys:
+            grace = self.under(key).grace_seconds
+            for name in self._names(key):
+                entry = self.cache.entries.get(name)
+                if grace and entry is not None and entry.value.exists:
+                    self.cache.make_old(name, grace)
+                else:
+                    self.cache.drop((name,))
+
+    def under(self, name: Name) -> Under:
+        """How a key is kept: by the longest prefix that fits."""
+        encoded = name if isinstance(name, bytes) else name.encode(errors="surrogatepass")
+        return next((under for prefix, under in self._under if encoded.startswith(prefix)), PLAIN_UNDER)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -223,6 +163,13 @@ class View:
     def serving(self) -> bool:
         """Whether memory may be served now."""
         return self.now() < self.lease.until
+
+    def _names(self, key: object) -> list[Name]:
+        encoded = self._encoded(key)
+        names: list[Name] = [] if encoded is None else [encoded]
+        with contextlib.suppress(UnicodeDecodeError):
+            names += [] if encoded is None else [encoded.decode()]
+        return names
 
     def _encoded(self, key: object) -> bytes | None:
         if isinstance(key, bytes):
@@ -261,11 +208,57 @@ class View:
             return (yield from self._read_many(names))
         many = len(names) > 1
         answer = self._exist(names) if many else self._answer(args, names[0])
+        if answer is NOT_HERE and not many:
+            answer = yield from self._old(args, names[0])
         if answer is not NOT_HERE:
             return answer
         if many or command in {"STRLEN", "GETRANGE"} or (command == "LRANGE" and args[2:] != (0, -1)):
-            return (yield PLAIN)
+            reply = yield PLAIN
+            self._forget_old(names)
+            return reply
         return (yield from self._read_one(args, names[0], flights))
+
+    def _old(self, args: Args, name: Name) -> Steps:
+        """From an entry that is old, within its grace, or will be soon; it is fetched anew beside that."""
+        entry, now = self.cache.entries.get(name), self.now()
+        if not self._under or entry is None or not self._old_until < entry.deadline <= now < entry.gone_at:
+            return NOT_HERE
+        reply = self._answer(args, name, entry)
+        if reply is NOT_HERE or not (yield from self._refreshed(args, name, entry.value)):
+            return NOT_HERE
+        return reply
+
+    def _refreshed(self, args: Args, name: Name, held: Held) -> Generator[Step, Any, bool]:
+        """Whether a fetch in the background is under way, or may not be yet: one per key, and some at a time."""
+        with self._filing:
+            now = self.now()
+            if len(self._refreshes) >= REFRESHES_MAX:
+                self._refreshes = {key: until for key, until in self._refreshes.items() if until > now}
+            if self._refreshes.get(name, now) > now or len(self._refreshes) >= REFRESHES_MAX:
+                return True
+            self._refreshes[name] = now + self.options.wait_seconds
+        if (yield Background(self._anew(held.read_by(args, name), name))):
+            return True
+        self._refreshes.pop(name, None)
+        return False
+
+    def _anew(self, command: tuple[Any, ...], name: Name) -> Steps:
+        try:
+            yield from self._fetch([name], command)
+            self._refreshes.pop(name, None)
+        except Exception:  # noqa: BLE001  # counted; the old value serves to its end, then the reader sees the error
+            self.refreshes_failed += 1
+            self._refreshes[name] = self.now() + REFRESH_PAUSE_SECONDS
+        except BaseException:
+            self._refreshes.pop(name, None)
+            raise
+
+    def _forget_old(self, names: Iterable[Name]) -> None:
+        """After a reader was given what is newer."""
+        entries, now = self.cache.entries, self.now()
+        old = [name for name in names if name in entries and entries[name].deadline <= now] if self._under else []
+        if old:
+            self.cache.drop(old)
 
     def _read_one(self, args: Args, name: Name, flights: Flights) -> Steps:
         key = (args[0], name, *(self.field(field) for field in args[2:] if args[0] in {"HGET", "HMGET"}))
@@ -317,6 +310,9 @@ class View:
 
     def _read_many(self, names: Sequence[Name]) -> Steps:
         values = {name: self._answer(("GET", name), name) for name in names}
+        for name in names if self._under else ():
+            if values[name] is NOT_HERE:
+                values[name] = yield from self._old(("GET", name), name)
         cold = [name for name, value in values.items() if value is NOT_HERE]
         if cold:
             fetched = yield from self._fetch(cold, ("MGET", *cold))
@@ -340,7 +336,9 @@ class View:
         kept = []
         for name, value, age, generation, old in zip(names, replies, ages, generations, seen, strict=True):
             held = self._held(command, value, age, started) if tracked and isinstance(age, int) else None
-            kept.append(held is not None and self._file(name, held, generation, old))
+            kept.append(held is not None and self._file(name, held, generation, old, self.now() - started))
+            if not kept[-1]:
+                self._forget_old([name])
         return list(zip(replies, kept, strict=True))
 
     # -- keeping -------------------------------------------------------------------------------------------------------
@@ -370,7 +368,7 @@ class View:
             return held if None not in fields else None
         return held if reply not in (0, KEY_MISSING) else None
 
-    def _file(self, name: Name, held: Held, generation: int, seen: Entry | None) -> bool:
+    def _file(self, name: Name, held: Held, generation: int, seen: Entry | None, took_seconds: float) -> bool:
         if not self.serving():
             return False
         now = self.now()
@@ -382,21 +380,28 @@ class View:
                 elif entry is not seen:  # stored while we fetched: which of the two is newer, nobody knows
                     self.cache.drop((name,))
                     return False
-            bound = math.inf if held.exists else self.options.negative_seconds
+            under = self.under(name) if self._under else PLAIN_UNDER
+            negative = under.negative_seconds or self.options.negative_seconds
+            ours = min(math.inf if held.exists else negative, self.options.max_age_seconds)
+            ends = min(held.expires - now, ours)
+            sooner = -took_seconds * under.early * math.log(1.0 - self._chance()) if under.early else 0.0
+            age = ends - sooner if ends == ours and sooner < ends else ends  # nobody renews what the server ends
+            grace = under.grace_seconds if held.exists else 0.0
             return self.cache.put(
                 name,
                 held,
-                ttl_seconds=min(held.expires - now, bound, self.options.max_age_seconds),
+                ttl_seconds=age,
                 weight_bytes=held.weight_bytes(),
                 generation=generation,
+                stale_seconds=ends - age + grace,
             )
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, args: Args, name: Name) -> Reply:
-        entry = self.cache.entries.get(name)
+    def _answer(self, args: Args, name: Name, old: Entry | None = None) -> Reply:
+        entry = old or self.cache.entries.get(name)
         now = self.now()
-        if entry is None or entry.deadline <= now:
+        if entry is None or (entry.deadline <= now and old is None):
             return NOT_HERE
         length, answer = ANSWERS[str(args[0])]
         reply = answer(self, entry.value, args) if length in {0, len(args)} else NOT_HERE
@@ -430,6 +435,7 @@ class View:
             told = self._ask("PING") if self.serving() else None
             if told is None or not (yield Wait(told, ASK_SECONDS)) or told.result() is None:
                 self.clear()
+            self._old_until = self.now()
         if failure is not None:
             raise failure
         return reply
@@ -444,6 +450,8 @@ class View:
         if not isinstance(replies, list) or len(replies) != len(commands):
             return
         for args, reply in zip(commands, replies, strict=True):
+            if self._under and len(args) > 1:
+                self._forget_old(name for key in args[1:] for name in self._names(key))
             name = self.name(args[1]) if args[0] == "GET" and len(args) == ANSWERS["GET"][0] else None
             if name is None:
                 continue
@@ -452,100 +460,6 @@ class View:
                 self.cache.drop((name,))
 
 
-def _get(view: View, held: Held, args: Args) -> Reply:
-    del view, args
-    return held.text if held.text is not None or not held.exists else NOT_HERE
-
-
-def _exists(view: View, held: Held, args: Args) -> Reply:
-    del view, args
-    return int(held.exists)
-
-
-def _characters(view: View, held: Held) -> Reply:
-    """A string whose places are those of its bytes."""
-    if not held.exists:
-        return "" if view.decodes else b""
-    plain = isinstance(held.text, bytes) or (isinstance(held.text, str) and held.text.isascii())
-    return held.text if plain and view.encoding == "utf-8" else NOT_HERE
-
-
-def _strlen(view: View, held: Held, args: Args) -> Reply:
-    del args
-    text = _characters(view, held)
-    return text if text is NOT_HERE else len(text)
-
-
-def _getrange(view: View, held: Held, args: Args) -> Reply:
-    text = _characters(view, held)
-    return text if text is NOT_HERE else _cut(text, args[2], args[3])
-
-
-def _hget(view: View, held: Held, args: Args) -> Reply:
-    found = _hmget(view, held, args)
-    return found if found is NOT_HERE else found[0]
-
-
-def _hmget(view: View, held: Held, args: Args) -> Reply:
-    fields = [view.field(field) for field in args[2:]]
-    if not fields or None in fields or (held.exists and held.fields is None):
-        return NOT_HERE
-    known = held.fields or {}
-    if held.exists and not held.whole and not all(field in known for field in fields):
-        return NOT_HERE
-    return [known.get(field) for field in fields]
-
-
-def _hgetall(view: View, held: Held, args: Args) -> Reply:
-    del view, args
-    return dict(held.fields or {}) if held.whole or not held.exists else NOT_HERE
-
-
-def _lrange(view: View, held: Held, args: Args) -> Reply:
-    del view
-    if held.exists and held.items is None:
-        return NOT_HERE
-    cut = _cut(held.items or (), args[2], args[3])
-    return cut if cut is NOT_HERE else list(cut)
-
-
-def _ttl(view: View, held: Held, args: Args) -> Reply:
-    if not held.exists:
-        return KEY_MISSING
-    if held.expires == math.inf:
-        return -1
-    left_ms = max(0, round((held.expires - view.now()) * 1000))
-    return left_ms if args[0] == "PTTL" else (left_ms + 500) // 1000
-
-
-ANSWERS: dict[str, tuple[int, Callable[[View, Held, Args], Reply]]] = {
-    "GET": (2, _get),
-    "EXISTS": (2, _exists),
-    "STRLEN": (2, _strlen),
-    "GETRANGE": (4, _getrange),
-    "HGET": (3, _hget),
-    "HMGET": (0, _hmget),
-    "HGETALL": (2, _hgetall),
-    "LRANGE": (4, _lrange),
-    "TTL": (2, _ttl),
-    "PTTL": (2, _ttl),
-}
-"""How long a command is that memory may answer (0: any length), and how it does."""
-
-
 def _own(reply: Reply) -> Reply:
     """A reply that its reader may change."""
     return reply.copy() if isinstance(reply, list | dict) else reply
-
-
-def _cut(whole: Reply, start: object, end: object) -> Reply:
-    """What GETRANGE and LRANGE give for two places, both counted from the end where negative."""
-    if type(start) is not int or type(end) is not int:
-        return NOT_HERE
-    if start < 0 and end < 0 and start > end:
-        return whole[:0]
-    length, is_text = len(whole), isinstance(whole, bytes | str)
-    start = max(0, start + length if start < 0 else start)
-    end = end + length if end < 0 else end
-    end = max(end, 0) if is_text else end  # GETRANGE's way: its end is never before the first byte
-    return whole[start : end + 1] if end >= start else whole[:0]

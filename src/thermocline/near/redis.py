@@ -8,7 +8,8 @@ Each command is asked of commands.py what it means; coherence.py says what to do
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, Self
 
@@ -16,8 +17,11 @@ import redis
 import redis.client
 
 from thermocline.clock import SystemClock
-from thermocline.near.coherence import Fetch, Lease, Options, Reply, Steps, Wait
+from thermocline.near.coherence import Background, Fetch, Lease, Steps, Wait
 from thermocline.near.commands import EFFECTS, Args, Kind, effect
+from thermocline.near.held import Reply
+from thermocline.near.options import Options
+from thermocline.near.together import together
 from thermocline.near.tracking import Near, near_of
 
 NOW = SystemClock.now
@@ -45,6 +49,22 @@ class Kept:
         client: Self = super().from_url(url, **kwargs)  # type: ignore[misc]  # of the class beside this one
         client.near_attach(near)
         return client
+
+    def get(self, name: Any) -> Any:  # noqa: ANN401  # redis-py's signature
+        """As in redis-py; from memory within 200 ns, where it is held."""
+        try:
+            entry = self._near_find(name)
+        except (TypeError, ValueError):  # no key, or one that has no hash
+            entry = None
+        if entry is not None:
+            now = NOW()
+            if now < entry.deadline and now < self._near_lease.until:
+                text = entry.value.text
+                if text is not None:
+                    entry.touched = now
+                    entry.hits += 1
+                    return text
+        return super().get(name)  # type: ignore[misc]  # of the class beside this one
 
     def client(self) -> Self:
         """As in redis-py: one with a connection of its own."""
@@ -117,22 +137,6 @@ class Redis(Kept, redis.Redis):
         if hasattr(self, "near"):  # or it failed as it was made
             self.near.leave(self)
 
-    def get(self, name: Any) -> Any:  # noqa: ANN401  # redis-py's signature
-        """As in redis-py; from memory within 200 ns, where it is held."""
-        try:
-            entry = self._near_find(name)
-        except (TypeError, ValueError):  # no key, or one that has no hash
-            entry = None
-        if entry is not None:
-            now = NOW()
-            if now < entry.deadline and now < self._near_lease.until:
-                text = entry.value.text
-                if text is not None:
-                    entry.touched = now
-                    entry.hits += 1
-                    return text
-        return super().get(name)
-
     def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; hot reads from memory."""
         kind, view, plain = self.near_kind(args, options), self.near.view, super().execute_command
@@ -146,6 +150,14 @@ class Redis(Kept, redis.Redis):
         pipeline = Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.near = self.near
         return pipeline
+
+    def near_read(self, commands: Sequence[Args]) -> list[Reply]:
+        """Several reads, such as ("GET", key): what memory lacks of all of them takes one round trip, and is kept.
+
+        Each reads as by itself, `("LRANGE", key, 0, -1)` and MGET too. Errors are among the replies.
+        """
+        local = self.near_kind(("GET", ""), {}) is Kind.LOCAL
+        return drive(together(self.near.view, commands, self.near.view.flights, local=local), self, None)  # type: ignore[no-any-return]
 
     def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""
@@ -173,6 +185,8 @@ def drive(steps: Steps, client: Any, plain: Any, /, *args: Any, **options: Any) 
                     reply = client.near_fetch(step.commands)
                 elif isinstance(step, Wait):
                     reply = landed(step.future, step.seconds)
+                elif isinstance(step, Background):
+                    reply = begun(step.steps, client)
                 else:
                     reply = plain(*args, **options)
             except BaseException as error:  # noqa: BLE001  # the steps say what it means
@@ -181,6 +195,17 @@ def drive(steps: Steps, client: Any, plain: Any, /, *args: Any, **options: Any) 
                 step = steps.send(reply)
     except StopIteration as end:
         return end.value
+
+
+def begun(steps: Steps, client: Any) -> bool:  # noqa: ANN401  # any client
+    """Take steps in a thread of their own, where there is a connection for it; whether that was begun."""
+    if client.connection is not None:
+        return False
+    try:
+        threading.Thread(target=drive, args=(steps, client, None), name="near-refresh", daemon=True).start()
+    except RuntimeError:  # no more threads to be had
+        return False
+    return True
 
 
 def landed(future: Future[Any], seconds: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,9 +12,12 @@ import redis.asyncio
 import redis.asyncio.client
 from redis.exceptions import ResponseError
 
-from thermocline.near.coherence import Fetch, Flights, Options, Reply, Steps, Wait
+from thermocline.near.coherence import Background, Fetch, Flights, Steps, Wait
 from thermocline.near.commands import Args, Kind, effect
-from thermocline.near.redis import NOW, WRITING, Kept
+from thermocline.near.held import Reply
+from thermocline.near.options import Options
+from thermocline.near.redis import WRITING, Kept
+from thermocline.near.together import together
 from thermocline.near.tracking import Near
 
 
@@ -43,27 +47,19 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
     def __init__(self, *args: Any, near: Options | None = None, **kwargs: Any) -> None:  # noqa: ANN401  # redis-py's
         super().__init__(*args, near=near, **kwargs)
         self._near_flights: Flights = {}  # of this client's loop
+        self._near_tasks: set[asyncio.Task[Any]] = set()
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:  # noqa: FBT001  # redis-py's signature
         """As in redis-py."""
+        for task in self._near_tasks:
+            task.cancel()
         await super().aclose(close_connection_pool)
         self.near.leave(self)
 
     async def get(self, name: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; from memory, where it is held."""
-        try:
-            entry = self._near_find(name)
-        except (TypeError, ValueError):  # no key, or one that has no hash
-            entry = None
-        if entry is not None:
-            now = NOW()
-            if now < entry.deadline and now < self._near_lease.until:
-                text = entry.value.text
-                if text is not None:
-                    entry.touched = now
-                    entry.hits += 1
-                    return text
-        return await super().get(name)
+        found = super().get(name)
+        return found if isinstance(found, bytes | str) else await found
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; hot reads from memory."""
@@ -79,6 +75,11 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
         pipeline.near = self.near
         return pipeline
 
+    async def near_read(self, commands: Sequence[Args]) -> list[Reply]:
+        """See `Redis.near_read`."""
+        local = self.near_kind(("GET", ""), {}) is Kind.LOCAL
+        return await drive(together(self.near.view, commands, self._near_flights, local=local), self, None)  # type: ignore[no-any-return]
+
     async def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""
         if self.connection is not None or self.single_connection_client:  # a pipeline would take another connection
@@ -88,6 +89,15 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
             for command in commands:
                 batch.execute_command(*command)
             return await batch.execute(raise_on_error=False)
+
+    def near_begun(self, steps: Steps) -> bool:
+        """Take steps in a task of their own, where there is a connection for it; whether that was begun."""
+        if self.connection is not None or self.single_connection_client:
+            return False
+        task = asyncio.get_running_loop().create_task(drive(steps, self, None))
+        self._near_tasks.add(task)
+        task.add_done_callback(self._near_tasks.discard)
+        return True
 
     async def _near_tried(self, command: Args) -> Reply:
         try:
@@ -106,6 +116,8 @@ async def drive(steps: Steps, client: Any, plain: Any, /, *args: Any, **options:
                     reply = await client.near_fetch(step.commands)
                 elif isinstance(step, Wait):
                     reply = await landed(step.future, step.seconds)
+                elif isinstance(step, Background):
+                    reply = client.near_begun(step.steps)
                 else:
                     reply = await plain(*args, **options)
             except BaseException as error:  # noqa: BLE001  # the steps say what it means

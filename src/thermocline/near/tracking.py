@@ -25,7 +25,8 @@ from redis.connection import Connection, SSLConnection, UnixDomainSocketConnecti
 from redis.exceptions import RedisError
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.near.coherence import Options, View
+from thermocline.near.coherence import View
+from thermocline.near.options import Options
 
 LOG = logging.getLogger("thermocline.near")
 PINGS_PER_LEASE = 4
@@ -50,6 +51,7 @@ class LinkStats:
     failed: int = 0
     invalidations: int = 0
     fetches: int = 0
+    refreshes_failed: int = 0
 
 
 class Link:
@@ -213,7 +215,7 @@ def _is_push(message: object) -> bool:
 
 
 def _dropper(view: View) -> Any:  # noqa: ANN401  # a method that does not keep its object alive
-    weak = weakref.WeakMethod(view.drop)
+    weak = weakref.WeakMethod(view.changed)
 
     def drop(keys: list[bytes]) -> None:
         method = weak()
@@ -280,7 +282,8 @@ class Near:
 
     def stats(self) -> LinkStats:
         """Counts of the link; those of the memory are `view.cache.stats()`."""
-        return replace(self.link.stats, up=self.view.serving(), fetches=self.view.fetches)
+        view = self.view
+        return replace(self.link.stats, up=view.serving(), fetches=view.fetches, refreshes_failed=view.refreshes_failed)
 
     def start_afresh(self) -> None:
         """In a child process: no thread and no lock of the parent's is here, so nothing of it is used."""
