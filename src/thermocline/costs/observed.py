@@ -1,0 +1,124 @@
+"""The same questions asked of counters: what a running server tells of its workload, and what that answers.
+
+Counters know how much was hit, and ours also why the rest was not. They know no distances: so which tier pays per use
+is answered, how large it should be is not. What they cannot say is "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thermocline.costs.advice import SO, Advice, Leaf, Number, flip
+from thermocline.costs.study import Machine, Offer
+from thermocline.costs.transfer import TAIL_TOKENS
+
+RECORD = "record a trace of requests and ask again with --trace, or describe the workload with --describe"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Tokens counted so far. `lost` were known once and not used, by reason; None where the server does not tell.
+
+    `engine_tokens` were hit in the engine's own memory, `tier_tokens` in tiers. `never_full` is true where all that was
+    ever computed fits the engine's memory, so that nothing was pushed out of it.
+    """
+
+    source: str
+    requests: float
+    prompt_tokens: float
+    engine_tokens: float
+    tier_tokens: Mapping[str, float]
+    lost: Mapping[str, float] | None
+    never_full: bool
+
+    @property
+    def hit_tokens(self) -> float:
+        """Tokens that were not computed."""
+        return self.engine_tokens + sum(self.tier_tokens.values())
+
+    @property
+    def ideal(self) -> float | None:
+        """The share of tokens that an endless cache would have hit, if that can be told; what was hit is less."""
+        if self.never_full or self.lost is not None:
+            return (self.hit_tokens + sum((self.lost or {}).values())) / self.prompt_tokens
+        return None
+
+
+def judge(observed: Observed, machine: Machine) -> Advice:
+    """Answer what counters can answer, of the mean request. Pure."""
+    mean = observed.prompt_tokens / observed.requests
+
+    def worth(tokens: float) -> float:
+        return machine.prefill(int(tokens) + TAIL_TOKENS, 0) - machine.prefill(TAIL_TOKENS, int(tokens))
+
+    asking = max(machine.overhead_seconds, machine.overhead_share * machine.prefill(max(1, int(mean)), 0))
+    least, most = observed.hit_tokens / observed.prompt_tokens, observed.ideal
+    reuse = _reused(worth(least * mean) > asking, None if most is None else worth(most * mean) > asking)
+    flips = flip(1e-6, 1.0, lambda share: worth(share * mean) > asking)
+    shares = (
+        Number("hit rate now", 100 * least, "%", None if flips is None else 100 * flips, "reuse, where above"),
+        Number("hit rate of an endless cache", None if most is None else 100 * most, "%"),
+    )
+    why = (
+        f"Of {observed.prompt_tokens:,.0f} prompt tokens {100 * least:.1f} % were not computed; asking tiers may "
+        f"cost a request {1000 * asking:.1f} ms."
+    )
+    leaves = [Leaf("Is there reuse?", reuse, why, shares, "thermocline why --summary")]
+    verdict = {"no": "no cache", "unknown": "unknown", "yes": "tiers"}[reuse]
+    paying: tuple[str, ...] = ()
+    if reuse == "yes":
+        gap = None if most is None else worth(most * mean) - worth(observed.engine_tokens / observed.requests)
+        verdict, leaf = _lost(observed, gap, asking)
+        leaves.append(leaf)
+    if verdict == "tiers" and most is not None:
+        each = {offer.tier: _per_use(offer, machine, most * mean, worth(most * mean)) for offer in machine.offers}
+        leaves += each.values()
+        paying = tuple(tier for tier, leaf in each.items() if leaf.answer != "no")
+        verdict = "tiers" if paying else "engine"
+    notes = (f"read from {observed.source}", *machine.assumptions)
+    return Advice(verdict, _SO[verdict], paying, tuple(leaves), notes=notes)
+
+
+_SO = SO | {
+    "engine": "The engine's own prefix cache suffices, as far as counters tell.",
+    "tiers": f"Tiers pay for each use. How large they should be, counters do not tell: {RECORD}.",
+    "unknown": f"Counters do not tell: {RECORD}.",
+}
+
+
+def _reused(least: bool, most: bool | None) -> str:  # noqa: FBT001  # one answer with what is known, and with all of it
+    if least or most:
+        return "yes"
+    return "unknown" if most is None else "no"
+
+
+def _lost(observed: Observed, gap: float | None, asking: float) -> tuple[str, Leaf]:
+    verdict = "unknown" if gap is None else "tiers" if gap > asking else "engine"
+    lost = sorted((observed.lost or {}).items(), key=lambda each: -each[1])
+    told = ", ".join(f"{reason} {100 * tokens / observed.prompt_tokens:.1f} %" for reason, tokens in lost if tokens)
+    silent = "nothing, as all still fits" if observed.never_full else "it does not say"
+    answer = {"tiers": "no", "engine": "yes", "unknown": "unknown"}[verdict]
+    flips_to = "yes" if verdict == "tiers" else "no"
+    return verdict, Leaf(
+        "Does the engine's own memory give it?",
+        answer,
+        f"Known once and computed again: {told or silent}.",
+        (Number("seconds that tiers could save per request", gap, "s", asking, flips_to),),
+        "thermocline doctor",
+    )
+
+
+def _per_use(offer: Offer, machine: Machine, tokens: float, gain: float) -> Leaf:
+    nbytes, latency = tokens * machine.token_bytes, offer.link.latency_seconds
+    loading = latency + nbytes / offer.link.bytes_per_second
+    needed = nbytes / (gain - latency) if gain > latency else None
+    yes = loading < gain
+    return Leaf(
+        f"Does {offer.tier} pay?",
+        "yes, for each use; its size is unknown" if yes else "no",
+        f"The mean prefix that could be hit has {tokens:,.0f} tokens: {loading:.3f} s to load over {offer.link.name} "
+        f"({offer.link.evidence}: {offer.link.source}), {gain:.3f} s to compute.",
+        (Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", needed, "no" if yes else "yes"),),
+        "thermocline bench tiers",
+    )
