@@ -6,7 +6,7 @@ The rules are those of vLLM 0.32, and `tests/vllm/test_geometry.py` holds them t
 - several kinds are split into groups of as many layers as the rarest kind has, each with its own table of blocks of one
   common pool; a kind with smaller pages gets longer blocks, or its pages are padded;
 - beside recurrent states the block grows until a page is as large as a state, and states are padded to a page
-  (platforms/interface.py); with prefix caching a sequence holds two states of each layer;
+  (platforms/interface.py); with prefix caching a sequence holds several states of each layer (MambaSpec);
 - a request is admitted as if its windows held `window - 1` tokens and all that may be in flight, and a block more
   (SlidingWindowSpec); chunks are freed only on request, so by default they hold everything (config/vllm.py).
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from thermocline.costs.architectures import ARCHITECTURES, Architecture
 from thermocline.costs.geometry import Attention, Geometry
 from thermocline.errors import SettingsError
 
@@ -42,15 +43,18 @@ class Engine:
     """`max_num_batched_tokens`. 2,048 on smaller GPUs and the A100, 16,384 from 160 GiB on (arg_utils.py)."""
     batches_in_flight: int = 2
     """With asynchronous scheduling two; each may hold `batched_tokens` that are not settled."""
-    state_pages: int = 2
-    """States of each recurrent layer that one sequence holds; 1 without prefix caching."""
+    prefix_caching: bool = True
+    """With it a sequence holds a second state of each recurrent layer, and one of Mamba 2 a third, as a checkpoint."""
+    state_dtype: str = ""
+    """Of recurrent states, whatever the model says. A CPU with AVX512-BF16 keeps them in float32 (platforms/cpu.py)."""
     windows_freed: bool = True
     """False where a connector cannot do without what lies before a window."""
     chunks_freed: bool = False
 
 
 VLLM = Engine()
-VLLM_CPU = Engine(128, 16, 32, batched_tokens=2048, batches_in_flight=1)
+VLLM_CPU = Engine(128, 16, 32, batched_tokens=2048, batches_in_flight=1, state_dtype="float32")
+"""One without AMX: with it, latent attention has blocks of 128 as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Group:
     page_bytes: int
     window_tokens: int = 0
     chunked: bool = False
+    states: int = 0
+    """That a sequence holds, one page each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class Paging:
         for each in self.groups:
             whole = _up(tokens, each.block_tokens)
             if each.kind == "s":
-                total += self.engine.state_pages
+                total += each.states
             elif each.kind == "f":
                 total += whole
             elif each.chunked:
@@ -167,7 +173,7 @@ def _kinds(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> Iterat
     letters = pattern(geometry)
     latent = any(each.latent_elements for each in geometry.attention)
     block = engine.latent_block_tokens if latent else engine.block_tokens
-    state = _state_page(geometry, kv_dtype, tp)
+    state = _state_page(geometry, engine, kv_dtype, tp)
     token: dict[str, int] = {}
     for kind in "fw":
         like = [each for each in geometry.attention if (each.window_tokens is not None) == (kind == "w")]
@@ -186,18 +192,20 @@ def _kinds(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> Iterat
             limits = (window.window_tokens or 0, window.chunked) if window else (0, False)
             yield Group(kind, at[kind], block, block * each, *limits)
     if state:
-        yield Group("s", at["s"], block, state)
+        mamba2 = ARCHITECTURES.get(geometry.model_type, NO_STATE).state == "mamba2"
+        yield Group("s", at["s"], block, state, states=1 + (1 + mamba2) * engine.prefix_caching)
 
 
+NO_STATE = Architecture()
 KEPT = {"f": "fb", "w": "w", "s": "sb"}
 
 
-def _state_page(geometry: Geometry, kv_dtype: str, tp: int) -> int:
-    """Bytes of one layer's state on a rank. Both parts have the model's type unless the model asks for fp32."""
+def _state_page(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> int:
+    """Bytes of one layer's state on a rank. Both parts have the model's type unless somebody asks for fp32."""
     if geometry.state is None:
         return 0
     own = 4 if kv_dtype == "fp32" else 2
-    asked = geometry.state.dtype or ("float32" if geometry.model_type in STATE_FP32 else "")
+    asked = engine.state_dtype or geometry.state.dtype or ("float32" if geometry.model_type in STATE_FP32 else "")
     each = {"float32": 4, "bfloat16": 2, "float16": 2}.get(asked, own)
     return _up(geometry.state.state_elements, tp) * each + _up(geometry.state.conv_elements, tp) * own
 

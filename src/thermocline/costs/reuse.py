@@ -12,7 +12,6 @@ Output tokens are not cached, as in the published tables. Time and costs play no
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +24,21 @@ from thermocline.costs.trace import Trace
 WINDOWS_SECONDS = (60.0, 300.0, 1800.0, 3600.0)
 PROGRESS_REQUESTS = 4096
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Stretches [start, stop) of requests' paths whose blocks were last used together, by `used`: one row for each.
+
+    Block start + i is in a cache that holds more than `distance` + i blocks, under least recently used. A request's
+    rows are in the order of its path, without gaps from its first block on; what is behind them was never used.
+    """
+
+    request: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    used: NDArray[np.int64]
+    distance: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,67 +118,63 @@ class _Fenwick:
             tree[at] += change
             at += at & -at
 
-    def sum_before(self, stop: int) -> int:
-        """The sum of the first `stop` numbers."""
-        tree, found = self._tree, 0
-        while stop:
-            found += tree[stop]
-            stop &= stop - 1
+    def sum_from(self, start: int) -> int:
+        """The sum of all numbers but the first `start`."""
+        tree, found = self._tree, self.total
+        while start:
+            found -= tree[start]
+            start &= start - 1
         return found
+
+
+def runs_of(trace: Trace, requests: Sequence[int] | None = None, progress: Progress = lambda _done, _of: None) -> Runs:
+    """What a cache meets that sees these requests (None: all), in order. `progress` is called now and then."""
+    chosen = range(len(trace)) if requests is None else requests
+    last = np.full(trace.distinct_blocks, -1, np.int64)
+    ends, found = _Fenwick(len(chosen)), []
+    for at, request in enumerate(chosen):
+        path = trace.path(request)
+        met = list(_runs(last[path]))
+        found += [(request, start, stop, chosen[used], ends.sum_from(used + 1)) for start, stop, used in met]
+        for start, stop, used in met:  # only now: distances are those before the request
+            ends.add(used, start - stop)
+        ends.add(at, len(path))
+        last[path] = at
+        if at % PROGRESS_REQUESTS == 0:
+            progress(at, len(chosen))
+    return Runs(*np.array(found, np.int64).reshape(-1, 5).T)
 
 
 def analyse(
     trace: Trace, windows_seconds: Sequence[float] = WINDOWS_SECONDS, progress: Progress = lambda _done, _of: None
 ) -> Reuse:
     """Measure a trace. It must tell of prefixes: see `Trace.has_blocks`. `progress` is called now and then."""
-    size, last = trace.tokens_per_block, np.full(trace.distinct_blocks, -1, np.int32)
-    ends = _Fenwick(len(trace))
-    runs: list[tuple[int, int, int]] = []  # distance of the first block, blocks, tokens that the last one lacks
-    waits: list[tuple[float, int]] = []
-    arrivals = trace.arrival_seconds.tolist()
-    sets = np.zeros((len(windows_seconds), len(trace)), np.int64)
-    for request, now in enumerate(arrivals):
-        path = trace.path(request)
-        lacking = len(path) * size - int(trace.input_tokens[request])
-        met = list(_runs(last[path]))
-        for start, stop, used in met:
-            lacks = max(0, lacking) if stop == len(path) else 0
-            runs.append((ends.total - ends.sum_before(used + 1), stop - start, lacks))
-            waits.append((now - arrivals[used], (stop - start) * size - lacks))
-        for start, stop, used in met:
-            ends.add(used, start - stop)
-        ends.add(request, len(path))
-        last[path] = request
-        for at, seconds in enumerate(windows_seconds):
-            sets[at, request] = ends.total - ends.sum_before(bisect_right(arrivals, now - seconds, hi=request))
-        if request % PROGRESS_REQUESTS == 0:
-            progress(request, len(trace))
-    gained = _gained(np.array(runs, np.int64).reshape(-1, 3), size, trace.distinct_blocks)
-    inputs = int(trace.input_tokens.sum())
-    within = _within_tokens(trace) / inputs if inputs else 0.0
-    summed = np.cumsum(gained)
-    ideal = float(summed[-1]) / inputs if len(summed) and inputs else 0.0
-    by_wait = np.array(sorted(waits), float).reshape(-1, 2)
+    runs, size = runs_of(trace, None, progress), trace.tokens_per_block
+    beyond = np.diff(trace.starts) * size - trace.input_tokens
+    last = runs.stop == np.diff(trace.starts)[runs.request]
+    lacking = np.where(last, np.maximum(0, beyond[runs.request]), 0)
+    gained = _gained(runs, lacking, size, trace.distinct_blocks)
+    summed, inputs = np.cumsum(gained), int(trace.input_tokens.sum())
+    within = _within_tokens(trace) / max(1, inputs)
+    waits = trace.arrival_seconds[runs.request] - trace.arrival_seconds[runs.used]
+    order = np.argsort(waits, kind="stable")
     return Reuse(
         tokens_per_block=size,
         input_tokens=inputs,
         distinct_blocks=trace.distinct_blocks,
         within=within,
-        across=ideal - within,
+        across=float(summed[-1]) / max(1, inputs) - within if len(summed) else 0.0,
         live_blocks=_live_blocks(trace),
         gained_tokens=gained,
-        waits_seconds=by_wait[:, 0],
-        waits_tokens=by_wait[:, 1].astype(np.int64),
-        working_sets=tuple(
-            WorkingSet(seconds, float(row.mean()) if len(row) else 0.0, int(row.max(initial=0)))
-            for seconds, row in zip(windows_seconds, sets, strict=True)
-        ),
+        waits_seconds=waits[order],
+        waits_tokens=((runs.stop - runs.start) * size - lacking)[order],
+        working_sets=tuple(_working_set(trace, runs, seconds) for seconds in windows_seconds),
         _summed=summed,
     )
 
 
-def _runs(used: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
-    """Runs [start, stop) of a path by the request that used them last. What was never used ends it."""
+def _runs(used: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Stretches [start, stop) of a path by the request that used them last. What was never used ends it."""
     cuts = np.flatnonzero(np.diff(used)) + 1
     edges = [0, *cuts.tolist(), len(used)]
     for start, stop in pairwise(edges):
@@ -172,14 +182,36 @@ def _runs(used: NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
             yield start, stop, int(used[start])
 
 
-def _gained(runs: NDArray[np.int64], size: int, blocks: int) -> NDArray[np.int64]:
+def _gained(runs: Runs, lacking: NDArray[np.int64], size: int, blocks: int) -> NDArray[np.int64]:
     """Tokens that each further block of capacity adds: a run adds a block's worth at each distance that it spans."""
+    stop = runs.distance + runs.stop - runs.start
     steps = np.zeros(blocks + 1, np.int64)
-    np.add.at(steps, runs[:, 0], size)
-    np.add.at(steps, runs[:, 0] + runs[:, 1], -size)
-    gained = np.cumsum(steps)[:blocks]
-    np.subtract.at(gained, runs[:, 0] + runs[:, 1] - 1, runs[:, 2])
+    np.add.at(steps, runs.distance, size)
+    np.add.at(steps, stop, -size)
+    gained: NDArray[np.int64] = np.cumsum(steps)[:blocks]
+    np.subtract.at(gained, stop - 1, lacking)
     return gained
+
+
+def _working_set(trace: Trace, runs: Runs, seconds: float) -> WorkingSet:
+    """A window slides over the requests. `own` are the blocks that each request in it used last."""
+    arrivals, lengths = trace.arrival_seconds.tolist(), np.diff(trace.starts).tolist()
+    rows = zip(runs.request.tolist(), runs.used.tolist(), (runs.stop - runs.start).tolist(), strict=True)
+    row = next(rows, None)
+    own = [0] * len(trace)
+    first = inside = most = summed = 0
+    for request, now in enumerate(arrivals):
+        own[request] = lengths[request]
+        inside += lengths[request]
+        while row is not None and row[0] == request:
+            own[row[1]] -= row[2]
+            inside -= row[2] if row[1] >= first else 0
+            row = next(rows, None)
+        while arrivals[first] <= now - seconds:
+            inside -= own[first]
+            first += 1
+        most, summed = max(most, inside), summed + inside
+    return WorkingSet(seconds, summed / max(1, len(trace)), most)
 
 
 def _within_tokens(trace: Trace) -> int:
