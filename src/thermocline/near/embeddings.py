@@ -26,6 +26,8 @@ from thermocline.near.question import (
     digest,
     milliseconds,
     normalised,
+    reads,
+    values,
 )
 from thermocline.near.sessions import Turn
 
@@ -97,7 +99,7 @@ class Embeddings(_ByText):
 
     def get(self, *texts: str) -> Question[tuple[Vector | None, ...]]:
         """Of each text its embedding, or None."""
-        return Question((("MGET", *map(self._key, texts)),), _vectors, (None,) * len(texts))
+        return Question(reads([self._key(text) for text in texts]), _vectors, (None,) * len(texts))
 
     def put(self, text: str, vector: Sequence[float] | Vector) -> Question[None]:
         """Keep it. Raises NearError for what is no embedding."""
@@ -108,7 +110,7 @@ class Embeddings(_ByText):
 
 
 def _vectors(replies: Replies) -> tuple[Vector | None, ...]:
-    return tuple(None if kept is None else unpack(kept) for kept in replies[0])
+    return tuple(None if kept is None else unpack(kept) for kept in values(replies))
 
 
 def _nothing(replies: Replies) -> None:
@@ -157,7 +159,7 @@ class Chunks:
 
     def get(self, *ids: str) -> Question[tuple[str | None, ...]]:
         """Of each id its text, or None."""
-        return Question((("MGET", *map(self._key, ids)),), _texts, (None,) * len(ids))
+        return Question(reads([self._key(id_) for id_ in ids]), _texts, (None,) * len(ids))
 
     def put(self, texts: Mapping[str, str]) -> Question[None]:
         """Keep them, all in one round trip."""
@@ -170,7 +172,7 @@ class Chunks:
 
 def _texts(replies: Replies) -> tuple[str | None, ...]:
     try:
-        return tuple(None if text is None else text.decode(errors="surrogatepass") for text in replies[0])
+        return tuple(None if text is None else text.decode(errors="surrogatepass") for text in values(replies))
     except UnicodeDecodeError as error:
         raise damaged("a chunk") from error
 

@@ -95,6 +95,17 @@ def normalised(text: str, *, fold_case: bool = False, keep_spaces: bool = False)
     return found if keep_spaces else " ".join(found.split())
 
 
+def reads(keys: Sequence[str]) -> tuple[Words, ...]:
+    """The commands for the values of these keys, in their order. GET is served soonest."""
+    return (("MGET", *keys),) if len(keys) > 1 else tuple(("GET", key) for key in keys)
+
+
+def values(replies: Replies) -> Sequence[bytes | None]:
+    """What `reads` brought."""
+    found: Sequence[bytes | None] = replies[0] if replies and isinstance(replies[0], list) else replies
+    return found
+
+
 def milliseconds(seconds: float) -> int:
     """A time to live, as the server takes it. Raises SettingsError for none."""
     if not (math.isfinite(seconds) and seconds > 0):

@@ -155,15 +155,16 @@ class State(_Counts):
         return self._client.near_read(commands)
 
     def _replies(self, question: Question[Any]) -> Replies:
-        (first, *more), client = question.commands, self._client
-        if question.writes and more:
+        commands, client = question.commands, self._client
+        if question.writes and len(commands) > 1:
             with client.pipeline() as pipe:
-                for words in question.commands:
+                for words in commands:
                     pipe.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py has half of its types
                 return pipe.execute()
-        if more:
-            return known(self._read(question.commands))
-        return [client.get(first[1]) if first[0] == "GET" else client.execute_command(*first)]
+        if len(commands) != 1:
+            return known(self._read(commands))
+        words = commands[0]
+        return [client.get(words[1]) if words[0] == "GET" else client.execute_command(*words)]
 
     def _changed(self, change: Change[T]) -> T:
         with self._client.pipeline() as pipe:
@@ -221,15 +222,16 @@ class AsyncState(_Counts):
             await asyncio.sleep(look_seconds if serving else max(look_seconds, AWAY_SECONDS))
 
     async def _replies(self, question: Question[Any]) -> Replies:
-        (first, *more), client = question.commands, self._client
-        if question.writes and more:
+        commands, client = question.commands, self._client
+        if question.writes and len(commands) > 1:
             async with client.pipeline() as pipe:
-                for words in question.commands:
+                for words in commands:
                     pipe.execute_command(*words)
                 return await pipe.execute()
-        if more:
-            return known(await client.near_read(question.commands))
-        return [await (client.get(first[1]) if first[0] == "GET" else client.execute_command(*first))]
+        if len(commands) != 1:
+            return known(await client.near_read(commands))
+        words = commands[0]
+        return [await (client.get(words[1]) if words[0] == "GET" else client.execute_command(*words))]
 
     async def _changed(self, change: Change[T]) -> T:
         async with self._client.pipeline() as pipe:

@@ -67,7 +67,7 @@ def _follows(step: Step) -> bool:
     return isinstance(step, Wait) and isinstance(step.future, Flight)
 
 
-def _fetched(fetches: dict[int, Step], commands: Sequence[Args]) -> Generator[Step, Any, dict[int, Reply]]:
+def _fetched(fetches: dict[int, Fetch | Plain], commands: Sequence[Args]) -> Generator[Step, Any, dict[int, Reply]]:
     """What came of these steps: a list for each `Fetch`, one reply for a command as it is."""
     words = {at: step.commands if isinstance(step, Fetch) else (tuple(commands[at]),) for at, step in fetches.items()}
     try:
