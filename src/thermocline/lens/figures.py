@@ -1,6 +1,10 @@
-"""Numbers as people read them: GB are 10^9 bytes, "k" are thousands, and seconds have the unit that suits."""
+"""Numbers as people read them: GB are 10^9 bytes, "k" are thousands, and seconds have the unit that suits. And tables."""
 
 from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SECONDS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -50,3 +54,24 @@ def dollars(value: float) -> str:
 def percent(value: float) -> str:
     """37 %, for an axis."""
     return f"{100 * value:.0f} %"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under headers. The first column is words, the others are numbers; `note` is what has to be known of them."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+    def text(self) -> str:
+        """As lines of text, indented below the title."""
+        shown = [self.head, *self.rows]
+        widths = [max(len(row[at]) for row in shown) for at in range(len(self.head))]
+        lines = [self.title] if self.title else []
+        for row in shown:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            cells[0] = row[0].ljust(widths[0])
+            lines.append("  " + "  ".join(cells).rstrip())
+        return "\n".join([*lines, *textwrap.wrap(self.note, 108, initial_indent="  ", subsequent_indent="  ")])
