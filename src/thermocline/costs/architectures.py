@@ -34,8 +34,8 @@ class Architecture:
     """How to read one `model_type`.
 
     `layers` is the rule that says what each layer keeps where no list of layers does, `state` what a layer keeps that
-    is no attention, `heads` how many heads keep K and V. `defaults` stand in for fields that a configuration leaves
-    out because its class has them.
+    is no attention, `heads` how many heads keep K and V ("stated": nothing stands in for it). `defaults` stand in for
+    fields that a configuration leaves out because its class has them.
     """
 
     layers: str = "full"
@@ -62,18 +62,21 @@ _WIDE = {"head_dim": 128}
 
 ARCHITECTURES: dict[str, Architecture] = {
     **_same(
-        "llama mllama_text_model qwen3_moe qwen3_vl_moe_text phi olmo olmo2 olmoe flex_olmo granite granitemoe "
-        "granitemoeshared stablelm cohere nemotron arcee apertus internlm3 hunyuan_v1_dense hunyuan_v1_moe bitnet "
-        "ernie4_5 ernie4_5_moe glm4_moe minimax_m2 mimo",
+        "llama phi olmo olmo2 olmoe flex_olmo granite granitemoe granitemoeshared stablelm cohere nemotron arcee "
+        "apertus hunyuan_v1_dense hunyuan_v1_moe qwen3_vl_moe_text mimo",
         Architecture(),
     ),
-    **_same("qwen3_vl_text seed_oss helium jais2 glm glm4", Architecture(defaults=_WIDE)),
+    **_same("qwen3_moe internlm3 bitnet ernie4_5_moe glm4_moe step3p5 step3p7", Architecture(heads="stated")),
+    **_same("qwen3_vl_text helium jais2", Architecture(defaults=_WIDE)),
+    **_same("ernie4_5 minimax_m2 seed_oss glm glm4", Architecture(heads="stated", defaults=_WIDE)),
     "gemma": Architecture(defaults={"head_dim": 256}),
     "ministral3": Architecture(defaults={"num_key_value_heads": 8, "head_dim": 128}),
     **_same("mistral ministral", Architecture("window", defaults={"num_key_value_heads": 8, "sliding_window": 4096})),
     "mixtral": Architecture("window", defaults={"num_key_value_heads": 8}),
-    **_same("phi3 phimoe starcoder2", Architecture("window")),
-    **_same("qwen2 qwen2_moe qwen2_vl_text qwen2_5_vl_text", Architecture("qwen")),
+    "phi3": Architecture("window"),
+    **_same("phimoe starcoder2", Architecture("window", heads="stated")),
+    **_same("qwen2 qwen2_moe", Architecture("qwen")),
+    **_same("qwen2_vl_text qwen2_5_vl_text", Architecture("qwen", heads="stated")),
     "qwen3": Architecture("qwen", defaults=_WIDE),
     "smollm3": Architecture(defaults={"num_key_value_heads": 4}),
     "gemma2": Architecture("every 2", defaults=_GEMMA3),
@@ -88,8 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama4_text": Architecture(
         "chunks", defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_chunk_size": 8192}
     ),
-    "step3p7": Architecture(),
-    "mimo_v2_flash": Architecture("mimo"),
+    "mimo_v2_flash": Architecture("mimo", heads="stated", defaults={"head_dim": 192, "v_head_dim": 128}),
     **_same("gpt2 gptj gpt_neox opt bloom codegen persimmon", Architecture(heads="all")),
     "gpt_bigcode": Architecture(heads="multi_query"),
     "falcon": Architecture(heads="falcon"),
@@ -104,7 +106,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexed=True,
         defaults=_LATENT | {"qk_nope_head_dim": 192, "v_head_dim": 256, "index_head_dim": 128},
     ),
-    **_same("qwen3_next qwen3_5_text qwen3_5_moe_text", Architecture("interval", state="delta", defaults=_QWEN_NEXT)),
+    **_same(
+        "qwen3_next qwen3_5_text qwen3_5_moe_text",
+        Architecture("interval", heads="stated", state="delta", defaults=_QWEN_NEXT),
+    ),
     **_same("kimi_linear kimi_k3", Architecture("kimi", latent=True, state="kda", defaults=_LATENT)),
     "jamba": Architecture(
         "jamba",
@@ -114,7 +119,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bamba": Architecture("indices", state="mamba2", defaults=_MAMBA2 | {"num_key_value_heads": 8}),
     "granitemoehybrid": Architecture("states", state="mamba2", defaults=_MAMBA2),
-    "falcon_h1": Architecture("both", state="mamba2", defaults=_MAMBA2 | {"num_key_value_heads": 8}),
+    "falcon_h1": Architecture(
+        "both", state="mamba2", defaults=_MAMBA2 | {"num_key_value_heads": 8, "mamba_d_ssm": 1024}
+    ),
     "nemotron_h": Architecture(
         "letters", state="mamba2", defaults={"num_key_value_heads": 8, "head_dim": 128, "ssm_state_size": 128}
     ),
@@ -122,7 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "states", state="mamba2", defaults={"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8}
     ),
     **_same("mamba falcon_mamba", Architecture("states", state="mamba1", defaults={"expand": 2, "state_size": 16})),
-    **_same("lfm2 lfm2_moe", Architecture("indices", state="conv", defaults={"conv_L_cache": 3})),
+    **_same("lfm2 lfm2_moe", Architecture("indices", heads="stated", state="conv", defaults={"conv_L_cache": 3})),
 }
 
 INNER = {
@@ -131,5 +138,7 @@ INNER = {
     "llama4": "llama4_text",
     "llava": "llama",
     "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
 }
-"""What is inside a model of several inputs, where its `text_config` does not say so itself."""
+"""The decoder of a model of several inputs, where its `text_config` does not say so, or there is none."""

@@ -112,8 +112,14 @@ class _Config:
                 return self._given[each]
         return None if field in self._given else self._defaults.get(field)
 
-    def count(self, field: str, *or_else: str) -> int:
-        """A whole number above nothing, from the first of these fields that is there."""
+    def off(self, field: str, or_lacking: bool) -> bool:  # noqa: FBT001  # one caller, one line below a rule
+        """Whether it is null, or lacks where that means the same."""
+        return self.get(field) in {None, 0} and (field in self._given or or_lacking)
+
+    def count(self, field: str, *or_else: str, or_null: int = 0) -> int:
+        """A whole number above nothing, from the first of these fields that is there; `or_null` where it is null."""
+        if or_null and field in self._given and self._given[field] is None:
+            return or_null
         for each in (field, *or_else):
             found = self.get(each)
             if isinstance(found, int | float) and found == int(found) and found > 0:
@@ -143,7 +149,7 @@ def geometry_of(config: Mapping[str, Any], name: str) -> Geometry:
         for each in ("quantization_config", "dtype", "torch_dtype"):
             read.setdefault(each, config.get(each))
         return replace(geometry_of(read, name), model_type=outer)
-    architecture = ARCHITECTURES.get(outer)
+    architecture = ARCHITECTURES.get(INNER.get(outer, outer))
     if architecture is None:
         raise ModelError(
             f"{name} has the architecture {outer or 'without a model_type'}, and what that keeps is not known here",
@@ -190,11 +196,12 @@ def _pattern(fields: _Config, architecture: Architecture) -> str:
     else:
         rule, _, number = architecture.layers.partition(" ")
         letters = RULES[rule](fields, layers, int(number or 0))
-    if "w" in letters and fields.get("sliding_window") is None and fields.get("attention_chunk_size") is None:
-        letters = letters.replace("w", "f")
-    if fields.get("use_sliding_window") is False:
+    if fields.off("sliding_window", architecture.layers in MAY_HAVE_NONE) or fields.get("use_sliding_window") is False:
         letters = letters.replace("w", "f")
     return letters[: layers - (fields.get("num_kv_shared_layers") or 0)].ljust(layers, "-")
+
+
+MAY_HAVE_NONE = {"window", "qwen"}
 
 
 def _letters(fields: _Config, listed: Any, words: Mapping[str, str]) -> str:  # noqa: ANN401  # a list, or a text
@@ -307,8 +314,11 @@ def _heads(fields: _Config, architecture: Architecture, own: str) -> tuple[int, 
     kv_heads, key = KV_HEADS[architecture.heads](fields, query_heads), fields.get(f"{own}head_dim")
     if own == "swa_" or fields.get("attention_k_eq_v"):
         kv_heads = fields.get(f"{own}num_key_value_heads") or fields.get(f"num_{own}key_value_heads") or kv_heads
+    if own == "swa_" and fields.get("attention_other_setting"):
+        kv_heads = fields.get("attention_other_setting")["num_attention_groups"]  # Step 3.5
     key = key or fields.get("head_dim") or fields.count("hidden_size") // query_heads
-    return kv_heads, key, fields.get("swa_v_head_dim" if own == "swa_" else "v_head_dim") or key
+    value = fields.get("swa_v_head_dim") if own == "swa_" else None
+    return kv_heads, key, value or fields.get("v_head_dim") or key
 
 
 def _falcon_heads(fields: _Config, heads: int) -> int:
@@ -319,6 +329,7 @@ def _falcon_heads(fields: _Config, heads: int) -> int:
 
 KV_HEADS: dict[str, Callable[[_Config, int], int]] = {
     "num_key_value_heads": lambda fields, heads: int(fields.get("num_key_value_heads") or heads),
+    "stated": lambda fields, heads: fields.count("num_key_value_heads", or_null=heads),
     "all": lambda _, heads: heads,
     "multi_query": lambda fields, heads: 1 if fields.get("multi_query") in {None, True} else heads,
     "falcon": _falcon_heads,
@@ -374,10 +385,11 @@ def _mamba1(fields: _Config) -> tuple[int, int]:
 
 
 def _mamba2(fields: _Config) -> tuple[int, int]:
-    heads, size = fields.count("mamba_n_heads", "mamba_num_heads", "num_heads"), fields.get("mamba_d_head")
-    if not isinstance(size, int):  # Bamba's "auto"
-        size = fields.get("mamba_head_dim") or fields.get("head_dim")
-        size = size or fields.count("mamba_expand") * fields.count("hidden_size") // heads
+    names = ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("num_heads", "head_dim")
+    heads_name, size_name = next((pair for pair in names if fields.get(pair[0])), names[0])
+    heads, size = fields.count(heads_name), fields.get(size_name)
+    if not isinstance(size, int):  # "auto"
+        size = (fields.get("mamba_d_ssm") or fields.count("mamba_expand") * fields.count("hidden_size")) // heads
     state, groups = (
         fields.count("mamba_d_state", "ssm_state_size", "state_size"),
         fields.count("mamba_n_groups", "n_groups"),
