@@ -1,4 +1,4 @@
-"""Numbers as people read them: GB are 10^9 bytes, "k" are thousands, and seconds have the unit that suits. And tables."""
+"""Numbers as people read them: GB are 10^9 bytes, "k" are thousands, seconds have the unit that suits. And tables."""
 
 from __future__ import annotations
 

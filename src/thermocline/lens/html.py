@@ -21,7 +21,8 @@ font:16px/1.5 system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:20px 16px 48px}
 h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}h2{font-size:1.2rem;margin:2em 0 .6em}
 h3{font-size:1rem;margin:0;padding:12px 14px 4px}
-p{max-width:75ch;margin:.5em 0}.so{font-size:1.1rem;font-weight:600;border-left:4px solid var(--strong);padding-left:12px}
+p{max-width:75ch;margin:.5em 0}
+.so{font-size:1.1rem;font-weight:600;border-left:4px solid var(--strong);padding-left:12px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:16px;margin:12px 0}
 .charts svg{width:100%;height:auto;max-width:520px;border:1px solid var(--line);border-radius:6px}
 .table{overflow-x:auto;background:var(--ground);border:1px solid var(--line);border-radius:6px;margin:12px 0}
