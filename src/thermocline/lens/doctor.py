@@ -29,6 +29,7 @@ FEW = 3
 HALF = 0.5
 """More often than not, or most of it."""
 
+_PREEMPTED = "vllm:num_preemptions_total"
 _EXTERNAL = "vllm:external_prefix_cache_queries_total"
 
 
@@ -36,7 +37,7 @@ def diagnose(watched: Iterable[Watched]) -> Diagnosis:
     """What the observations say together."""
     seen = sorted(watched, key=lambda each: (each.kind, each.name))
     said = [word for each in seen for rule in RULES[each.kind] for word in rule(each, seen)]
-    untold = [Unknown(each.name, "all of it", f"an answer: {trouble}") for each in seen for trouble in each.untold]
+    untold = [Unknown(each.name, _ASKED[what], f"its {what} ({why})") for each in seen for what, why in each.untold]
     findings = _without_consequences([word for word in said if isinstance(word, Finding)])
     return Diagnosis(
         tuple(sorted(findings, key=_gravest_first)),
@@ -49,6 +50,9 @@ def diagnose(watched: Iterable[Watched]) -> Diagnosis:
         tuple(hits for each in seen if (hits := _hits(each))),
         tuple(times for each in seen if (times := _times(each))),
     )
+
+
+_ASKED = {"metrics": "what it counts", "receipts": "why blocks are missing"}
 
 
 def _gravest_first(finding: Finding) -> tuple[int, float, int, str, str]:
@@ -64,6 +68,7 @@ _CONSEQUENCES = {
     Condition.PREFIX_CACHE_OFF: {Condition.OVERLOAD, Condition.NO_OFFLOAD, Condition.NOT_WIRED},
     Condition.KV_MEMORY_BOUND: {Condition.OVERLOAD, Condition.IDLE_SESSIONS},
     Condition.SALTED: {Condition.NO_REUSE},
+    Condition.SAVES_DROPPED: {Condition.CAPACITY},
     Condition.EVENTS_MISSING: {Condition.ROUTED_AWAY},
     Condition.EVENTS_LOST: {Condition.EVENTS_STALE, Condition.EVENTS_MISMATCH},
     Condition.INSTANCE_DOWN: {Condition.IMBALANCE},
@@ -127,6 +132,18 @@ def _idle(at: Watched, _: Sequence[Watched]) -> Said:
             yield Finding(Condition.IDLE_SESSIONS, at.name, f"tier {tier}", numbers, 0.0, counted=False)
 
 
+def _saves(at: Watched, _: Sequence[Watched]) -> Said:
+    """Blocks that a tier was offered and did not take, for want of room or time."""
+    for tier in at.last.by("save_blocks_total", "tier"):
+        offered = at.counted("save_blocks_total", tier=tier)
+        dropped = math.fsum(at.counted("save_blocks_total", tier=tier, outcome=how) for how in _NOT_TAKEN)
+        if dropped >= max(FEW, MATTERS * offered):
+            numbers = (Number("blocks not taken", dropped), Number("blocks offered", offered))
+            yield Finding(Condition.SAVES_DROPPED, at.name, f"tier {tier}", numbers, dropped / offered)
+
+
+_NOT_TAKEN = ("full", "late", "failed")
+
 _OF_REASON = {
     Reason.DIVERGED: Condition.FRONT_DIFFERS,
     Reason.EVICTED: Condition.CAPACITY,
@@ -148,7 +165,7 @@ def _reasons(at: Watched, _: Sequence[Watched]) -> Said:
     """Why tokens were computed: each reason that costs enough of them is a condition."""
     if at.receipts is None:
         return
-    summary = summarise(at.receipts)
+    summary = _summary(at)
     tiers = set(at.last.by("tier_capacity_bytes", "tier"))
     for share in summary.by_reason:
         condition = _condition(share, tiers)
@@ -159,6 +176,11 @@ def _reasons(at: Watched, _: Sequence[Watched]) -> Said:
             continue  # the tier's own counters say it, with the tier's name
         yield Finding(condition, at.name, _such_as(share), _numbers(share, summary), part)
     yield from _seen_once(at.name, summary)
+
+
+def _summary(at: Watched) -> Summary:
+    """The receipts added up in the order of time, as examples are taken from the first of a kind."""
+    return summarise(sorted(at.receipts or (), key=lambda each: (each.wall_seconds, each.request)))
 
 
 def _condition(share: ReasonShare, tiers: set[str]) -> Condition | None:
@@ -244,7 +266,7 @@ def _overload(at: Watched, _: Sequence[Watched]) -> Said:
 
 def _kv_memory(at: Watched, _: Sequence[Watched]) -> Said:
     """Requests were thrown out for want of blocks, or wait while there is no room for one more like those that run."""
-    preempted = at.counted("vllm:num_preemptions_total")
+    preempted = at.counted(_PREEMPTED)
     full = [each for each in at.scrapes if _is_full(each.value)]
     if preempted or (len(full) >= FEW and len(full) > HALF * len(at.scrapes)):
         usage = max((each.value("vllm:kv_cache_usage_perc") or 0.0 for each in at.scrapes), default=0.0)
@@ -401,12 +423,19 @@ def _events(at: Watched, seen: Sequence[Watched]) -> Said:
     if not at.events and served:
         numbers = (Number("batches heard", 0.0), Number("servers that answered meanwhile", len(served)))
         yield Finding(Condition.EVENTS_MISSING, at.name, "no KV event came", numbers, 1.0)
+    preempted = any(each.counted(_PREEMPTED) for each in seen)  # what these computed again is memory's matter
     tiered = any(each.last.value(name) for each in seen for name in ("tier_capacity_bytes", _EXTERNAL))
     for heard in at.events or ():
         where, stored, begun = f"{at.name} {heard.name}", heard.stored, heard.texts
         dropped = Condition.CAPACITY if tiered else Condition.NO_OFFLOAD
         for condition, count, name, of, least in (
-            (dropped, heard.again, "blocks dropped before, and computed again", stored, MATTERS * stored),
+            (
+                dropped,
+                0 if preempted else heard.again,
+                "blocks dropped before, and computed again",
+                stored,
+                MATTERS * stored,
+            ),
             (Condition.ELSEWHERE, heard.elsewhere, "blocks that another instance held", stored, MATTERS * stored),
             (Condition.SALTED, heard.salted, "texts with a salt of their own", begun, max(ENOUGH, HALF * begun)),
             (Condition.EVENTS_UNUSABLE, heard.unreadable, "events that cannot be read", heard.batches, 1),
@@ -430,7 +459,7 @@ def _late(at: Watched, where: str, batches: int, late_seconds: float) -> Said:
         yield Finding(Condition.EVENTS_LATE, where, "", numbers, 1.0, counted=False)
 
 
-_OURS: tuple[Rule, ...] = (_corruption, _tier_down, _leak, _idle, _reasons, _load_slower)
+_OURS: tuple[Rule, ...] = (_corruption, _tier_down, _leak, _idle, _saves, _reasons, _load_slower)
 RULES: dict[Kind, tuple[Rule, ...]] = {
     Kind.NODE: _OURS,
     Kind.SERVER: (*_OURS, _overload, _kv_memory, _prefix_cache_off, _residency, _not_wired, _vllm_misses),
@@ -448,7 +477,7 @@ def _hits(at: Watched) -> Hits | None:
         tokens = at.counted("vllm:prompt_tokens_total")
         return Hits(at.name, tokens, tuple(sources.items())) if tokens else None
     if at.receipts:
-        summary = summarise(at.receipts)
+        summary = _summary(at)
         reasons = tuple((share.reason.name, float(share.tokens)) for share in summary.by_reason if share.tokens)
         sources = {tier: float(tokens) for tier, tokens in sorted(summary.by_tier.items())}
         return Hits(at.name, summary.prompt_tokens, tuple(sources.items()), reasons)

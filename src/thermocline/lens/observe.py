@@ -129,9 +129,9 @@ class Heard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """One source over some seconds: `scrapes` are in the order of time. What could not be read is None, and `untold`.
+    """One source over some seconds: `scrapes` are in the order of time. A source without metrics has none.
 
-    A source without metrics has no scrapes.
+    What could not be read is None, or empty, and in `untold`: what was asked, and what came instead.
     """
 
     kind: Kind
@@ -141,7 +141,7 @@ class Watched:
     instances: tuple[ps.Routed, ...] = ()
     decisions: tuple[decision.Decided, ...] = ()
     events: tuple[Heard, ...] | None = None
-    untold: tuple[str, ...] = ()
+    untold: tuple[tuple[str, str], ...] = ()
 
     @property
     def last(self) -> Scrape:
@@ -236,13 +236,13 @@ def watch(sources: Sequence[Source], seconds: float, clock: Clock) -> tuple[Watc
 class _Seen:
     source: Source
     scrapes: list[Scrape] = field(default_factory=list)
-    untold: dict[str, None] = field(default_factory=dict)
+    untold: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def look(self, clock: Clock) -> None:
         try:
             self.scrapes.append(parse(self.source.metrics(), clock.now()))
         except ThermoclineError as error:
-            self.untold[f"metrics: {error.message}"] = None
+            self.untold["metrics", error.message] = None
 
     def watched(self) -> Watched:
         kind, name = self.source.kind, self.source.name
@@ -264,7 +264,7 @@ class _Seen:
         try:
             return self.source.receipts()
         except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            self.untold[f"receipts: {getattr(error, 'message', error)}"] = None
+            self.untold["receipts", getattr(error, "message", str(error))] = None
             return None
 
 

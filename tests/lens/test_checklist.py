@@ -1,0 +1,92 @@
+"""The production checklist: every item can pass, fail and be unknown, from what really runs."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+
+from tests.lens.recordings import recorded
+from tests.store.making import BLOCK_BYTES
+from tests.store.test_receipts import serve, text
+from thermocline.clock import ManualClock
+from thermocline.costs.measured import Conditions, Measured, Memory, Row
+from thermocline.lens import checklist
+from thermocline.lens.checklist import State, check, render
+from thermocline.lens.observe import Kind, Watched, parse
+from thermocline.store.store import Store
+from thermocline.tiers.memory import MemoryTier
+
+ROW = Row(
+    prompt_tokens=1024, shared_tokens=0, cached_tokens=0, source="", concurrency=1, requests=3,
+    first_token_seconds=0.5, low_seconds=0.4, high_seconds=0.6,
+)  # fmt: skip
+CONDITIONS = Conditions(date="2026-11-22", url="http://127.0.0.1:8000", model="m", engine="vllm", machine="here")
+
+
+def _measured(*lengths: int) -> Measured:
+    memory = tuple(Memory(context_tokens=each, blocks=each // 16) for each in lengths)
+    return Measured(version=1, conditions=CONDITIONS, rows=(ROW,), memory=memory)
+
+
+@pytest.fixture
+def node():
+    """A node that was asked for the same prompts several times, as it is seen from outside."""
+
+    def look(ttl_seconds: float | None) -> Watched:
+        clock = ManualClock(1000.0)
+        warm = MemoryTier(256 * BLOCK_BYTES, clock=clock)
+        warm.wait_ready()
+        with closing(Store(warm, [], clock=clock, ttl_seconds=ttl_seconds)) as store:
+            receipts = []
+            for turn in range(5):
+                receipts += [serve(store, f"{turn} {at}", text(at, 200)) for at in range(5)]
+                clock.sleep(5.0)
+            store.measure()
+            scrape = parse(store.metrics.text())
+            return Watched(kind=Kind.NODE, name="node", scrapes=(scrape,), receipts=tuple(receipts))
+
+    return look
+
+
+def _states(watched, measured=None) -> list[State]:
+    return [each.state for each in check(watched, measured)]
+
+
+P, F, U = State.PASS, State.FAIL, State.UNKNOWN
+
+
+def test_nothing_that_runs_is_all_unknown():
+    """Without anything to look at, nothing passes and nothing fails: each item says what it needs."""
+    found = check([])
+    assert {each.state for each in found} == {U}
+    assert all(each.why.startswith("needs ") for each in found)
+
+
+def test_a_vllm_without_tiers(node):
+    """A vLLM alone fails where a tier is asked for, and what its metrics do not tell stays unknown."""
+    assert _states(recorded("healthy")) == [U, F, F, U, U, U, U]
+    assert _states(recorded("tiers"))[1] is P
+
+
+def test_a_node_in_use(node):
+    """A node with a time to live, loads and prefills passes by its own figures; who monitors it is unknown."""
+    assert _states([node(600.0)], _measured(1024, 4096, 16384)) == [P, P, P, U, P, P, P]
+    assert _states([node(None)], _measured(1024)) == [F, P, P, U, P, F, P]
+    assert _states([node(None)], _measured())[0] is F
+
+
+@pytest.mark.parametrize(("reads", "state"), [(1, F), (40, P)])
+def test_who_reads_the_metrics(reads, state):
+    """Hit rates are monitored where others than the doctor read the metrics of a server."""
+    text = f'thermocline_requests_total{{route="/metrics",status="200"}} {reads}'
+    server = Watched(kind=Kind.SERVER, name="server", scrapes=(parse(text),))
+    assert _states([server])[3] is state
+
+
+def test_it_reads_as_a_table(node):
+    """Each item is a line with its figures, and the last line counts them."""
+    shown = render(check([node(600.0)]))
+    assert shown.count("\n") == len(checklist.ITEMS) + 1
+    assert "1,000 tokens load in 0.0 ms" in shown
+    assert shown.endswith("5 pass, 0 fail, 2 unknown")
