@@ -51,7 +51,8 @@ def pack(vector: Sequence[float] | Vector) -> bytes:
     """An embedding as it is kept. Raises NearError for what is none: empty, not finite, of two dimensions."""
     import numpy as np
 
-    numbers = np.asarray(vector, dtype="<f4")
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite then
+        numbers = np.asarray(vector, dtype="<f4")
     if numbers.ndim != 1 or not 0 < len(numbers) <= DIMENSION_MAX or not np.isfinite(numbers).all():
         raise NearError("this is no embedding", hint=f"it takes 1 to {DIMENSION_MAX} finite numbers")
     said = numbers.tobytes()
