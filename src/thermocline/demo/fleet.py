@@ -54,13 +54,13 @@ def play(screen: Screen, folder: Path) -> Chapter:
         screen.working("starting two instances and a gateway")
         urls, processes = {}, {}
         for name in NAMES:
-            processes[name], urls[name] = stack.enter_context(_light(name, events))
-        url = stack.enter_context(_gateway(folder, events, urls))
-        talk = _Talk(url)
+            processes[name], urls[name] = stack.enter_context(light(name, events))
+        url = stack.enter_context(gateway(folder, events, urls))
+        talk = Talk(url)
         rows = {"both are up": talk.turns(screen, "both are up")}
         rows["b is killed"] = talk.turns(screen, "b is killed", at_first=processes["b"].kill)
         processes["b"].wait()
-        stack.enter_context(_light("b", events, urlsplit(urls["b"]).port or 0))
+        stack.enter_context(light("b", events, urlsplit(urls["b"]).port or 0))
         screen.working("the gateway finds b again")
         talk.wait_for("b")
         talk.some_begin_anew()  # b holds nothing any more: only new conversations have a reason to go there
@@ -70,20 +70,20 @@ def play(screen: Screen, folder: Path) -> Chapter:
     return _concluded(rows)
 
 
-class _Talk:
+class Talk:
     """Conversations that go on from phase to phase."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, conversations: int = CONVERSATIONS) -> None:
         self._where = urlsplit(url)
         self._rng = random.Random(1)  # noqa: S311  # must replay
-        self._texts = [self._new(64) for _ in range(CONVERSATIONS)]
+        self._texts = [self._new(64) for _ in range(conversations)]
 
     def turns(self, screen: Screen, what: str, at_first: object = None) -> list[Answered]:
         """Some turns of every conversation; after the first turn `at_first` is called."""
         answers: list[Answered] = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
             for turn in range(TURNS):
-                screen.working(f"{what}: turn {turn + 1} of {TURNS} of {CONVERSATIONS} conversations")
+                screen.working(f"{what}: turn {turn + 1} of {TURNS} of {len(self._texts)} conversations")
                 for text in self._texts:
                     text.extend(self._new(TURN_TOKENS))
                 asked = [threads.submit(self._ask, text) for text in self._texts]
@@ -92,9 +92,13 @@ class _Talk:
                 answers += [each.result() for each in asked]
         return answers
 
+    def new(self) -> Answered:
+        """One request that nobody has a reason to get."""
+        return self._ask(self._new(64))
+
     def wait_for(self, name: str) -> None:
         """Until a request that nobody has a reason to get goes there. It starts slowly, as an instance does."""
-        until(lambda: self._ask(self._new(64)).instance == name, WAIT_SECONDS, pause_seconds=0.05)
+        until(lambda: self.new().instance == name, WAIT_SECONDS, pause_seconds=0.05)
 
     def some_begin_anew(self) -> None:
         """Half of the people leave, and as many others come."""
@@ -117,17 +121,19 @@ class _Talk:
 
 
 @contextlib.contextmanager
-def _light(name: str, events: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def light(name: str, events: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A light instance that tells its events there: its process and its URL."""
     words = ["thermocline.engines.light", "--name", name, "--events", events, "--port", str(port)]
     with _running(words) as (process, url):
         yield process, url
 
 
 @contextlib.contextmanager
-def _gateway(folder: Path, events: str, urls: dict[str, str]) -> Iterator[str]:
+def gateway(folder: Path, events: str, urls: dict[str, str], *more: str) -> Iterator[str]:
+    """A gateway in front of these, administered at admin.sock in the folder: its URL. `more` flags are its own."""
     named = ", ".join(f"{name}={url}" for name, url in urls.items())
     words = ["thermocline", "route", "--port", "0", "--route-to", named, "--events-listen", events, "--json"]
-    with _running([*words, "--admin-socket", str(folder / "admin.sock")]) as (_, url):
+    with _running([*words, "--admin-socket", str(folder / "admin.sock"), *more]) as (_, url):
         yield url
 
 

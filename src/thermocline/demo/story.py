@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.demo import crash, damage, fleet, locality, vllm, vllm_running
+from thermocline.demo import crash, damage, doctor, fleet, locality, vllm, vllm_running
 from thermocline.demo.chapter import Chapter
 from thermocline.demo.machine import machine
 from thermocline.demo.screen import Screen
@@ -26,6 +26,7 @@ TITLES = {
     "crash": ("A kill in the middle of writing is recovered", "What was durable is there, and nothing is wrong."),
     "locality": ("The same prefixes, sent where they are", "Round robin finds one in eight; we find nearly all."),
     "fleet": ("Two instances, and one is killed", "No request is lost, and conversations find their context again."),
+    "doctor": ("The doctor names a planted fault", "Evidence, one action, and nothing found after it."),
     "conversations": ("Conversations answer sooner, and the same", "One answer: no cache, memory, new process."),
     "agent": ("An agent takes 100 steps on one context", "Each step sends all of it; only what is new is computed."),
     "frozen": ("A frozen Redis that nobody notices", "A cache failure is never a request failure, nor a slow one."),
@@ -50,6 +51,7 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
             "crash": crash.play,
             "locality": locality.play,
             "fleet": fleet.play,
+            "doctor": doctor.play,
         }
         told = list(_played(screen, clock, chapters))
         _wait_for_engine(screen, clock, engine_ready)
