@@ -76,7 +76,6 @@ def test_nothing_is_missed_and_nothing_comes_twice(steps):
         taken.append((life, number))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thermocline.wire.subscriber.REPLAY_PAUSE_SECONDS", 0.0)
         patch.setattr("thermocline.wire.subscriber.REPLAY_SECONDS", WAIT_SECONDS)
         subscriber = Subscriber([place], take, replays={TOPIC.decode(): place + "-replay"})
         with closing(subscriber), closing(Instance(place)) as instance:

@@ -28,7 +28,7 @@ SOURCES_MAX = 1024
 HELD_MAX, HELD_BYTES_MAX = 10_000, 32 << 20
 REPLAYS_MAX = 16
 REPLAY_SECONDS, REPLAY_SECONDS_MAX, REPLAY_PAUSE_SECONDS = 1.0, 10.0, 2.0
-"""How long a replay may be silent, how long it may take, and how long until the same source is asked again."""
+"""How long a replay may be silent, how long it may take, and how long no source is asked again that had nothing."""
 AT_ONCE = 256
 MESSAGE_FRAMES, ANSWER_FRAMES = 3, 4
 
@@ -42,6 +42,7 @@ class _Stream:
     last: int = -1  # handed on
     live: int = -1  # heard, but for replays: a number that goes back is a new life
     replay: zmq.Socket[bytes] | None = None
+    asked_behind: int = -1
     started: float = 0.0
     heard: float = 0.0
     ask_again: float = 0.0
@@ -210,7 +211,7 @@ class Subscriber:
             return False
         self._poller.register(sock, zmq.POLLIN)
         self._asking[sock] = source, stream
-        stream.replay, stream.started, stream.heard = sock, now, now
+        stream.replay, stream.started, stream.heard, stream.asked_behind = sock, now, now, stream.last
         self.counts["replays"] += 1
         return True
 
@@ -235,7 +236,7 @@ class Subscriber:
                 self._end_replay(source, stream, "late")
 
     def _end_replay(self, source: str, stream: _Stream, how: str) -> None:
-        """Go on with what came meanwhile, but for what the replay brought already."""
+        """Go on with what came meanwhile, but for what the replay brought already; ask for what was lost of that."""
         sock, held = stream.replay, stream.held
         assert sock is not None
         self._poller.unregister(sock)
@@ -243,12 +244,18 @@ class Subscriber:
         sock.close()
         self.counts[how] += 1
         stream.replay, stream.held, stream.held_bytes = None, deque(), 0
-        stream.ask_again = self._clock.now() + REPLAY_PAUSE_SECONDS
+        if stream.last <= stream.asked_behind:
+            stream.ask_again = self._clock.now() + REPLAY_PAUSE_SECONDS
         before = -1
-        for sequence, payload in held:
+        while held:
+            sequence, payload = held[0]
             if sequence <= before:  # it began again meanwhile
                 stream.last = -1
+            if sequence > stream.last + 1 and self._ask(source, stream):
+                stream.held, stream.held_bytes = held, sum(len(each) for _, each in held)
+                return
             before = sequence
+            held.popleft()
             if sequence > stream.last:
                 self._hand_on(source, stream, sequence, payload)
 
