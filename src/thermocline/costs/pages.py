@@ -8,7 +8,7 @@ The rules are those of vLLM 0.32, and `tests/vllm/test_geometry.py` holds them t
 - beside recurrent states the block grows until a page is as large as a state, and states are padded to a page
   (platforms/interface.py); with prefix caching a sequence holds several states of each layer (MambaSpec);
 - a request is admitted as if its windows held `window - 1` tokens and all that may be in flight, and a block more
-  (SlidingWindowSpec); chunks are freed only on request, so by default they hold everything (config/vllm.py).
+  (SlidingWindowSpec), and its chunks a whole chunk and all that may be in flight (ChunkedLocalAttentionSpec).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Engine:
     batches_in_flight: int = 2
     """With asynchronous scheduling two; each may hold `batched_tokens` that are not settled."""
     prefix_caching: bool = True
-    """With it a sequence holds a second state of each recurrent layer, and one of Mamba 2 a third, as a checkpoint."""
+    """With it a sequence holds a second state of each recurrent layer, and one of Mamba 2 a third, as a checkpoint.
+    A model without attention has none."""
     state_dtype: str = ""
     """Of recurrent states, whatever the model says. A CPU with AVX512-BF16 keeps them in float32 (platforms/cpu.py)."""
     windows_freed: bool = True
-    """False where a connector cannot do without what lies before a window."""
-    chunks_freed: bool = False
+    """What lies before a window or chunk. Not with a connector that cannot do without it, or where it is turned off."""
 
 
 VLLM = Engine()
@@ -182,10 +182,10 @@ def _kinds(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> Iterat
     if state and token:
         step = max(engine.align_tokens, block, 128 if latent else 0)
         block = step * _up(state, step * next(iter(token.values())))
-    freed = engine.windows_freed and not (any(a.chunked for a in geometry.attention) and not engine.chunks_freed)
     at = {kind: tuple(i for i, each in enumerate(letters) if each in kept) for kind, kept in KEPT.items()}
-    if not freed and len(token) > 1:
-        yield Group("f", tuple(sorted(at["f"] + at["w"])), block, block * token["f"])
+    if not engine.windows_freed and len(token) > 1:
+        both = sum(len(at[kind]) * each for kind, each in token.items())
+        yield Group("f", at["f"] + at["w"], block, _up(block * both, len(at["f"] + at["w"])))
     else:
         for kind, each in token.items():
             window = next((a for a in geometry.attention if a.window_tokens is not None and kind == "w"), None)
@@ -193,7 +193,8 @@ def _kinds(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> Iterat
             yield Group(kind, at[kind], block, block * each, *limits)
     if state:
         mamba2 = ARCHITECTURES.get(geometry.model_type, NO_STATE).state == "mamba2"
-        yield Group("s", at["s"], block, state, states=1 + (1 + mamba2) * engine.prefix_caching)
+        reused = engine.prefix_caching and bool(token)
+        yield Group("s", at["s"], block, state, states=1 + (1 + mamba2) * reused)
 
 
 NO_STATE = Architecture()
