@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import BENCHES, beside, chart, hit_ratio
+from bench import BENCHES, beside, chart, hit_ratio, state
 from bench.claims import CLAIMS
 from bench.harness import RESULTS, ROOT, Check, Result, kept, quantity, saved
 
@@ -114,6 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "demo": demo,
     "near_hits": hit_ratio.near_hits,
+    "near_state": state.table,
     "peers": beside.peers,
     "tests": tests,
 }
