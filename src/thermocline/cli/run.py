@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from thermocline.cli.app import Verbs, VerbWithSettings, app, json_flag, load_settings, settings_flags
+from thermocline.cli.app import MistakeError, Verbs, VerbWithSettings, app, json_flag, load_settings, settings_flags
 
 INSTANCES_MAX = 64
 _ENGINE = "vLLM's server, which must be installed, or our own."
@@ -169,3 +169,38 @@ def near_serve(config_path: str | None, as_json: bool, **flags: str | None) -> N
     limits = resp_server.RespLimits.of(settings.near_memory_bytes, settings.near_connections_max)
     path = settings.near_unix_socket
     resp_server.serve(engine, limits, host=settings.near_host, port=settings.near_port, path=path, ready=ready)
+
+
+@near.command("profile")
+@click.argument("file")
+@click.option("--url", help="Ask this server the same again: redis://host:6379/0, plainly and with the near cache.")
+@click.option("--password-file", metavar="FILE", help="The server's password.")
+@click.option(
+    "--keys", is_flag=True, help="FILE has a lookup a line, such as GET session:7; empty lines part requests."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often to ask all of it."
+)
+@click.option("--warm", is_flag=True, help="Fill the memory before, instead of emptying it before each round.")
+@json_flag
+def near_profile(
+    file: str, url: str | None, password_file: str | None, keys: bool, rounds: int, warm: bool, as_json: bool
+) -> None:
+    """Say what an application's lookups cost before the first token, and what the near cache saves of it.
+
+    FILE is what a client with Options(profile=FILE) noted: keys, times and sizes, no values. Nothing is written to the
+    server. Without --url, what was noted is added up.
+    """
+    import msgspec
+
+    from thermocline.lens import tax
+    from thermocline.near import profile
+    from thermocline.settings import read_key
+
+    if keys and url is None:
+        raise MistakeError("a list of keys has no times of its own", "name the server with --url")
+    lookups = profile.read(Path(file), keys=keys)
+    password = read_key(Path(password_file), what="password") if password_file else None
+    ask = url and (lambda: profile.replay(url, lookups, rounds=rounds, warm=warm, password=password))
+    found = ask() if ask else profile.tax(lookups)
+    click.echo(msgspec.json.encode(found).decode() if as_json else tax.render(found))

@@ -17,7 +17,7 @@ import redis
 import redis.client
 
 from thermocline.clock import SystemClock
-from thermocline.near.coherence import Background, Fetch, Lease, Steps, Wait
+from thermocline.near.coherence import Background, Fetch, Flights, Lease, Steps, Wait
 from thermocline.near.commands import EFFECTS, Args, Kind, effect
 from thermocline.near.held import Reply
 from thermocline.near.options import Options
@@ -81,7 +81,8 @@ class Kept:
         """Look into the memory that is ours now: none while replies are no values, another one after a fork."""
         self.near.join(self)
         unserved = self._near_held or self._near_off
-        self._near_find = nothing if unserved else self.near.view.cache.entries.get
+        away = unserved or self.near.recorder is not None  # then each `get` goes where it is noted
+        self._near_find = nothing if away else self.near.view.cache.entries.get
         self._near_lease = UNSERVED if unserved else self.near.view.lease
 
     def near_kind(self, args: Args, options: Mapping[str, Any]) -> Kind:
@@ -100,6 +101,20 @@ class Kept:
             if self._near_lease is not self.near.view.lease:
                 self.near_bind()
         return kind
+
+    def near_steps(self, kind: Kind, args: Args, flights: Flights) -> Steps:
+        """What this command takes, noted where that is asked for."""
+        view, recorder = self.near.view, self.near.recorder
+        if kind in WRITING:
+            return view.write([(effect(args), args)])
+        steps = view.read(args, flights)
+        return steps if recorder is None else recorder.noted(steps, [args])
+
+    def near_together(self, commands: Sequence[Args], flights: Flights) -> Steps:
+        """What several reads take in one round trip, noted where that is asked for."""
+        local, recorder = self.near_kind(("GET", ""), {}) is Kind.LOCAL, self.near.recorder
+        steps = together(self.near.view, commands, flights, local=local)
+        return steps if recorder is None else recorder.noted(steps, commands)
 
     def set_response_callback(self, command: str, callback: Any) -> None:  # noqa: ANN401  # redis-py's name and types
         """As in redis-py. With own callbacks, values are no longer what other clients keep: this one reads plainly."""
@@ -139,11 +154,10 @@ class Redis(Kept, redis.Redis):
 
     def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; hot reads from memory."""
-        kind, view, plain = self.near_kind(args, options), self.near.view, super().execute_command
+        kind, plain = self.near_kind(args, options), super().execute_command
         if kind is Kind.NOTHING:
             return plain(*args, **options)  # type: ignore[no-untyped-call]  # as above
-        steps = view.write([(effect(args), args)]) if kind in WRITING else view.read(args, view.flights)
-        return drive(steps, self, plain, *args, **options)
+        return drive(self.near_steps(kind, args, self.near.view.flights), self, plain, *args, **options)
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:  # noqa: ANN401, FBT001, FBT002
         """As in redis-py."""
@@ -156,8 +170,7 @@ class Redis(Kept, redis.Redis):
 
         Each reads as by itself, `("LRANGE", key, 0, -1)` and MGET too. Errors are among the replies.
         """
-        local = self.near_kind(("GET", ""), {}) is Kind.LOCAL
-        return drive(together(self.near.view, commands, self.near.view.flights, local=local), self, None)  # type: ignore[no-any-return]
+        return drive(self.near_together(commands, self.near.view.flights), self, None)  # type: ignore[no-any-return]
 
     def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""

@@ -16,8 +16,7 @@ from thermocline.near.coherence import Background, Fetch, Flights, Steps, Wait
 from thermocline.near.commands import Args, Kind, effect
 from thermocline.near.held import Reply
 from thermocline.near.options import Options
-from thermocline.near.redis import WRITING, Kept
-from thermocline.near.together import together
+from thermocline.near.redis import Kept
 from thermocline.near.tracking import Near
 
 
@@ -63,11 +62,10 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401  # redis-py's signature
         """As in redis-py; hot reads from memory."""
-        kind, view, plain = self.near_kind(args, options), self.near.view, super().execute_command
+        kind, plain = self.near_kind(args, options), super().execute_command
         if kind is Kind.NOTHING:
             return await plain(*args, **options)  # type: ignore[no-untyped-call]  # redis-py has half of its types
-        steps = view.write([(effect(args), args)]) if kind in WRITING else view.read(args, self._near_flights)
-        return await drive(steps, self, plain, *args, **options)
+        return await drive(self.near_steps(kind, args, self._near_flights), self, plain, *args, **options)
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> AsyncPipeline:  # noqa: ANN401, FBT001, FBT002
         """As in redis-py."""
@@ -77,8 +75,7 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
 
     async def near_read(self, commands: Sequence[Args]) -> list[Reply]:
         """See `Redis.near_read`."""
-        local = self.near_kind(("GET", ""), {}) is Kind.LOCAL
-        return await drive(together(self.near.view, commands, self._near_flights, local=local), self, None)  # type: ignore[no-any-return]
+        return await drive(self.near_together(commands, self._near_flights), self, None)  # type: ignore[no-any-return]
 
     async def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""

@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 from thermocline.clock import Clock, SystemClock
 from thermocline.near.coherence import View
 from thermocline.near.options import Options
+from thermocline.near.recorder import Recorder
 
 LOG = logging.getLogger("thermocline.near")
 PINGS_PER_LEASE = 4
@@ -247,6 +248,7 @@ class Near:
 
     def __init__(self, arguments: Mapping[str, Any], options: Options) -> None:
         self._arguments, self.options = dict(arguments), options
+        self.recorder = Recorder(options.profile) if options.profile else None
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._begin()
 
