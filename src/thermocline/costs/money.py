@@ -1,0 +1,182 @@
+"""What requests cost on accelerators that are paid by the hour, and how many of them are needed.
+
+    request     = prefill of what is not cached + load of what is + output tokens * decode step / batch
+    dollars     = that * price of an instance per second
+    wasted      = 1 - (requests with reuse) / (requests without): the share of a bill that computes what was known
+
+A hit saves prefill only: output is never cached, so a hit rate of 85 % is no saving of 85 %. Utilisation is below one,
+since an instance that is always busy has an endless queue: how far below, the time to the first token decides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from thermocline.costs.queueing import waiting_seconds
+from thermocline.errors import SettingsError
+
+HOURS_PER_MONTH, NODE_ACCELERATORS = 730.0, 8
+LATE = 0.1
+"""The share of first tokens that may be later than the target."""
+INSTANCES_MAX = 100_000
+Floats = NDArray[np.float64]
+
+
+class Price(msgspec.Struct, frozen=True):
+    """US dollars per accelerator and hour, and where that is from."""
+
+    usd_per_hour: float
+    source: str
+
+
+class Arrivals(msgspec.Struct, frozen=True):
+    """Requests per second to the whole fleet, and how bursty: `cv` is 1 for Poisson arrivals."""
+
+    per_second: float
+    cv: float
+    source: str
+
+
+class Bill(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to serve the workload. Seconds are those of one instance, per request: the mean.
+
+    `instances` are the fewest that keep up, and keep `first_token_late_seconds` (exceeded by one first token in ten)
+    within the target if there is one; None: no number does, or it is not known how many requests come.
+    """
+
+    name: str
+    hit: float
+    prefill_seconds: float
+    load_seconds: float
+    decode_seconds: float
+    usd_per_million_prompt_tokens: float | None
+    usd_per_million_output_tokens: float | None
+    usd_per_thousand_requests: float | None
+    instances: int | None = None
+    accelerators: int | None = None
+    utilisation: float | None = None
+    waiting_seconds: float | None = None
+    first_token_late_seconds: float | None = None
+    usd_per_month: float | None = None
+    how: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """All that a request takes of an instance."""
+        return self.prefill_seconds + self.load_seconds + self.decode_seconds
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """What is served: mean tokens, arrivals (None: not known), the target, and an instance's accelerators and price."""
+
+    prompt_tokens: float
+    output_tokens: float
+    decode_seconds: float
+    accelerators: int
+    price: Price | None = None
+    arrivals: Arrivals | None = None
+    target_seconds: float | None = None
+
+
+def bill(name: str, demand: Demand, prefills: Floats, loads: Floats, hit: float) -> Bill:
+    """The bill of requests that take so many seconds each, for prefill and for loading. Pure."""
+    prefill, load = float(prefills.mean()), float(loads.mean())
+    found = Bill(
+        name=name,
+        hit=hit,
+        prefill_seconds=prefill,
+        load_seconds=load,
+        decode_seconds=demand.decode_seconds,
+        usd_per_million_prompt_tokens=_dollars(demand, 1e6 * (prefill + load) / max(1.0, demand.prompt_tokens)),
+        usd_per_million_output_tokens=_dollars(demand, 1e6 * demand.decode_seconds / max(1.0, demand.output_tokens)),
+        usd_per_thousand_requests=_dollars(demand, 1e3 * (prefill + load + demand.decode_seconds)),
+    )
+    return found if demand.arrivals is None else _served(found, demand, demand.arrivals, prefills + loads)
+
+
+def _dollars(demand: Demand, seconds: float) -> float | None:
+    return None if demand.price is None else demand.price.usd_per_hour * demand.accelerators * seconds / 3600
+
+
+def _served(found: Bill, demand: Demand, arrivals: Arrivals, firsts: Floats) -> Bill:
+    """With as many instances as it takes. `firsts` are the seconds to each first token, without waiting."""
+    low, high = max(0, math.floor(arrivals.per_second * found.seconds)), INSTANCES_MAX
+    late = _late(arrivals, demand, firsts, high)[1]
+    if late is None or (demand.target_seconds is not None and late > demand.target_seconds):
+        return msgspec.structs.replace(found, how="not with any number of instances")
+    while high - low > 1:
+        middle = (low + high) // 2
+        late = _late(arrivals, demand, firsts, middle)[1]
+        enough = late is not None and (demand.target_seconds is None or late <= demand.target_seconds)
+        low, high = (low, middle) if enough else (middle, high)
+    waiting, late = _late(arrivals, demand, firsts, high)
+    rho = arrivals.per_second * found.seconds / high
+    price = demand.price
+    return msgspec.structs.replace(
+        found,
+        instances=high,
+        accelerators=high * demand.accelerators,
+        utilisation=rho,
+        waiting_seconds=waiting,
+        first_token_late_seconds=late,
+        usd_per_month=price and high * demand.accelerators * price.usd_per_hour * HOURS_PER_MONTH,
+        how=f"{arrivals.per_second:.4g} requests/s x {found.seconds:.4g} s / {high} instances = {rho:.2f} busy",
+    )
+
+
+def _late(arrivals: Arrivals, demand: Demand, firsts: Floats, instances: int) -> tuple[float | None, float | None]:
+    """Mean wait, and the time to the first token that one in ten exceeds; None where the queue grows without end.
+
+    Those who wait at all wait an exponential time (Kingman, 1962, for heavy traffic), on top of their own prefill.
+    """
+    service = firsts + demand.decode_seconds
+    found = waiting_seconds(
+        arrivals.per_second, float(service.mean()), float(service.var()), arrivals.cv, servers=instances
+    )
+    if found.seconds is None:
+        return None, None
+    waits = min(1.0, found.utilisation ** (math.sqrt(2 * (instances + 1)) - 1))
+    scale = found.seconds / waits if waits > 0 else 0.0
+
+    def exceeded(seconds: float) -> float:
+        if scale <= 0:
+            return float((firsts > seconds).mean())
+        over = np.minimum(0.0, (firsts - seconds) / scale)
+        return float(np.where(firsts > seconds, 1.0, waits * np.exp(over)).mean())
+
+    low, high = 0.0, float(firsts.max()) + 60 * scale + 1e-9
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if exceeded(middle) <= LATE else (middle, high)
+    return found.seconds, high
+
+
+# -- conversions that people get wrong ---------------------------------------------------------------------------------
+
+
+def wasted_share(without: Bill, with_reuse: Bill) -> float:
+    """The share of the instances' time that computes what had been computed before; below 0 where reuse costs more."""
+    return 1 - with_reuse.seconds / without.seconds if without.seconds else 0.0
+
+
+def share_of_gain(gain: float) -> float:
+    """The waste that a gain in throughput implies: +22.3 % is 18.2 %."""
+    if gain <= -1:
+        raise SettingsError(f"a throughput cannot change by {gain:.0%}", hint="write 0.223 for +22.3 %")
+    return gain / (1 + gain)
+
+
+def hours_per_node_month(share: float, accelerators: int = NODE_ACCELERATORS) -> float:
+    """Accelerator-hours that such a share is, of a node that runs all month."""
+    return share * accelerators * HOURS_PER_MONTH
+
+
+def token_dollars(
+    prompt_tokens: float, output_tokens: float, usd_per_million_prompt: float, usd_per_million_output: float, hit: float
+) -> float:
+    """A bill by the token, where cached prompt tokens cost nothing. Output is never cached."""
+    return (prompt_tokens * (1 - hit) * usd_per_million_prompt + output_tokens * usd_per_million_output) / 1e6
