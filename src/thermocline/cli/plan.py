@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thermocline.cli.app import FAILED, INTERRUPTED, OK, app, json_flag
+from thermocline.cli.app import FAILED, INTERRUPTED, OK, MistakeError, app, json_flag
 
 if TYPE_CHECKING:
     from thermocline.clock import Clock
@@ -137,3 +137,77 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         Path(html).write_text(lens.page(found))
     click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
     return INTERRUPTED if found.stopped == lens.BY_HAND else OK
+
+
+@app.command()
+@click.argument("model", required=False)
+@click.option("--gpu", metavar="NAME", help="The accelerator, such as h100 or a100-80-sxm.")
+@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Accelerators of an instance.")
+@click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Engines side by side.")
+@click.option("--trace", metavar="FILE", help="Read the workload from a trace of requests.")
+@click.option("--url", metavar="URL", help="Read it from what a running server has counted.")
+@click.option("--describe", metavar="FILE", help="Synthesise it from a description.")
+@click.option("--use-case", metavar="NAME", help="Compare with what is usual, and without other workload take its own.")
+@click.option(
+    "--tier", "tiers", multiple=True, metavar="TIER", help="On offer: NAME[=SIZE][@SPEED][:USD per GB and hour]."
+)
+@click.option("--kv-dtype", default="", metavar="DTYPE", help="Of the KV cache, where it is not the model's.")
+@click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="KV memory of an instance, as its log says it.")
+@click.option("--usd-per-hour", type=click.FloatRange(0), metavar="USD", help="Price of one accelerator.")
+@click.option("--measured", metavar="FILE", help="Prefill times as `profile` wrote them.")
+@click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
+@click.option("--config-out", metavar="FILE", help="Write the configuration.")
+@json_flag
+def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
+    model: str | None,
+    gpu: str | None,
+    tp: int,
+    instances: int,
+    trace: str | None,
+    url: str | None,
+    describe: str | None,
+    use_case: str | None,
+    tiers: tuple[str, ...],
+    kv_dtype: str,
+    kv_tokens: int | None,
+    usd_per_hour: float | None,
+    measured: str | None,
+    api_key_file: str | None,
+    config_out: str | None,
+    as_json: bool,
+) -> int:
+    """Say which tiers a workload needs, how large, kept how long and routed how, or that it needs none, and why.
+
+    Tiers are host, disk and redis; SPEED is a figure such as 7GB/s, or a link such as nvme-gen5 or 100gbe.
+    """
+    import msgspec
+
+    from thermocline.clock import SystemClock
+    from thermocline.costs import workload
+    from thermocline.lens import advise as lens
+
+    if sum(map(bool, (trace, url, describe))) != 1 and not (use_case and not (trace or url or describe)):
+        raise MistakeError("one workload, please", "give one of --trace, --url, --describe, or a --use-case")
+    asked = lens.Asked(
+        model=model,
+        gpu=gpu,
+        tp=tp,
+        instances=instances,
+        tiers=tiers,
+        kv_dtype=kv_dtype,
+        kv_tokens=kv_tokens,
+        usd_per_hour=usd_per_hour,
+        profile=Path(measured) if measured else None,
+    )
+    advice = None
+    if trace:
+        advice = lens.of_trace(asked, Path(trace))
+    elif url:
+        advice = lens.of_server(asked, url, Path(api_key_file) if api_key_file else None, SystemClock())
+    elif describe:
+        advice = lens.of_description(asked, workload.read(Path(describe)))
+    answer = lens.beside(advice, use_case, asked)
+    if config_out:
+        lens.write(Path(config_out), answer.advice)
+    click.echo(msgspec.json.encode(answer).decode() if as_json else lens.render(answer))
+    return OK

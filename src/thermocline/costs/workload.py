@@ -32,6 +32,8 @@ from thermocline.costs.trace import Trace
 from thermocline.errors import SettingsError, TraceError
 
 REQUESTS_MAX, BLOCKS_MAX = 200_000, 8_000_000
+EXPONENT_MAX = 50.0
+"""A pause is at most so many times e longer than usual: whoever describes nonsense gets numbers, not infinities."""
 P90 = NormalDist().inv_cdf(0.9)
 
 Tokens = Annotated[int, Meta(ge=0, le=1 << 24)]
@@ -116,7 +118,8 @@ def _arrivals(told: Description, random: np.random.Generator) -> np.ndarray[tupl
     spread = 0.0
     if told.think_seconds_p90 is not None and told.think_seconds_p90 > told.think_seconds > 0:
         spread = math.log(told.think_seconds_p90 / told.think_seconds) / P90
-    gaps = told.think_seconds * np.exp(spread * random.standard_normal((told.sessions, told.turns)))
+    drawn = np.minimum(spread * random.standard_normal((told.sessions, told.turns)), EXPONENT_MAX)
+    gaps = told.think_seconds * np.exp(drawn)
     gaps[:, 0] = begins
     return np.cumsum(gaps, axis=1)
 

@@ -1,0 +1,318 @@
+"""`thermocline advise`: from a model, a machine and a workload to the tree of `costs/advice.py`, and back to words.
+
+The workload is a trace, a running server's metrics, a description, or a use case's own description.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msgspec import Struct
+
+from thermocline.clock import Clock
+from thermocline.costs import measured, trace, workload
+from thermocline.costs.advice import Advice, Leaf, Line, Number, advise
+from thermocline.costs.geometry import Geometry
+from thermocline.costs.hardware import Accelerator, Price, accelerator
+from thermocline.costs.memory import capacity
+from thermocline.costs.models import find
+from thermocline.costs.observed import Observed, judge
+from thermocline.costs.pages import layer_token_bytes
+from thermocline.costs.roofline import Prefill, Setup, prefill_of
+from thermocline.costs.study import Machine, Offer
+from thermocline.costs.transfer import LINKS, Link, host_link
+from thermocline.errors import SettingsError, TraceError, UnreachableError
+from thermocline.lens import observe
+from thermocline.lens.spread import spread
+from thermocline.lens.summary import summarise
+from thermocline.settings import Kind, Setting
+from thermocline.store.receipt import Reason
+
+_SIZE = Setting("size", Kind.SIZE, 1, "", 1, float("inf"), 1)
+TIERS = ("host", "disk", "redis")
+SHARED = {"redis"}
+_LINKS = {"disk": "nvme-gen4", "redis": "redis"}
+_TIER = re.compile(r"(?P<tier>\w+)(?:=(?P<size>[^@:]+))?(?:@(?P<speed>[^:]+))?(?::(?P<price>[\d.e-]+))?")
+_TIER_HINT = "write NAME[=SIZE][@SPEED][:USD per GB and hour], such as host=512GiB or disk=4TB@14GB/s:0.0001; names: "
+LOST = {
+    Reason.EVICTED,
+    Reason.EXPIRED,
+    Reason.ELSEWHERE,
+    Reason.PENDING,
+    Reason.DECLINED,
+    Reason.NOT_ADMITTED,
+    Reason.LATE,
+    Reason.CORRUPT,
+    Reason.TIER_DOWN,
+}
+"""Reasons of tokens that were known once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The machine, as the command line names it. `kv_tokens` and `profile` replace what would be estimated."""
+
+    model: str | None = None
+    gpu: str | None = None
+    tp: int = 1
+    instances: int = 1
+    tiers: tuple[str, ...] = ()
+    kv_dtype: str = ""
+    kv_tokens: int | None = None
+    usd_per_hour: float | None = None
+    profile: Path | None = None
+
+
+class Answer(Struct, frozen=True):
+    """Advice, and where a use case was named: what is usual there, and whether the numbers confirm it."""
+
+    advice: Advice
+    use_case: str = ""
+    usual_tiers: tuple[str, ...] = ()
+    usual_why: str = ""
+    habit: str = ""
+    confirmed: bool | None = None
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
+    """The machine that was named, for prompts of this length. Raises SettingsError or ModelError where it lacks."""
+    profile = measured.read(asked.profile) if asked.profile else None
+    if asked.model is None or (asked.gpu is None and profile is None):
+        hint = "such as `thermocline advise meta-llama/Llama-3.1-8B --gpu h100 --use-case chat`"
+        raise SettingsError("bytes and seconds follow from a model and a GPU", hint=hint)
+    geometry, device = find(asked.model), accelerator(asked.gpu) if asked.gpu else None
+    if geometry.state is not None:
+        hint = "leave prefix caching to the engine; it keeps checkpoints of such states"
+        raise SettingsError(f"{geometry.name} keeps a state per sequence, which our tiers do not store", hint=hint)
+    dtype = asked.kv_dtype or geometry.kv_dtype
+    device_tokens, room = _device_tokens(asked, profile, geometry, device, prompt_tokens)
+    prefill, speed = _prefill(asked, profile, geometry, device)
+    price = device.price if device else None
+    usd = asked.usd_per_hour if asked.usd_per_hour is not None else price.typical if price else None
+    local = host_link(device) if device else None
+    offers = [_offer(text, local, asked.tp) for text in asked.tiers or (*(("host",) if local else ()), "disk")]
+    return Machine(
+        prefill=prefill,
+        token_bytes=asked.tp
+        * sum(each.layers * layer_token_bytes(each, dtype, asked.tp) for each in geometry.attention),
+        device_tokens=device_tokens,
+        offers=tuple(offers),
+        instances=asked.instances,
+        usd_per_hour=usd * asked.tp if usd is not None else None,
+        assumptions=(
+            f"{geometry.name}: {geometry.source}",
+            room,
+            speed,
+            _price_note(asked.usd_per_hour, price),
+            *(f"{each.tier}: {each.link.name}, {each.link.evidence}, {each.link.source}" for each in offers),
+        ),
+    )
+
+
+def _device_tokens(
+    asked: Asked, profile: measured.Measured | None, geometry: Geometry, device: Accelerator | None, prompt_tokens: int
+) -> tuple[int, str]:
+    """KV memory of an instance in tokens, and where that is from."""
+    told = profile.conditions if profile else None
+    if asked.kv_tokens is not None:
+        return asked.kv_tokens, "KV memory: given"
+    if told and told.kv_blocks and told.block_tokens:
+        return told.kv_blocks * told.block_tokens, "KV memory: as the engine told `profile`"
+    room = capacity(geometry, device.memory_bytes, tp=asked.tp, kv_dtype=asked.kv_dtype) if device else None
+    if room is None or not room.fits:
+        raise SettingsError(f"{geometry.name} leaves no KV memory there", hint="raise --tp, or give --kv-tokens")
+    return room.tokens(prompt_tokens), f"KV memory: estimated ({'; '.join(room.assumed)})"
+
+
+def _prefill(
+    asked: Asked, profile: measured.Measured | None, geometry: Geometry, device: Accelerator | None
+) -> tuple[Prefill, str]:
+    if profile is not None:
+        told = profile.conditions
+        return (
+            profile.prefill_seconds,
+            f"prefills: measured at {told.url}, {told.date}, up to {profile.tokens_max:,} tokens",
+        )
+    assert device is not None, "one of both was asked for"
+    setup = Setup(geometry, device, asked.tp, geometry.weights_dtype, asked.kv_dtype or geometry.kv_dtype)
+    return prefill_of(setup), f"prefills: roofline of {asked.tp} x {device.name}, {setup.running.source}"
+
+
+def _price_note(given: float | None, price: Price | None) -> str:
+    if given is not None:
+        return f"price of an accelerator: ${given:g} per hour, given"
+    if price is None:
+        return "price of an accelerator: unknown, so room counts as free; --usd-per-hour gives it"
+    return f"price of an accelerator: {price}; room costs what --tier says, and else nothing"
+
+
+def _offer(text: str, local: Link | None, tp: int) -> Offer:
+    """A tier as --tier names it. Every accelerator has its own link to host memory; the others share one."""
+    parts = _TIER.fullmatch(text.strip())
+    tier = parts["tier"] if parts else ""
+    if parts is None or tier not in TIERS:
+        raise SettingsError(f"{text} is no tier", hint=_TIER_HINT + ", ".join(TIERS))
+    if tier == "host" and local is None and not parts["speed"]:
+        raise SettingsError("how fast the host's memory is read is not known", hint="name the GPU, or host@SPEED")
+    usual = LINKS[_LINKS[tier]] if tier in _LINKS else local or LINKS["nvme-gen4"]
+    link = replace(usual, bytes_per_second=usual.bytes_per_second * tp) if tier == "host" else usual
+    if parts["speed"] in LINKS:
+        link = LINKS[parts["speed"]]
+    elif parts["speed"]:
+        speed = _bytes(parts["speed"].removesuffix("/s"), text)
+        link = replace(usual, name=tier, bytes_per_second=float(speed), evidence="given", source="--tier")
+    size = _bytes(parts["size"], text) if parts["size"] else None
+    return Offer(tier, link, size, float(parts["price"] or 0), shared=tier in SHARED)
+
+
+def _bytes(text: str, whole: str) -> int:
+    try:
+        return int(str(_SIZE.parse(text)))
+    except ValueError as error:
+        raise SettingsError(f"--tier {whole}: {text} {error}", hint=_TIER_HINT + ", ".join(TIERS)) from None
+
+
+# -- the workload ------------------------------------------------------------------------------------------------------
+
+
+def of_trace(asked: Asked, path: Path) -> Advice:
+    """Advice for a trace. Raises TraceError where it tells nothing of prefixes."""
+    found = trace.read(path)
+    if not found.has_blocks:
+        hint = "take one with block hashes, or describe the workload with --describe"
+        raise TraceError(f"{path} tells lengths and arrivals only: nothing of shared prefixes", hint=hint)
+    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread)
+
+
+def of_description(asked: Asked, told: workload.Description) -> Advice:
+    """Advice for a trace that is synthesised from a description."""
+    found = workload.synthesise(told)
+    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=told.reorderable)
+
+
+def beside(advice: Advice | None, name: str | None, asked: Asked) -> Answer:
+    """Advice, beside what is usual for a use case where one is named. Without advice, of that one's own description."""
+    if name is None:
+        assert advice is not None, "one of both was asked for"
+        return Answer(advice)
+    case = workload.use_cases().get(name)
+    if case is None:
+        raise SettingsError(f"no use case {name}", hint=f"one of {', '.join(workload.use_cases())}")
+    advice = advice or of_description(asked, case.like)
+    confirmed = None if advice.verdict == "unknown" else set(case.tiers) == set(advice.tiers)
+    return Answer(advice, case.title, case.tiers, case.why, case.habit, confirmed)
+
+
+def of_server(asked: Asked, url: str, api_key_file: Path | None, clock: Clock) -> Advice:
+    """Advice from what a running server has counted since it started. Raises SettingsError where that is nothing."""
+    (watched,) = observe.watch([observe.of_url(url, api_key_file)], 0, clock)
+    if not watched.scrapes:
+        raise UnreachableError(f"{url} tells no metrics: {dict(watched.untold)}", hint="is it vLLM's server, or ours?")
+    found = observed_of(watched)
+    if not found.requests or not found.prompt_tokens:
+        raise SettingsError(f"{url} has answered no request yet", hint="ask again when it has, or use --describe")
+    return judge(found, machine_of(asked, int(found.prompt_tokens / found.requests)))
+
+
+def observed_of(watched: observe.Watched) -> Observed:
+    """What a server tells: ours by its receipts, vLLM by its metrics."""
+    if not watched.is_vllm:
+        told = summarise(watched.receipts or ())
+        lost = {share.reason.name: float(share.tokens) for share in told.by_reason if share.reason in LOST}
+        tiers = {tier: float(tokens) for tier, tokens in told.by_tier.items()}
+        source = f"the last {told.requests:,} receipts of {watched.name}"
+        return Observed(
+            source, told.requests, told.prompt_tokens, tiers.pop("device", 0.0), tiers, lost, never_full=False
+        )
+    value = watched.counted
+    room = sum(
+        float(dict(labels).get("num_gpu_blocks") or 0) * float(dict(labels).get("block_size") or 0)
+        for labels, _ in watched.last.series.get("vllm:cache_config_info", ())
+    )
+    prompts, own = value("vllm:prompt_tokens_total"), value("vllm:prefix_cache_hits_total")
+    other = value("vllm:external_prefix_cache_hits_total")
+    computed = prompts - own - other + value("vllm:generation_tokens_total")
+    return Observed(
+        f"what {watched.name} has counted",
+        value("vllm:request_success_total"),
+        prompts,
+        own,
+        {"external": other} if other else {},
+        None,
+        never_full=computed <= room,
+    )
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+
+def render(answer: Answer) -> str:
+    """The tree, leaf by leaf, each with the numbers that decide; then the configuration."""
+    advice = answer.advice
+    lines = [f"  {number.name:32} {_value(number.value, number.unit)}" for number in advice.inputs]
+    for count, leaf in enumerate(advice.leaves, 1):
+        lines += ["", *_leaf_lines(count, leaf)]
+    if answer.use_case:
+        lines += ["", *_use_case_lines(answer)]
+    lines += ["", "assumed", *(f"  - {note}" for note in advice.notes)]
+    if advice.lines:
+        lines += ["", "configuration", *(f"  {line}" for line in toml(advice).splitlines())]
+    return "\n".join([*lines, "", f"so: {advice.so}"])
+
+
+def _leaf_lines(count: int, leaf: Leaf) -> list[str]:
+    lines = [f"{count}. {leaf.question} {leaf.answer}", f"   {leaf.why}"]
+    lines += [f"   - {number.name}: {_number(number)}" for number in leaf.numbers]
+    return [*lines, f"   test it: {leaf.test}"]
+
+
+def _number(number: Number) -> str:
+    value = _value(number.value, number.unit)
+    if number.flips_at is not None:
+        return f"{value}; at {_value(number.flips_at, number.unit)}: {number.flips_to}"
+    return f"{value}; no value of it makes it {number.flips_to}" if number.flips_to else value
+
+
+def _value(value: float | None, unit: str) -> str:
+    if value is None:
+        return "unknown"
+    if unit == "B/s":
+        return f"{value / 1e9:,.3g} GB/s"
+    shown = f"{value:,.1f}" if unit == "%" else f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"  # noqa: PLR2004  # three digits
+    return f"{shown} {unit}".rstrip()
+
+
+def _use_case_lines(answer: Answer) -> list[str]:
+    usual = " and ".join(answer.usual_tiers) or "the engine's own memory"
+    said = {True: "confirm it", False: "refute it, for this workload on this machine", None: "do not tell"}
+    return [
+        f"for {answer.use_case} the usual start is {usual}: {answer.usual_why}. The numbers {said[answer.confirmed]}.",
+        f"and whatever the tiers: {answer.habit}.",
+    ]
+
+
+def toml(advice: Advice) -> str:
+    """A file for --config of `serve`, `node`, `up` and `route`: each line behind its reason."""
+    parts = [f"# {advice.so}"]
+    for line in advice.lines:
+        parts += ["", f"# {line.reason}", f"{line.setting} = {_toml_value(line)}"]
+    return "\n".join(parts) + "\n"
+
+
+def _toml_value(line: Line) -> str:
+    return f'"{line.value}"' if isinstance(line.value, str) else f"{line.value:g}"
+
+
+def write(path: Path, advice: Advice) -> None:
+    """Write the configuration. Raises SettingsError where there is none, or the file cannot be written."""
+    if not advice.lines:
+        raise SettingsError("there is no configuration to write", hint=advice.so)
+    try:
+        path.write_text(toml(advice))
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}", hint="name a file in a folder of yours") from None
