@@ -46,6 +46,7 @@ BENCHES = {
         Entry("overhead", "what the store costs where nothing is ever reused, in CPU time", 150, engine=True),
         Entry("node", "a match of 64 blocks by a node: idle, under load, asked again, over a bare round trip", 30),
         Entry("near", "a hit in the process, beside seven caches and clients; herds; how soon changes are seen", 60),
+        Entry("state", "the four lookups of a chat request, redis-py and three lines changed: cold, warm, ahead", 40),
         Entry("hit-ratio", "eviction of the near cache on six traces, beside five rules and Belady's bound", 240),
         Entry("route", "a routing decision, events taken in and memory per block, over Dynamo's router core", 150),
         Entry(
