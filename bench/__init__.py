@@ -54,6 +54,7 @@ BENCHES = {
         ),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
         Entry("fleet-vllm", "two vLLM servers behind routers: hits, rate, first tokens, predictions", 900, engine=True),
+        Entry("profile", "first tokens of lengths that a profile did not ask, predicted from it", 300, engine=True),
         Entry("vs-lmcache", "the same vLLM with LMCache and with us: first tokens, misses, faults", 480, engine=True),
     )
 }

@@ -11,9 +11,13 @@ from datetime import UTC, datetime
 import msgspec
 
 from thermocline.clock import Clock
-from thermocline.costs.measured import VERSION, Conditions, Measured, Memory, Row
+from thermocline.costs.measured import UNTOLD, VERSION, Conditions, Measured, Memory, Row
 from thermocline.costs.saved import machine
 from thermocline.errors import SettingsError, UnreachableError
+from thermocline.lens import figures, html
+from thermocline.lens.chart import Axis, Series, line_chart
+from thermocline.lens.figures import Table
+from thermocline.lens.html import Section
 from thermocline.lens.sweep import HELD_TOKENS, Endpoint, Plan, Prompts, Sample, Told, sweep
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -22,7 +26,7 @@ LENGTH_MIN, KINDS_MAX = 16, 64
 ALIKE = 16
 """Answers are of one row where their cached tokens differ by less than this part of the prompt."""
 BY_HAND = "by Ctrl-C"
-_HEADER = ("clients", "prompt", "shared", "cached", "from", "first token", "fastest", "slowest", "per token", "fit")
+_HEADER = ("prompt", "shared", "cached", "from", "clients", "first token", "fastest", "slowest", "per token", "fit")
 _FEWER = "ask for fewer --contexts, shares of --reuse, or clients of --concurrency"
 
 
@@ -139,14 +143,13 @@ def _up_to(longest: int) -> tuple[int, ...]:
 
 def _memory(endpoint: Endpoint, prompts: Prompts, length: int) -> Memory:
     """KV memory in use while one prompt of this length runs, beside what was in use before."""
-    before = endpoint.told()
+    before = endpoint.told().kv_share
     told = endpoint.held(prompts.fresh(length))
-    if told is None or told.kv_share is None or before.kv_share is None:
+    if told.kv_share is None or before is None:
         return Memory(context_tokens=length)
-    share = max(0.0, told.kv_share - before.kv_share)
-    return Memory(
-        context_tokens=length, share=share, blocks=None if told.kv_blocks is None else round(share * told.kv_blocks)
-    )
+    share = max(0.0, told.kv_share - before)
+    blocks = None if told.kv_blocks is None else round(share * told.kv_blocks)
+    return Memory(context_tokens=length, share=share, blocks=blocks)
 
 
 def _rows(samples: Iterable[Sample]) -> tuple[Row, ...]:
@@ -192,83 +195,115 @@ def _off(measured: Measured, row: Row) -> float:
 
 
 def render(found: Profile) -> str:
-    """All of it as tables."""
-    measured, conditions = found.measured, found.measured.conditions
-    context = f"{conditions.context_tokens:,} tokens" if conditions.context_tokens else "unknown"
-    block = f"{conditions.block_tokens} tokens" if conditions.block_tokens else "unknown"
+    """All of it as text."""
+    tables = (_first_tokens(found), _memories(found.measured))
+    return "\n\n".join(["\n".join(_asked(found)), *(table.text() for table in tables), "\n".join(_concluded(found))])
+
+
+def page(found: Profile) -> str:
+    """All of it as a page, with charts."""
+    conditions = found.measured.conditions
+    curves = Section(
+        "Time to first token",
+        charts=[
+            _chart("One request at a time", _curves(found.measured)),
+            _chart("By clients, nothing shared", _clients(found.measured, lambda row: row.first_token_seconds)),
+            _chart("Per token after it", _clients(found.measured, lambda row: row.between_tokens_seconds)),
+        ],
+        tables=[_first_tokens(found)],
+    )
+    memory = Section("KV memory", tables=[_memories(found.measured)])
+    title = f"What {conditions.model} takes at {conditions.url}"
+    return html.page(title, _concluded(found)[-1:], [curves, memory, Section("How", points=_asked(found))])
+
+
+def _chart(name: str, lines: Sequence[Series]) -> str:
+    return line_chart(name, lines, Axis("prompt tokens", figures.count), Axis("median", figures.seconds))
+
+
+def _curves(measured: Measured) -> list[Series]:
+    """A line for each share: what was measured."""
+    by_share: dict[float, list[tuple[float, float]]] = {}
+    for row in measured.rows:
+        if row.concurrency == 1:
+            share = round(row.shared_tokens / row.prompt_tokens, 2)
+            by_share.setdefault(share, []).append((row.prompt_tokens, row.first_token_seconds))
+    return [Series(f"{share:.0%} asked before", sorted(points)) for share, points in sorted(by_share.items())]
+
+
+def _clients(measured: Measured, value: Callable[[Row], float | None]) -> list[Series]:
+    """A line for each number of clients."""
+    lines: dict[int, list[tuple[float, float]]] = {}
+    for row in measured.rows:
+        taken = value(row)
+        if taken is not None and not row.shared_tokens:
+            lines.setdefault(row.concurrency, []).append((row.prompt_tokens, taken))
+    return [Series(f"{clients} at once", sorted(points)) for clients, points in sorted(lines.items())]
+
+
+def _asked(found: Profile) -> list[str]:
+    """What was asked of whom, when."""
+    conditions = found.measured.conditions
+    context = f"{conditions.context_tokens:,} tokens" if conditions.context_tokens else UNTOLD
+    block = f"{conditions.block_tokens} tokens" if conditions.block_tokens else UNTOLD
     asked = f"{found.requests:,} requests, {found.failed} of them failed; {found.prompt_tokens:,} prompt tokens"
     lines = [
         f"{conditions.url}: {conditions.model}, {conditions.engine}; context {context}, cached in blocks of {block}",
         f"{asked} in {found.seconds:.0f} s, {conditions.date}, from {conditions.machine}",
     ]
-    if found.stopped:
-        lines.append(f"stopped {found.stopped}: what is below is what there was until then")
-    lines += ["", "time to first token, and what it took for each token after that: medians", *_table(found)]
-    lines += ["", *_fitted(found), "", "KV memory while one request of that length runs", *_memory_table(measured)]
-    return "\n".join(lines)
+    return [*lines, f"stopped {found.stopped}: this is what there was until then"] if found.stopped else lines
 
 
-def _table(found: Profile) -> list[str]:
+def _first_tokens(found: Profile) -> Table:
     measured = found.measured
-    told = [*_alone(measured)]
-    rows: list[tuple[str, ...]] = [
-        ("clients", "prompt", "shared", "cached", "from", "first token", "fastest", "slowest", "per token", "fit")
-    ]
-    rows += [
+    rows = [
         (
-            f"{row.concurrency}",
             f"{row.prompt_tokens:,}",
             f"{row.shared_tokens / row.prompt_tokens:.0%}",
-            "unknown" if row.cached_tokens is None else f"{row.cached_tokens:,}",
+            UNTOLD if row.cached_tokens is None else f"{row.cached_tokens:,}",
             row.source or "-",
-            *(_time(each) for each in (row.first_token_seconds, row.low_seconds, row.high_seconds)),
-            "-" if row.between_tokens_seconds is None else _time(row.between_tokens_seconds),
-            f"{_off(measured, row):+.0%}" if row in told else "-",
+            f"{row.concurrency}",
+            *(figures.seconds(each) for each in (row.first_token_seconds, row.low_seconds, row.high_seconds)),
+            "-" if row.between_tokens_seconds is None else figures.seconds(row.between_tokens_seconds),
+            f"{_off(measured, row):+.0%}" if row in _alone(measured) else "-",
         )
         for row in measured.rows
     ]
-    return _aligned(rows)
+    note = (
+        "Medians. shared: the part that was asked before; cached: what the engine says it did not compute; per token: "
+        "each one after the first; fit: by how much the formula below is off."
+    )
+    return Table("time to first token", _HEADER, rows, note)
 
 
-def _fitted(found: Profile) -> list[str]:
-    """The formula with its numbers, and how well it does."""
-    request, token, attended, *loads = found.weights.values()
-    terms = [_time(request), f"{_time(token)} x n", f"{_time(attended)} x n x (cached + n / 2)"]
-    terms += [f"{_time(load)} x cached, {source}" for load, source in zip(loads, found.measured.sources, strict=True)]
-    off = sorted(abs(error) for error in found.fit_errors)
-    worst = f"{statistics.median(off):.1%} off at the median, {off[-1]:.1%} at most, of the rows with one client"
-    saved = max((row for row in _alone(found.measured)), key=lambda row: (row.cached, row.prompt_tokens))
-    lines = [f"first token of n computed tokens = {' + '.join(terms)}", f"that is {worst}"]
-    if saved.cached:
-        cold = found.measured.prefill_seconds(saved.prompt_tokens)
-        lines.append(
-            f"reuse: {saved.prompt_tokens:,} tokens take {_time(cold)}, and {_time(saved.first_token_seconds)} with "
-            f"{saved.cached:,} of them cached: {cold / saved.first_token_seconds:.1f} times as quick"
-        )
-    return lines
-
-
-def _memory_table(measured: Measured) -> list[str]:
-    rows = [("context", "blocks", "of all KV memory", "such requests at once")]
-    rows += [
+def _memories(measured: Measured) -> Table:
+    rows = [
         (
             f"{each.context_tokens:,}",
-            "unknown" if each.blocks is None else f"{each.blocks:,}",
-            "unknown" if each.share is None else f"{each.share:.2%}",
-            f"{1 / each.share:,.1f}" if each.share else "unknown",
+            UNTOLD if each.blocks is None else f"{each.blocks:,}",
+            UNTOLD if each.share is None else f"{each.share:.2%}",
+            f"{int(1 / each.share):,}" if each.share else UNTOLD,
         )
         for each in measured.memory
     ]
-    return _aligned(rows) if measured.memory else ["not looked at"]
+    note = "" if rows else "Not looked at."
+    return Table("KV memory while one request runs", ("context", "blocks", "of all", "so many at once"), rows, note)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+def _concluded(found: Profile) -> list[str]:
+    """The formula with its numbers, how well it does, and what reuse gave."""
+    request, token, attended, *loads = map(figures.seconds, found.weights.values())
+    terms = [request, f"{token} x n", f"{attended} x n x (cached + n / 2)"]
+    terms += [f"{load} x cached, {source}" for load, source in zip(loads, found.measured.sources, strict=True)]
+    off = sorted(map(abs, found.fit_errors))
+    lines = [
+        f"first token of n computed tokens = {' + '.join(terms)}",
+        f"  {statistics.median(off):.1%} off at the median, {off[-1]:.1%} at most, where one client asked",
+    ]
+    most = max(_alone(found.measured), key=lambda row: (row.cached, row.prompt_tokens))
+    if most.cached:
+        cold = found.measured.prefill_seconds(most.prompt_tokens)
+        text = f"so: {most.prompt_tokens:,} tokens take {figures.seconds(cold)} to the first token, and"
+        quicker = f"with {most.cached:,} of them cached, {cold / most.first_token_seconds:.1f} times as quick"
+        lines.append(f"{text} {figures.seconds(most.first_token_seconds)} {quicker}")
+    return lines

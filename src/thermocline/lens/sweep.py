@@ -30,15 +30,14 @@ from thermocline.settings import read_key
 ANSWER_SECONDS = 120.0
 BODY_BYTES_MAX, LINE_BYTES_MAX, LINES_MAX = 16 << 20, 1 << 20, 10_000
 FAILURES_MAX = 5
-NEW_TOKENS, HELD_TOKENS = 8, 64
-"""Tokens of an answer: enough for the time between two; and of one that is looked at while it runs, then cut off."""
+NEW_TOKENS, HELD_TOKENS, LOOKS = 8, 32, 4
+"""Tokens of an answer: enough for the time between two; and of one that is looked at a few times while it runs."""
 PROBE_TOKENS, IDS = 32, (10, 4000)
-LOOKS, LOOK_SECONDS = 3, 0.01
 EXCERPT_BYTES = 300
 _HINT = "name an OpenAI-compatible server with --url, such as `thermocline serve` or `vllm serve` starts"
 _ENDED = (OSError, ValueError, http.client.HTTPException)
 """What reading an answer that is none, or that breaks off, raises. DecodeError of msgspec is a ValueError."""
-Prompt = list[int] | list[str]
+Prompt = list[int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +113,17 @@ class Prompts:
         self.tokens_per_word = 0.0  # ids
 
     def fresh(self, tokens: int) -> Prompt:
-        """One of about so many tokens; of exactly so many, where they are ids."""
-        if not self.tokens_per_word:
-            return [self._random.randrange(*IDS) for _ in range(tokens)]
-        return [self._word() for _ in range(max(1, round(tokens / self.tokens_per_word)))]
+        """One of so many tokens; of about so many, where they are words."""
+        return [self._piece() for _ in range(round(tokens / (self.tokens_per_word or 1)) or 1)]
 
     def like(self, prompt: Prompt, share: float) -> Prompt:
         """One as long as this, of which so much from its beginning is the same."""
-        shared = prompt[: int(share * len(prompt))]
-        rest = self.fresh(len(prompt)) if not self.tokens_per_word else [self._word() for _ in prompt]
-        return [*shared, *rest[len(shared) :]]
+        kept = int(share * len(prompt))
+        return prompt[:kept] + [self._piece() for _ in prompt[kept:]]
 
-    def _word(self) -> str:
+    def _piece(self) -> int | str:
+        if not self.tokens_per_word:
+            return self._random.randrange(*IDS)
         return "".join(self._random.choice(part) for part in ("bcdfglmnprst", "aeiou") * 2)
 
 
@@ -169,15 +167,14 @@ class Endpoint:
                 return Answer(trouble=_named(error))
         return _answer(first - stream.started, last - first, usage) if first else Answer(trouble=stream.trouble)
 
-    def held(self, prompt: Prompt) -> Told | None:
-        """What the metrics say while a prompt's answer is being written, which is cut off then. None if none comes."""
-        seen = []
+    def held(self, prompt: Prompt) -> Told:
+        """What the metrics say while a prompt's answer is being written: the most that was in use."""
+        seen = [Told()]
         with contextlib.suppress(*_ENDED), self._begun(prompt, HELD_TOKENS) as stream:
-            if next(stream.events(), None) is not None:
-                for _ in range(LOOKS):
+            for _ in stream.events():  # to its end: an engine that is cut off would go on telling of it
+                if len(seen) <= LOOKS:
                     seen.append(self.told())
-                    self._clock.sleep(LOOK_SECONDS)
-        return max(seen, key=lambda each: each.kv_share or 0.0, default=None)
+        return max(seen, key=lambda each: each.kv_share or 0.0)
 
     def told(self) -> Told:
         """What its metrics say now; nothing, where it has none."""
@@ -272,7 +269,7 @@ class Plan:
     contexts: tuple[int, ...]
     shares: tuple[float, ...]
     concurrency: tuple[int, ...]
-    answers: int = 3
+    answers: int = 5
 
     @property
     def rounds(self) -> list[int]:
