@@ -67,7 +67,8 @@ def test_expected_values(name):
     assert first is None or sequence_bytes(found, 1, "bf16") == first + state
     far = 1 << 22
     assert sequence_bytes(found, far + 1, "bf16") - sequence_bytes(found, far, "bf16") == token_bytes(found, "bf16")
-    assert found.source and found.model_type
+    assert found.source
+    assert found.model_type
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_found_by_name(name):
 
 def test_near_names():
     """An unknown name is refused, with the nearest known ones."""
-    with pytest.raises(ModelError, match="qwen2.5-32b-instrukt") as refused:
+    with pytest.raises(ModelError, match="instrukt") as refused:
         find("qwen2.5-32b-instrukt")
     assert "Qwen/Qwen2.5-32B-Instruct" in refused.value.hint
 
