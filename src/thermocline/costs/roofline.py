@@ -7,14 +7,18 @@
 `pairs` are the (new token, earlier token) pairs of the layers that attend, within their windows. It is the roofline
 model (Williams, Waterman and Patterson, 2009) with measured shares of both peaks. A batch of a mixture of experts reads
 the experts that its tokens are expected to choose: 1 - (1 - k/E)^tokens of them. Tensor parallelism adds two
-all-reduces per layer. Times are of the accelerators only, in one pass: what waits is in `queueing.py`.
+all-reduces per layer. Times are of the accelerators only, in one pass: what users see of a loaded server is in
+`served.py`, what waits in `queueing.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
 
 from thermocline.costs.geometry import Attention, Geometry
 from thermocline.costs.hardware import Accelerator, element_bytes
@@ -74,11 +78,18 @@ class Setup:
     weights_dtype: str = "bf16"
     kv_dtype: str = ""
     efficiency: Efficiency | None = None
+    dp: int = 1
+    """Groups of `tp` ranks, each with its own sequences; weights that are not attention's are split over all of them."""
 
     @property
     def running(self) -> Efficiency:
         """How well it runs."""
         return self.efficiency or efficiency_of(self.accelerator)
+
+    @property
+    def ranks(self) -> int:
+        """Accelerators."""
+        return self.tp * self.dp
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +106,19 @@ class Work:
         return self.sequences * self.tokens
 
 
+EXPERTS: Mapping[str, tuple[int, int]] = msgspec.json.decode(
+    Path(__file__).with_name("data").joinpath("experts.json").read_bytes(), type=dict[str, tuple[int, int]]
+)
+"""Routed experts of a layer, and how many of them a token uses; read from the models' published `config.json`."""
+
 _SEED_SOURCE = "aiconfigurator 0.12.0, its measured kernels (vLLM, bf16); a seed, to be measured"
 SEEDS = {
-    "A100": Efficiency(0.88, 0.61, 0.73, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
-    "H100": Efficiency(0.75, 0.61, 0.81, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
-    "H200": Efficiency(0.75, 0.64, 0.75, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
-    "B200": Efficiency(0.62, 0.50, 0.75, 0.65, 8e-6, 0.0, 0.0, _SEED_SOURCE),
+    "A100": Efficiency(0.88, 0.61, 0.73, 0.60, 5e-6, 0.0, 0.0, _SEED_SOURCE),
+    "H100": Efficiency(0.75, 0.61, 0.81, 0.60, 5e-6, 0.0, 0.0, _SEED_SOURCE),
+    "H200": Efficiency(0.75, 0.64, 0.75, 0.60, 5e-6, 0.0, 0.0, _SEED_SOURCE),
+    "B200": Efficiency(0.62, 0.50, 0.75, 0.60, 5e-6, 0.0, 0.0, _SEED_SOURCE),
 }
-ASSUMED = Efficiency(0.60, 0.50, 0.75, 0.65, 8e-6, 0.0, 0.0, "assumed: nothing measured is known of this accelerator")
+ASSUMED = Efficiency(0.60, 0.50, 0.75, 0.60, 5e-6, 0.0, 0.0, "assumed: nothing measured is known of this accelerator")
 
 
 def efficiency_of(accelerator: Accelerator) -> Efficiency:
@@ -134,17 +150,26 @@ def _parameters(geometry: Geometry) -> tuple[int, int]:
 
 
 def weights_read(geometry: Geometry, tokens: int) -> float:
-    """Parameters that a pass over so many tokens is expected to read: of a mixture of experts, those chosen."""
+    """Parameters that a pass over so many tokens is expected to read: of a mixture of experts, those chosen.
+
+    Tokens are taken to choose independently; where the number of experts is not known, each is taken to be as large
+    as what one token uses.
+    """
     total, active = _parameters(geometry)
-    return total * (1 - (1 - active / total) ** tokens)
+    experts, chosen = EXPERTS.get(geometry.name, (0, 0))
+    share = chosen / experts if experts else active / total
+    if share >= 1 or active >= total:
+        return total
+    routed = (total - active) / (1 - share)
+    return total - routed * (1 - share) ** tokens
 
 
 def _linear(setup: Setup, work: Work) -> Part:
     _, active = _parameters(setup.geometry)
     accelerator, running, dtype = setup.accelerator, setup.running, setup.weights_dtype
-    flops, rate = 2.0 * active * work.all_tokens, accelerator.flops_for(dtype) * running.mfu * setup.tp
+    flops, rate = 2.0 * active * work.all_tokens, accelerator.flops_for(dtype) * running.mfu * setup.ranks
     nbytes = weights_read(setup.geometry, work.all_tokens) * element_bytes(dtype)
-    speed = accelerator.memory_bytes_per_second * running.mbu * setup.tp
+    speed = accelerator.memory_bytes_per_second * running.mbu * setup.ranks
     if flops / rate >= nbytes / speed:
         return Part("weights, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
     return Part("weights, read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s)")
@@ -152,11 +177,12 @@ def _linear(setup: Setup, work: Work) -> Part:
 
 def _attention(setup: Setup, work: Work) -> Part:
     geometry, accelerator, running = setup.geometry, setup.accelerator, setup.running
-    flops = work.sequences * sum(
+    sequences = -(-work.sequences // setup.dp)
+    flops = sequences * sum(
         4.0 * each.layers * _query_elements(geometry, each, work) * _pairs(each, work) for each in geometry.attention
     )
     rate = accelerator.flops_for("bf16") * running.attention_mfu * setup.tp
-    nbytes = work.sequences * sequence_bytes(geometry, work.cached + work.tokens, setup.kv_dtype, tp=setup.tp)
+    nbytes = sequences * sequence_bytes(geometry, work.cached + work.tokens, setup.kv_dtype, tp=setup.tp)
     speed = accelerator.memory_bytes_per_second * running.mbu
     if flops / rate >= nbytes / speed:
         return Part("attention, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
@@ -180,15 +206,15 @@ def _pairs(attention: Attention, work: Work) -> float:
 
 
 def _communication(setup: Setup, work: Work) -> tuple[Part, ...]:
-    """Two ring all-reduces per layer: each rank sends 2 (tp - 1) / tp of the buffer."""
-    if setup.tp == 1:
+    """Two ring all-reduces per layer: each of n ranks sends 2 (n - 1) / n of the buffer."""
+    if setup.ranks == 1:
         return ()
     accelerator, running = setup.accelerator, setup.running
     speed = (accelerator.peer_bytes_per_second or accelerator.pcie_bytes_per_second or math.inf) * running.link
     buffer = work.all_tokens * setup.geometry.hidden_size * 2
-    each = max(2 * (setup.tp - 1) / setup.tp * buffer / speed, running.hop_seconds)
+    each = 2 * (setup.ranks - 1) / setup.ranks * buffer / speed + running.hop_seconds
     count = 2 * setup.geometry.layers
-    return (Part("all-reduces", count * each, f"{count} x {buffer:.4g} B over {setup.tp} ranks at {speed:.4g} B/s"),)
+    return (Part("all-reduces", count * each, f"{count} x {buffer:.4g} B over {setup.ranks} ranks at {speed:.4g} B/s"),)
 
 
 def _overhead(setup: Setup) -> Part:
