@@ -76,11 +76,12 @@ def test_a_node_in_use(node):
     assert _states([node(None)], _measured())[0] is F
 
 
-@pytest.mark.parametrize(("reads", "state"), [(1, F), (40, P)])
-def test_who_reads_the_metrics(reads, state):
-    """Hit rates are monitored where others than the doctor read the metrics of a server."""
-    text = f'thermocline_requests_total{{route="/metrics",status="200"}} {reads}'
-    server = Watched(kind=Kind.SERVER, name="server", scrapes=(parse(text),))
+@pytest.mark.parametrize(("others", "seconds", "state"), [(0, 5.0, U), (0, 120.0, F), (2, 5.0, P)])
+def test_who_reads_the_metrics(others, seconds, state):
+    """Hit rates are monitored where others than the doctor read a server's metrics while it looks, for long enough."""
+    series = 'thermocline_requests_total{route="/metrics",status="200"}'
+    scrapes = tuple(parse(f"{series} {7 + at + at * others}", at * seconds) for at in range(2))
+    server = Watched(kind=Kind.SERVER, name="server", scrapes=scrapes)
     assert _states([server])[3] is state
 
 
@@ -88,5 +89,5 @@ def test_it_reads_as_a_table(node):
     """Each item is a line with its figures, and the last line counts them."""
     shown = render(check([node(600.0)]))
     assert shown.count("\n") == len(checklist.ITEMS) + 1
-    assert "1,000 tokens load in 0.0 ms" in shown
+    assert "1,000 tokens load in 0.00 ms" in shown
     assert shown.endswith("5 pass, 0 fail, 2 unknown")

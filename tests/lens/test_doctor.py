@@ -286,6 +286,15 @@ def test_a_young_store_is_no_patient(memory_only):
     assert [each.question for each in found.unknown] == ["whether anything is reused"]
 
 
+def test_a_node_that_does_not_answer(tmp_path):
+    """A node that was named and is not there is found; of a server, which may only have no metrics, it is unknown."""
+    sources = named(["http://127.0.0.1:1"], [str(tmp_path / "node.sock")], [], None, ask)
+    found = diagnose(watch(sources, 0.0, CLOCK))
+    assert conditions(found) == {Condition.INSTANCE_DOWN}
+    assert len(found.unknown) == len(sources)
+    assert "healthy" not in render(diagnose(watch(sources[:1], 0.0, CLOCK)))
+
+
 # -- recorded from real vLLMs ------------------------------------------------------------------------------------------
 
 RECORDED = {

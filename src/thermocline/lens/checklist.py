@@ -19,6 +19,8 @@ LENGTHS_MIN = 3
 """Two lengths fit any line: the third is the first that can contradict it."""
 WARM_SHARE = 0.5
 """A prompt is warm when most of it was loaded."""
+SCRAPE_SECONDS = 120.0
+"""Prometheus reads once a minute unless told otherwise: twice that, and it cannot have been missed."""
 EXTERNAL = "vllm:external_prefix_cache_queries_total"
 PROFILE = "a file of `thermocline profile --write FILE`, named with --measured FILE"
 
@@ -108,24 +110,28 @@ def _thresholds(seen: Seen) -> Answer:
     return State.PASS, f"by predicted cost, from measured loads and prefills; pauses of up to {gap:,.1f} s were seen"
 
 
-def _loads(seen: Seen) -> dict[str, float]:
-    """Blocks loaded from each tier of ours, since the start."""
+def _loads(seen: Seen) -> dict[str, int]:
+    """Requests that loaded from each tier of ours."""
     tiers = {tier for each in seen.ours for tier in each.last.by("tier_capacity_bytes", "tier")}
-    return {
-        tier: math.fsum(each.last.value("load_blocks_total", tier=tier, outcome="hit") or 0.0 for each in seen.ours)
-        for tier in sorted(tiers)
-    }
+    used = [tier for each in seen.ours for receipt in each.receipts or () for tier in receipt.by_tier]
+    return {tier: used.count(tier) for tier in sorted(tiers)}
 
 
 def _monitored(seen: Seen) -> Answer:
-    """Somebody else than us reads the metrics. Who reads vLLM's or a node's, nobody counts."""
-    scrapes = math.fsum(each.last.value("requests_total", route="/metrics") or 0.0 for each in seen.engines)
-    own = sum(len(each.scrapes) for each in seen.engines if each.last.value("requests_total", route="/metrics"))
-    if scrapes > own:
-        return State.PASS, f"/metrics was read {scrapes - own:,.0f} times by others"
-    if own:
-        return State.FAIL, "nobody but this command has read /metrics: let Prometheus do it"
-    return _unknown("a server of ours, which counts who reads /metrics; or look at `up` in Prometheus")
+    """Somebody else than us reads the metrics meanwhile. Who reads vLLM's or a node's, nobody counts."""
+    reads = [[each.value("requests_total", route="/metrics") for each in some.scrapes] for some in seen.engines]
+    counted = [
+        (some, values) for some, values in zip(seen.engines, reads, strict=True) if values and None not in values
+    ]
+    if not counted:
+        return _unknown("a server of ours, which counts who reads /metrics; or look at `up` in Prometheus")
+    others = sum((values[-1] or 0.0) - (values[0] or 0.0) - (len(values) - 1) for _, values in counted)
+    if others > 0:
+        return State.PASS, f"others read /metrics {others:,.0f} times meanwhile"
+    seconds = max(some.scrapes[-1].at_seconds - some.scrapes[0].at_seconds for some, _ in counted)
+    if seconds < SCRAPE_SECONDS:
+        return _unknown(f"--seconds {SCRAPE_SECONDS:.0f}: who reads /metrics once a minute was not to be seen")
+    return State.FAIL, f"nobody else has read /metrics in {seconds:.0f} s: let Prometheus do it"
 
 
 def _benchmarked(seen: Seen) -> Answer:
@@ -139,7 +145,7 @@ def _benchmarked(seen: Seen) -> Answer:
         return _unknown(f"{SURE_OBSERVATIONS} requests that load and one that computes all; or {PROFILE}")
     loading = 1e3 * math.fsum(each.load_seconds for each in loads) / sum(each.loaded_tokens for each in loads)
     computing = 1e3 * math.fsum(each.prefill_seconds for each in cold) / sum(each.prompt_tokens for each in cold)
-    return State.PASS, f"1,000 tokens load in {1e3 * loading:,.1f} ms and are computed in {1e3 * computing:,.1f} ms"
+    return State.PASS, f"1,000 tokens load in {1e3 * loading:,.2f} ms and are computed in {1e3 * computing:,.2f} ms"
 
 
 def _eviction(seen: Seen) -> Answer:

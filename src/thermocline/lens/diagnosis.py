@@ -51,9 +51,9 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
         "nothing: a sum that differs is proof; only where the damage arose is open",
     ),
     Condition.INSTANCE_DOWN: (
-        "an instance is not asked, as it does not answer",
-        "read its log and start it again; the gateway takes it back by itself",
-        "the instance answers GET /health from the gateway's machine",
+        "an instance or node does not answer, so nobody gets anything from it",
+        "read its log and start it again; engines and gateways take it back by themselves",
+        "it answers others: `thermocline ps` on its machine, or GET /health from the gateway's",
     ),
     Condition.TIER_DOWN: (
         "a tier failed repeatedly and is set aside; what it holds is computed again",
@@ -280,6 +280,9 @@ class Diagnosis:
 # -- in words ----------------------------------------------------------------------------------------------------------
 
 HEALTHY = "healthy: nothing found"
+PARTLY = "nothing found in what answered; see above for what did not"
+NO_METRICS = "what it counts"
+"""The question of an Unknown where a source told no metrics at all."""
 
 
 def render(found: Diagnosis) -> str:
@@ -291,7 +294,13 @@ def render(found: Diagnosis) -> str:
     if found.unknown:
         lines += [*_blank(lines), "unknown"]
         lines += [f"  {each.where}: {each.question}: needs {each.needs}" for each in found.unknown]
-    return "\n".join([*lines, *_blank(lines), f"so: {found.findings[0].action if found.findings else HEALTHY}"])
+    return "\n".join([*lines, *_blank(lines), f"so: {_concluded(found)}"])
+
+
+def _concluded(found: Diagnosis) -> str:
+    if found.findings:
+        return found.findings[0].action
+    return PARTLY if any(each.question == NO_METRICS for each in found.unknown) else HEALTHY
 
 
 def _blank(lines: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from thermocline.lens.diagnosis import Condition, Diagnosis, Finding, Hits, Number, Times, Unknown
+from thermocline.lens.diagnosis import NO_METRICS, Condition, Diagnosis, Finding, Hits, Number, Times, Unknown
 from thermocline.lens.observe import Kind, Watched
 from thermocline.lens.summary import ReasonShare, Summary, summarise
 from thermocline.store.receipt import Reason, Receipt
@@ -52,7 +52,7 @@ def diagnose(watched: Iterable[Watched]) -> Diagnosis:
     )
 
 
-_ASKED = {"metrics": "what it counts", "receipts": "why blocks are missing"}
+_ASKED = {"metrics": NO_METRICS, "receipts": "why blocks are missing"}
 
 
 def _gravest_first(finding: Finding) -> tuple[int, float, int, str, str]:
@@ -106,6 +106,13 @@ def _tier_down(at: Watched, _: Sequence[Watched]) -> Said:
         if is_open:
             failures = at.last.value("tier_failures_total", tier=tier) or 0.0
             yield Finding(Condition.TIER_DOWN, at.name, f"tier {tier}", (Number("operations failed", failures),), 1.0)
+
+
+def _silent(at: Watched, _: Sequence[Watched]) -> Said:
+    """A node that was named, or whose socket is there, and that does not answer."""
+    for what, why in at.untold:
+        if what == "metrics" and not at.scrapes:
+            yield Finding(Condition.INSTANCE_DOWN, at.name, why, (Number("answers", 0.0),), 1.0)
 
 
 def _leak(at: Watched, _: Sequence[Watched]) -> Said:
@@ -461,7 +468,7 @@ def _late(at: Watched, where: str, batches: int, late_seconds: float) -> Said:
 
 _OURS: tuple[Rule, ...] = (_corruption, _tier_down, _leak, _idle, _saves, _reasons, _load_slower)
 RULES: dict[Kind, tuple[Rule, ...]] = {
-    Kind.NODE: _OURS,
+    Kind.NODE: (_silent, *_OURS),
     Kind.SERVER: (*_OURS, _overload, _kv_memory, _prefix_cache_off, _residency, _not_wired, _vllm_misses),
     Kind.GATEWAY: (_instances, _listening, _routed_away, _imbalance, _fleet_reuse),
     Kind.EVENTS: (_events,),
