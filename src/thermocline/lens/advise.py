@@ -6,6 +6,7 @@ The workload is a trace, a running server's metrics, a description, or a use cas
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from thermocline.lens.summary import summarise
 from thermocline.settings import Kind, Setting
 from thermocline.store.receipt import Reason
 
+WIDTH = 100
 _SIZE = Setting("size", Kind.SIZE, 1, "", 1, float("inf"), 1)
 TIERS = ("host", "disk", "redis")
 SHARED = {"redis"}
@@ -220,16 +222,21 @@ def of_server(asked: Asked, url: str, api_key_file: Path | None, clock: Clock) -
 
 
 def observed_of(watched: observe.Watched) -> Observed:
-    """What a server tells: ours by its receipts, vLLM by its metrics."""
-    if not watched.is_vllm:
-        told = summarise(watched.receipts or ())
-        lost = {share.reason.name: float(share.tokens) for share in told.by_reason if share.reason in LOST}
+    """What a server tells: ours by its receipts, where it has some, and else by its metrics."""
+    if watched.receipts:
+        told = summarise(watched.receipts)
         tiers = {tier: float(tokens) for tier, tokens in told.by_tier.items()}
+        lost = {share.reason.name: float(share.tokens) for share in told.by_reason if share.reason in LOST}
         source = f"the last {told.requests:,} receipts of {watched.name}"
-        return Observed(
-            source, told.requests, told.prompt_tokens, tiers.pop("device", 0.0), tiers, lost, never_full=False
-        )
-    value = watched.counted
+        own = tiers.pop("device", 0.0)
+        return Observed(source, told.requests, told.prompt_tokens, own, tiers, lost, never_full=False)
+    source, value = f"what {watched.name} has counted", watched.counted
+    if not watched.is_vllm:
+        tiers = watched.counted_by("cached_tokens_total", "tier")
+        routes = watched.counted_by("requests_total", "route")
+        requests = sum(count for route, count in routes.items() if route.endswith("completions"))
+        own = tiers.pop("device", 0.0)
+        return Observed(source, requests, value("prompt_tokens_total"), own, tiers, None, never_full=False)
     room = sum(
         float(dict(labels).get("num_gpu_blocks") or 0) * float(dict(labels).get("block_size") or 0)
         for labels, _ in watched.last.series.get("vllm:cache_config_info", ())
@@ -237,15 +244,9 @@ def observed_of(watched: observe.Watched) -> Observed:
     prompts, own = value("vllm:prompt_tokens_total"), value("vllm:prefix_cache_hits_total")
     other = value("vllm:external_prefix_cache_hits_total")
     computed = prompts - own - other + value("vllm:generation_tokens_total")
-    return Observed(
-        f"what {watched.name} has counted",
-        value("vllm:request_success_total"),
-        prompts,
-        own,
-        {"external": other} if other else {},
-        None,
-        never_full=computed <= room,
-    )
+    tiers = {"external": other} if other else {}
+    requests = value("vllm:request_success_total")
+    return Observed(source, requests, prompts, own, tiers, None, never_full=computed <= room)
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
@@ -259,16 +260,28 @@ def render(answer: Answer) -> str:
         lines += ["", *_leaf_lines(count, leaf)]
     if answer.use_case:
         lines += ["", *_use_case_lines(answer)]
-    lines += ["", "assumed", *(f"  - {note}" for note in advice.notes)]
+    lines += ["", "assumed", *(line for note in advice.notes for line in _wrapped(note, "- "))]
     if advice.lines:
-        lines += ["", "configuration", *(f"  {line}" for line in toml(advice).splitlines())]
+        lines += ["", "configuration", *(f"  {line}".rstrip() for line in toml(advice).splitlines())]
     return "\n".join([*lines, "", f"so: {advice.so}"])
 
 
 def _leaf_lines(count: int, leaf: Leaf) -> list[str]:
-    lines = [f"{count}. {leaf.question} {leaf.answer}", f"   {leaf.why}"]
-    lines += [f"   - {number.name}: {_number(number)}" for number in leaf.numbers]
+    lines = [f"{count}. {leaf.question} {leaf.answer}", *_wrapped(leaf.why)]
+    lines += [line for number in leaf.numbers for line in _wrapped(f"{number.name}: {_number(number)}", "- ")]
     return [*lines, f"   test it: {leaf.test}"]
+
+
+def _wrapped(text: str, mark: str = "") -> list[str]:
+    first = "   " + mark
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
+
+
+def _use_case_lines(answer: Answer) -> list[str]:
+    usual = " and ".join(answer.usual_tiers) or "the engine's own memory"
+    said = {True: "confirm it", False: "refute it, for this workload on this machine", None: "do not tell"}
+    why = f"usually {usual}, as {answer.usual_why}. The numbers {said[answer.confirmed]}."
+    return [answer.use_case, *_wrapped(why), *_wrapped(f"Whatever the tiers: {answer.habit}.")]
 
 
 def _number(number: Number) -> str:
@@ -285,15 +298,6 @@ def _value(value: float | None, unit: str) -> str:
         return f"{value / 1e9:,.3g} GB/s"
     shown = f"{value:,.1f}" if unit == "%" else f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"  # noqa: PLR2004  # three digits
     return f"{shown} {unit}".rstrip()
-
-
-def _use_case_lines(answer: Answer) -> list[str]:
-    usual = " and ".join(answer.usual_tiers) or "the engine's own memory"
-    said = {True: "confirm it", False: "refute it, for this workload on this machine", None: "do not tell"}
-    return [
-        f"for {answer.use_case} the usual start is {usual}: {answer.usual_why}. The numbers {said[answer.confirmed]}.",
-        f"and whatever the tiers: {answer.habit}.",
-    ]
 
 
 def toml(advice: Advice) -> str:

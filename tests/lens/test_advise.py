@@ -1,0 +1,264 @@
+"""The verb `advise`: what it reads, what it says, and the file that it writes."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.fleet import Light
+from tests.lens.recordings import FOLDER, recorded
+from thermocline import cli
+from thermocline.clock import SystemClock
+from thermocline.costs import workload
+from thermocline.costs.trace import read
+from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
+from thermocline.lens import advise
+from thermocline.lens.advise import LOST, Asked, machine_of
+from thermocline.settings import DECLARED, Settings
+from thermocline.store.receipt import Reason
+
+MODEL = "meta-llama/Meta-Llama-3.1-8B"
+H100 = Asked(model=MODEL, gpu="h100")
+TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+published = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process; gives its exit code, stdout and stderr."""
+    for setting in DECLARED.values():
+        monkeypatch.delenv(setting.variable, raising=False)
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_follows_from_its_names():
+    """Bytes, KV memory, prices and links are those of the tables, and each is said with its source."""
+    found = machine_of(Asked(model=MODEL, gpu="h100", tp=2, instances=3), 4000)
+    assert found.token_bytes == 131_072
+    assert found.instances == 3
+    assert found.usd_per_hour == pytest.approx(2 * 2.95)
+    assert [each.tier for each in found.offers] == ["host", "disk"]
+    one = machine_of(H100, 4000)
+    assert found.offers[0].link.bytes_per_second == 2 * one.offers[0].link.bytes_per_second
+    assert found.offers[1].link == one.offers[1].link
+    for word in ("KV memory", "prefills", "price", "host", "disk"):
+        assert any(note.startswith(word) for note in found.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("text", "speed", "size", "price", "evidence"),
+    [
+        ("host", 64e9, None, 0.0, "config_read"),
+        ("host=512GiB", 64e9, 512 << 30, 0.0, "config_read"),
+        ("disk=4TB@14GB/s:0.0001", 14e9, 4 * 10**12, 0.0001, "given"),
+        ("disk@nvme-gen5", 14e9, None, 0.0, "unverified"),
+        ("redis=64GiB@100gbe", 12.5e9, 64 << 30, 0.0, "unverified"),
+        ("redis:0.002", 1e9, None, 0.002, "measured"),
+    ],
+)
+def test_tiers_are_named_in_words(text, speed, size, price, evidence):
+    """A tier has a size, a bandwidth or a known link, and a price, where they are given; else its usual link."""
+    (found,) = machine_of(Asked(model=MODEL, gpu="h100", tiers=(text,)), 4000).offers
+    assert found.link.bytes_per_second == pytest.approx(speed)
+    assert (found.capacity_bytes, found.usd_per_gb_hour, found.link.evidence) == (size, price, evidence)
+    assert found.shared == text.startswith("redis")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "hint"),
+    [
+        ({"model": None}, SettingsError, "--gpu"),
+        ({"gpu": None}, SettingsError, "--gpu"),
+        ({"model": "meta-llama/Meta-Llama-3.1-9B"}, ModelError, "Meta-Llama-3.1-8B"),
+        ({"gpu": "h1000"}, SettingsError, "H100"),
+        ({"model": "Qwen/Qwen3.5-27B"}, SettingsError, "engine"),
+        ({"model": "meta-llama/Meta-Llama-3.1-70B"}, SettingsError, "--tp"),
+        ({"tiers": ("tape",)}, SettingsError, "host, disk, redis"),
+        ({"tiers": ("disk@quick",)}, SettingsError, "host, disk, redis"),
+        ({"tiers": ("disk=4TB:cheap",)}, SettingsError, "host, disk, redis"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_hint(changes, error, hint):
+    """A model, GPU or tier that is not known, has no room or cannot be stored is refused, with what would do."""
+    fields = {"model": MODEL, "gpu": "h100"} | changes
+    with pytest.raises(error) as refused:
+        machine_of(Asked(**fields), 4000)
+    assert hint in refused.value.hint
+
+
+# -- the workload ------------------------------------------------------------------------------------------------------
+
+
+def mooncake(path, requests):
+    """(milliseconds, blocks of 512 tokens) of each request, as a trace of Mooncake's format."""
+    lines = (
+        {"timestamp": at, "input_length": 512 * len(ids), "output_length": 10, "hash_ids": ids} for at, ids in requests
+    )
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_a_trace_is_read(tmp_path):
+    """Of ten requests that share one block of two, nine find it: 45 % of all tokens, which the engine holds itself."""
+    path = mooncake(tmp_path / "shared.jsonl", [(1000 * at, [0, 1 + at]) for at in range(10)])
+    found = advise.of_trace(H100, path)
+    told = {number.name: number.value for number in found.inputs}
+    assert found.verdict == "engine"
+    assert told["reused from other sessions"] + told["reused in the same session"] == pytest.approx(45.0)
+
+
+def test_lengths_alone_are_no_workload(tmp_path):
+    """A trace that tells nothing of shared prefixes is refused: reuse is not guessed."""
+    path = tmp_path / "lengths.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n")
+    with pytest.raises(TraceError) as refused:
+        advise.of_trace(H100, path)
+    assert "--describe" in refused.value.hint
+
+
+@published
+def test_the_oracle_of_a_public_trace_is_the_published_one():
+    """On Mooncake's synthetic trace, 4,392 blocks hit 26.7 % of the tokens by recency and 51.6 % by an oracle."""
+    from thermocline.costs.study import Study, oracle_hit
+
+    trace = read(TRACES / "mooncake_synthetic.jsonl.xz")
+    study = Study(trace, machine_of(H100, 4000))
+    assert 100 * study.held(4392).sum() / trace.input_tokens.sum() == pytest.approx(26.7, abs=0.1)
+    assert 100 * oracle_hit(trace, 4392) == pytest.approx(51.6, abs=0.1)
+
+
+@pytest.mark.parametrize("name", workload.use_cases())
+def test_a_use_case_is_confirmed_or_refuted(name):
+    """What is usual for a use case stands beside what the numbers say of its own workload, whichever that is."""
+    found = advise.beside(None, name, H100)
+    assert found.confirmed == (set(found.usual_tiers) == set(found.advice.tiers))
+    assert found.habit
+    assert found.habit in " ".join(advise.render(found).split())
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "never_full"), [("healthy", True), ("evicted", False)])
+def test_vllm_tells_by_its_metrics(name, never_full):
+    """Of a recorded vLLM: prompts, hits, and whether all that it ever computed fits its memory."""
+    (server, *_) = recorded(name)
+    found = advise.observed_of(server)
+    assert found.requests > 0
+    assert 0 <= found.engine_tokens < found.prompt_tokens
+    assert found.never_full == never_full
+    assert (found.ideal is not None) == never_full
+
+
+def test_a_running_vllm_is_asked():
+    """The metrics that a server answers with are its workload. One that is silent is refused, with a hint."""
+    pages = {"/metrics": (FOLDER / "healthy" / "3.txt").read_bytes()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path in pages else 404)
+            self.end_headers()
+            self.wfile.write(pages.get(self.path, b""))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        asked = partial(advise.of_server, H100, url, None, SystemClock())
+        assert asked().leaves[0].answer == "yes"
+        pages["/metrics"] = b""
+        with pytest.raises(SettingsError):
+            asked()
+        pages.clear()
+        with pytest.raises(UnreachableError):
+            asked()
+        server.shutdown()
+
+
+def test_an_instance_of_ours_is_asked(folder):
+    """Ten prompts of which nine are known: the counters of a running instance say so. It does not say what it lost."""
+    with Light(folder, "a", "tcp://127.0.0.1:9", 1000) as light:
+        for number in range(10):
+            link = http.client.HTTPConnection("127.0.0.1", light.port, timeout=10)
+            prompt = [*range(640), 1000 + number]
+            link.request("POST", "/v1/completions", json.dumps({"model": "light", "prompt": prompt, "max_tokens": 1}))
+            assert link.getresponse().read()
+            link.close()
+        found = advise.of_server(H100, light.url, None, SystemClock())
+    hit = next(number for number in found.leaves[0].numbers if number.name == "hit rate now")
+    assert hit.value == pytest.approx(100 * 9 * 640 / (10 * 641))
+    assert found.verdict == "unknown"
+
+
+def test_reasons_are_known_once_or_never():
+    """Each reason of a missing block is counted as known once, or is one of those that say it was not."""
+    assert set(Reason) - LOST == {
+        Reason.NEVER_SEEN,
+        Reason.UNKNOWN,
+        Reason.DIVERGED,
+        Reason.OTHER_LAYOUT,
+        Reason.TAIL,
+    }
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_is_written(run, tmp_path):
+    """`--config-out` writes a file that every verb takes with `--config`, and `config` shows where values came from."""
+    described, path = tmp_path / "w.toml", tmp_path / "thermocline.toml"
+    described.write_text(
+        "sessions = 200\nsessions_per_hour = 3600\nturns = 6\nthink_seconds = 600\ngrowth_tokens = 4000\n"
+    )
+    words = ("advise", MODEL, "--gpu", "h100", "--describe", str(described), "--config-out", str(path))
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out.rstrip().endswith("so: Keep KV in host.")
+    assert Settings.load(path, environ={}).memory_bytes > 1 << 30
+    code, out, _ = run("config", "--config", str(path), "--json")
+    assert code == 0
+    assert str(path) in out
+
+
+def test_json_has_all_of_it(run):
+    """`--json` has the leaves with their numbers, the lines with their reasons, and what is usual."""
+    code, out, _ = run("advise", MODEL, "--gpu", "h100", "--use-case", "structured", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["confirmed"] is True
+    assert found["advice"]["verdict"] == "engine"
+    assert {"question", "answer", "why", "numbers", "test"} <= set(found["advice"]["leaves"][0])
+
+
+@pytest.mark.parametrize("words", [(), ("--trace", "a", "--url", "b"), ("--use-case", "talk")])
+def test_one_workload_is_named(run, words):
+    """No workload, two of them, or a use case that there is not: a mistake, with a hint."""
+    code, _, err = run("advise", MODEL, "--gpu", "h100", *words)
+    assert code == 2
+    assert "hint:" in err
+
+
+def test_no_configuration_from_counters(run, tmp_path):
+    """Counters do not tell sizes, so there is no file to write; the text says what would."""
+    found = advise.judge(advise.observed_of(recorded("evicted")[0]), machine_of(H100, 100))
+    assert found.lines == ()
+    with pytest.raises(SettingsError):
+        advise.write(tmp_path / "none.toml", found)
+    assert "--trace" in advise.render(advise.Answer(found))
