@@ -16,11 +16,14 @@ from thermocline.errors import ThermoclineError
 if TYPE_CHECKING:
     from thermocline.settings import Settings
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, NO_ROOM, TOO_SLOW, NO_CACHE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 EXIT_CODES = {
     OK: "done, and what was checked holds",
     FAILED: "an error, damage found by `check`, a finding of `doctor`, or a budget missed by `bench`",
     USAGE: "a mistake in the command line or the settings",
+    NO_ROOM: "the model does not fit, says `size`",
+    TOO_SLOW: "it fits, and misses the target for first tokens",
+    NO_CACHE: "it fits, and no cache is advised",
     INTERRUPTED: "stopped by Ctrl-C",
 }
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from thermocline.cli.app import FAILED, INTERRUPTED, OK, MistakeError, app, json_flag
+from thermocline.cli.app import (
+    FAILED,
+    INTERRUPTED,
+    NO_CACHE,
+    NO_ROOM,
+    OK,
+    TOO_SLOW,
+    MistakeError,
+    app,
+    json_flag,
+)
 
 if TYPE_CHECKING:
     from thermocline.clock import Clock
@@ -211,3 +222,97 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         lens.write(Path(config_out), answer.advice)
     click.echo(msgspec.json.encode(answer).decode() if as_json else lens.render(answer))
     return OK
+
+
+@app.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--gpu", "gpus", multiple=True, required=True, metavar="NAME", help="An accelerator. May be given again.")
+@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--pp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Pipeline stages.")
+@click.option(
+    "--context", "contexts", multiple=True, metavar="TOKENS", help="Lengths: 4k,32k. By default four usual ones."
+)
+@click.option("--kv-dtype", default="", metavar="NAME", help="Of K and V: bf16, fp8. By default the checkpoint's.")
+@click.option(
+    "--weights-dtype", default="", metavar="NAME", help="Of the weights: bf16, fp8, fp4. By default as above."
+)
+@click.option("--parameters", metavar="COUNT", help="Of the model, where they are not known: 27B, or 30B:3B active.")
+@click.option("--utilisation", type=click.FloatRange(0.1, 1), help="Of the memory; by default vLLM's.")
+@click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
+@click.option("--hit", type=click.FloatRange(0, 1), help="Share of a prompt that is known; where no trace says it.")
+@click.option(
+    "--arrivals", type=click.FloatRange(0, min_open=True), help="Requests per second. By default the trace's."
+)
+@click.option("--output-tokens", type=click.IntRange(1), help="Of an answer. By default the trace's, else 256.")
+@click.option("--slo-seconds", type=click.FloatRange(0, min_open=True), help="Nine first tokens in ten within this.")
+@click.option("--price", type=click.FloatRange(0), help="US dollars per accelerator and hour. By default the table's.")
+@click.option("--measured", metavar="FILE", help="What `profile --write` wrote: prefills as they were measured.")
+@click.option("--html", metavar="FILE", help="Write a page with charts.")
+@json_flag
+def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
+    models: tuple[str, ...],
+    gpus: tuple[str, ...],
+    tp: int,
+    pp: int,
+    contexts: tuple[str, ...],
+    kv_dtype: str,
+    weights_dtype: str,
+    parameters: str | None,
+    utilisation: float | None,
+    trace: str | None,
+    hit: float | None,
+    arrivals: float | None,
+    output_tokens: int | None,
+    slo_seconds: float | None,
+    price: float | None,
+    measured: str | None,
+    html: str | None,
+    as_json: bool,
+) -> int:
+    """Say what a model needs on a GPU: KV bytes, sessions, seconds, tiers that pay, and money, with and without reuse.
+
+    MODEL is a folder with config.json, a model in the hub's cache here, or a name of the table. Several models or GPUs
+    are put side by side; the exit code is that of the best of them.
+    """
+    import msgspec
+
+    from thermocline.costs import measured as profiles
+    from thermocline.costs import sizing
+    from thermocline.costs import trace as traces
+    from thermocline.costs.hardware import accelerator
+    from thermocline.costs.models import find
+    from thermocline.lens import size as lens
+
+    asked = [
+        sizing.Asked(
+            geometry=lens.with_parameters(geometry, parameters),
+            accelerator=device,
+            tp=tp,
+            pp=pp,
+            contexts=lens.lengths(contexts),
+            kv_dtype=kv_dtype,
+            weights_dtype=weights_dtype,
+            utilisation=utilisation,
+            output_tokens=output_tokens,
+            usd_per_hour=price,
+            arrivals_per_second=arrivals,
+            target_seconds=slo_seconds,
+            hit=hit,
+        )
+        for geometry in map(find, models)
+        for device in map(accelerator, gpus)
+    ]
+    workload = traces.read(Path(trace)) if trace else None
+    profile = profiles.read(Path(measured)) if measured else None
+    found = []
+    for each in asked:
+        if sys.stderr.isatty() and workload is not None:
+            click.echo(f"\r\x1b[K{each.geometry.name} on {each.accelerator.name}", err=True, nl=False)
+        found.append(sizing.size(dataclasses.replace(each, trace=workload, profile=profile)))
+    if sys.stderr.isatty() and workload is not None:
+        click.echo("\r\x1b[K", err=True, nl=False)
+    if html:
+        Path(html).write_text(lens.report(found))
+    click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
+    codes = {sizing.NO_CACHE: NO_CACHE, sizing.TOO_SLOW: TOO_SLOW, sizing.NO_ROOM: NO_ROOM}
+    return min((codes.get(each.verdict, OK) for each in found), key=(OK, NO_CACHE, TOO_SLOW, NO_ROOM).index)

@@ -32,9 +32,11 @@ CONTEXTS = (2048, 8192, 32768, 131072)
 OUTPUT_TOKENS, BATCH_MAX = 256, 256
 RANKS = (1, 2, 4, 8, 16, 32)
 CURVE_POINTS = 48
+STEPS = (0.5, 0.8, 0.9, 0.95, 0.99)
 SHOWN_LINKS = ("nvme-gen4", "100gbe", "redis")
 Known = TypeVar("Known")
 FITS, NO_ROOM, TOO_SLOW, NO_CACHE = "fits", "does not fit", "fits, and is too slow", "fits, and no cache is advised"
+UNTOLD = "not known whether it fits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,10 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """What a trace says. Shares are of prompt tokens; the curve is (bytes, share hit) under least recently used."""
+    """What a trace says. Shares are of prompt tokens; the curve is (bytes, share hit) under least recently used.
+
+    `steps` are (share of the ideal, bytes, share hit) of one cache for all requests; `chosen` are tiers per instance.
+    """
 
     name: str
     requests: int
@@ -147,6 +152,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: float
     live_bytes: float
     curve: tuple[tuple[float, float], ...]
+    steps: tuple[tuple[float, float, float], ...]
     windows: tuple[Window, ...]
     waits: dict[str, float]
     chosen: tuple[Chosen, ...]
@@ -219,6 +225,7 @@ class _Answer:
         advised = workload.chosen if workload else [tier for tier in tiers if tier.from_tokens is not None]
         late = self._late(bills)
         verdict = NO_ROOM if not fits else TOO_SLOW if late else FITS if advised or not running else NO_CACHE
+        verdict = UNTOLD if room is None else verdict
         token = Token(
             token_bytes(self.geometry, self.kv_dtype),
             sum(each.layers * layer_token_bytes(each, self.kv_dtype, self.asked.tp) for each in self._unbounded()),
@@ -408,8 +415,10 @@ class _Answer:
             f"decoding: {batch} sequences of {context:,} tokens at once, as many as fit and at most {BATCH_MAX}",
             "an instance computes nothing else while it prefills or loads; requests go to whichever is free",
         ]
-        if self.price is not None:
-            self.notes.append(f"price: {self.price.source}")
+        self.notes.append("price: unknown; give --price" if self.price is None else f"price: {self.price.source}")
+        limit = self.geometry.context_tokens
+        if trace is not None and limit is not None and (longer := int((trace.input_tokens > limit).sum())):
+            self.notes.append(f"{longer:,} prompts of the trace are longer than the {limit:,} tokens of the model")
         if trace is not None and trace.has_blocks and self.stored:
             return self._with_trace(trace, demand, room)
         return None, self._without_trace(demand, trace)
@@ -495,6 +504,7 @@ class _Answer:
     def _workload(self, trace: Trace, reuse: Reuse, study: Study, chosen: Sequence[Sized]) -> Workload:
         each = trace.tokens_per_block * self.stored_token_bytes
         sizes = np.unique(np.geomspace(1, max(1, reuse.distinct_blocks), CURVE_POINTS).astype(np.int64)).tolist()
+        steps = [(part, reuse.blocks_for(part)) for part in STEPS]
         ordered = sorted(chosen, key=lambda sized: sized[1])
         hits = [study.use(ordered[: at + 1]).hit for at in range(len(ordered))]
         return Workload(
@@ -513,6 +523,7 @@ class _Answer:
             device_bytes=study.tier_bytes(study.device_blocks),
             live_bytes=float(reuse.live_blocks * each),
             curve=tuple((float(blocks * each), reuse.hit(blocks)) for blocks in sizes),
+            steps=tuple((part, float(n * each), reuse.hit(n)) for part, n in steps),
             windows=tuple(
                 Window(w.seconds, w.mean_blocks * each, float(w.max_blocks * each)) for w in reuse.working_sets
             ),

@@ -25,6 +25,11 @@ def count(value: float) -> str:
     return significant(value / step) + letter
 
 
+def tokens(value: float) -> str:
+    """32k, 1,000: of tokens, a k is 1,024, as models name their lengths."""
+    return f"{value / 1024:,.0f}k" if value >= 1024 and value % 1024 == 0 else f"{value:,.0f}"  # noqa: PLR2004  # a k
+
+
 def nbytes(value: float) -> str:
     """655 kB, 16.1 GB; 10^9 bytes are a GB."""
     step, letter = next(((step, letter) for step, letter in _STEPS if abs(value) >= step), (1.0, ""))
