@@ -329,12 +329,12 @@ def test_what_is_held_is_what_a_cache_would_hold(requests, blocks, instances):
     assert study.held(blocks).tolist() == [played[at] for at in range(len(trace))]
 
 
-@given(PATHS, st.integers(0, 12))
-def test_an_oracle_is_never_worse(requests, blocks):
+@given(PATHS, st.integers(0, 12), st.integers(1, 3))
+def test_an_oracle_is_never_worse(requests, blocks, instances):
     """A cache that knows what comes hits at least as much as one that does not, and no more than an endless one."""
     trace = made(requests)
-    study = Study(trace, machine(0))
-    oracle = oracle_hit(trace, blocks) * int(trace.input_tokens.sum())
+    study = Study(trace, machine(0, instances=instances))
+    oracle = oracle_hit(study, blocks) * int(trace.input_tokens.sum())
     assert study.held(blocks).sum() <= oracle + 1e-6
     assert oracle <= study.held(1000).sum() + 1e-6
 

@@ -139,7 +139,7 @@ def test_the_oracle_of_a_public_trace_is_the_published_one():
     trace = read(TRACES / "mooncake_synthetic.jsonl.xz")
     study = Study(trace, machine_of(H100, 4000))
     assert 100 * study.held(4392).sum() / trace.input_tokens.sum() == pytest.approx(26.7, abs=0.1)
-    assert 100 * oracle_hit(trace, 4392) == pytest.approx(51.6, abs=0.1)
+    assert 100 * oracle_hit(study, 4392) == pytest.approx(51.6, abs=0.1)
 
 
 @pytest.mark.parametrize("name", workload.use_cases())

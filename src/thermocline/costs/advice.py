@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -233,27 +232,22 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
 
     def gain(speed: float = offer.link.bytes_per_second, price: float = offer.usd_per_gb_hour) -> float:
         changed = replace(offer, link=replace(offer.link, bytes_per_second=speed), usd_per_gb_hour=price)
-        return study.marginal(changed, others)
+        return max(study.gains(changed, others).values(), default=0.0)
 
-    def number(name: str, value: float | None, unit: str, *flips: Any) -> Number:  # noqa: ANN401  # where, and to what
-        return Number(name, value, unit, *flips)
-
-    tried = size or max(study.sizes(offer), default=0)
+    gains = study.gains(offer, others)
+    tried = size or max(gains, default=0)
+    most = next((blocks for blocks, gained in gains.items() if gained >= 0.9 * gains[tried] > 0), 0)
     with_it, without = study.use([*others, (offer, tried)]).hit, study.use(others).hit
+    enough, quick = study.tier_bytes(most) / 1e9, flip(1e5, 1e14, lambda speed: gain(speed=speed) > 0)
     numbers = [
-        number("seconds saved per hour, less what it costs", gain(), "s", 0.0, flips_to),
-        number(
-            "bandwidth for one instance",
-            offer.link.bytes_per_second,
-            "B/s",
-            flip(1e5, 1e14, lambda speed: gain(speed=speed) > 0),
-            flips_to,
-        ),
-        number("prefix from which a load is quicker", _pays_from(study, offer), "tokens"),
+        Number("seconds saved per hour, less what it costs", gain(), "s", 0.0, flips_to),
+        Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", quick, flips_to),
+        Number("prefix from which a load is quicker", _pays_from(study, offer), "tokens"),
+        *([Number("room for nine tenths of those seconds", enough, "GB")] if size else []),
     ]
     if study.machine.usd_per_hour is not None:
         dear = flip(1e-9, 1e6, lambda price: gain(price=price) > 0)
-        numbers.append(number("price of room", offer.usd_per_gb_hour, "USD/GB/h", dear, flips_to))
+        numbers.append(Number("price of room", offer.usd_per_gb_hour, "USD/GB/h", dear, flips_to))
     return Leaf(
         f"Does {offer.tier} pay?",
         f"yes: {study.tier_bytes(size) / 1e9:,.1f} GB" if size else "no",
@@ -287,7 +281,8 @@ def _routing(study: Study, holding: int, spread: Spread) -> tuple[str, Leaf]:
     return best.policy, Leaf(
         "Which routing?",
         best.policy,
-        f"Our router over {study.machine.instances} instances that exist as queues and caches: {told}.",
+        f"{len(now[0].seconds):,} requests through our router, over {study.machine.instances} instances that exist as "
+        f"queues and caches: {told}.",
         (*numbers, Number("pace of arrivals", 1.0, "x", *flips)),
         f"thermocline route --policy {best.policy}",
     )
@@ -302,25 +297,31 @@ def _soonest(came: Sequence[Routed]) -> Routed:
 def _keeping(study: Study, reuse: Reuse, holding: int) -> Leaf:
     trace, size = study.trace, study.trace.tokens_per_block
     tokens = int(study.held(holding).sum())
-    oracle = oracle_hit(trace, holding) if study.machine.instances == 1 else None
-    room = None if oracle is None or not reuse.ideal else reuse.blocks_for(min(1.0, oracle / reuse.ideal)) * size
+    oracle, room = oracle_hit(study, holding), None
+    if oracle is not None:
+        room = _least(reuse.distinct_blocks, lambda blocks: _hit(study, blocks) >= oracle - 1e-9)
     new = (len(trace.blocks) - tokens / size) / study.machine.instances
     stays = holding * trace.seconds / new if new > holding else None
-    half, most, last = reuse.wait(0.5), reuse.wait(0.99), reuse.wait(1.0)
+    half, most = reuse.wait(0.5), reuse.wait(0.99)
     return Leaf(
         "What is kept, and how long?",
         "least recently used goes first; nothing expires",
         "The store has this one policy. Room is bounded, and paid for whether it is used or not, so an age limit can "
         f"only lose hits: half of them come {half:,.0f} s after the last use, 99 % within {most:,.0f} s.",
         (
-            Number("hit rate, least recently used", 100 * tokens / int(trace.input_tokens.sum()), "%"),
+            Number("hit rate, least recently used", 100 * _hit(study, holding), "%"),
             Number("hit rate of an oracle in the same room", None if oracle is None else 100 * oracle, "%"),
-            Number("room of an instance", holding * size, "tokens", room, "as many hits as an oracle has in this room"),
+            Number("room of an instance", holding * size, "tokens"),
+            Number("room in which there are as many hits as an oracle has", room and room * size, "tokens"),
             Number("time until an unused block is dropped", stays, "s"),
-            Number("age limit", None, "s", last, "hits are lost below it"),
+            Number("shortest age limit that loses no hit", reuse.wait(1.0), "s"),
         ),
         "thermocline why --summary",
     )
+
+
+def _hit(study: Study, blocks: int) -> float:
+    return float(study.held(blocks).sum() / study.trace.input_tokens.sum())
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -99,9 +99,9 @@ class Study:
         self.cold = self.cold_seconds(trace.input_tokens)
         busy = float(self.cold.sum()) / machine.instances
         self.hours = max(trace.seconds, busy if trace.seconds == 0 else 0.0, 1e-9) / 3600
-        homes = self._homes()
-        self._local = _joined([runs_of(trace, home) for home in homes])
-        self._shared = self._local if len(homes) == 1 else None
+        self.homes = self._homes()
+        self._local = _joined([runs_of(trace, home) for home in self.homes])
+        self._shared = self._local if len(self.homes) == 1 else None
         self._held: dict[tuple[float, bool], Ints] = {}
 
     def _homes(self) -> list[list[int]]:
@@ -223,10 +223,10 @@ class Study:
                         found, highest = tiers, net
         return found
 
-    def marginal(self, offer: Offer, others: Sequence[Sized]) -> float:
-        """What this tier adds to the net of the others, at its best size."""
-        nets = [self.net([*others, (offer, size)]) for size in self.sizes(offer)]
-        return max(nets, default=-math.inf) - self.net(others)
+    def gains(self, offer: Offer, others: Sequence[Sized]) -> dict[int, float]:
+        """What this tier adds to the net of the others, by its size."""
+        without = self.net(others)
+        return {size: self.net([*others, (offer, size)]) - without for size in self.sizes(offer)}
 
 
 # -- other orders, other rules -----------------------------------------------------------------------------------------
@@ -234,27 +234,42 @@ class Study:
 
 def by_prefix(trace: Trace, instances: int = 1) -> Trace:
     """The same requests at the same times, those with like prompts behind each other; each instance has one stretch."""
-    order = np.array(sorted(range(len(trace)), key=lambda request: trace.path(request).tolist()), np.int64)
-    paths = [trace.path(request) for request in order.tolist()]
+    order = sorted(range(len(trace)), key=lambda request: trace.path(request).tolist())
     return replace(
-        trace,
-        input_tokens=trace.input_tokens[order],
-        output_tokens=trace.output_tokens[order],
+        _picked(trace, order),
+        arrival_seconds=trace.arrival_seconds,
         sessions=np.arange(len(order)) * instances // len(order),
-        blocks=np.concatenate([trace.blocks[:0], *paths]),
-        starts=np.concatenate([[0], np.cumsum([len(path) for path in paths])]),
         notes=(*trace.notes, "requests are sorted by their prompts"),
     )
 
 
-def oracle_hit(trace: Trace, blocks: int) -> float | None:
-    """The share of tokens that a cache hits which knows what comes; None where the trace is too long to say.
+def _picked(trace: Trace, requests: Sequence[int]) -> Trace:
+    paths = [trace.path(request) for request in requests]
+    return replace(
+        trace,
+        arrival_seconds=trace.arrival_seconds[requests],
+        input_tokens=trace.input_tokens[requests],
+        output_tokens=trace.output_tokens[requests],
+        sessions=trace.sessions[requests],
+        blocks=np.concatenate([trace.blocks[:0], *paths]),
+        starts=np.concatenate([[0], np.cumsum([len(path) for path in paths])]),
+    )
+
+
+def oracle_hit(study: Study, blocks: int) -> float | None:
+    """The share of tokens that caches of this size hit which know what comes; None where the trace is too long to say.
 
     It keeps the blocks whose next use is nearest, of equals the one nearer to the beginning (Belady, 1966, for paths).
     A parent is used whenever its child is, so what is kept is closed towards the beginning by itself.
     """
+    trace = study.trace
     if len(trace.blocks) > ORACLE_BLOCKS_MAX:
         return None
+    found = sum(_oracle_tokens(_picked(trace, home), blocks) for home in study.homes if home)
+    return found / int(trace.input_tokens.sum())
+
+
+def _oracle_tokens(trace: Trace, blocks: int) -> int:
     uses, flat = _next_uses(trace), trace.blocks.tolist()
     held: dict[int, int] = {}
     latest: list[tuple[int, int, int]] = []
@@ -272,7 +287,7 @@ def oracle_hit(trace: Trace, blocks: int) -> float | None:
             following, _, block = heapq.heappop(latest)
             if held.get(block) == -following:
                 del held[block]
-    return tokens / int(trace.input_tokens.sum())
+    return tokens
 
 
 def _next_uses(trace: Trace) -> list[int]:
