@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import msgspec
 import pytest
 
 from tests.lens.recordings import recorded
@@ -33,7 +34,7 @@ def _measured(*lengths: int) -> Measured:
 def node():
     """A node that was asked for the same prompts several times, as it is seen from outside."""
 
-    def look(ttl_seconds: float | None) -> Watched:
+    def look(ttl_seconds: float | None, load_seconds: float = 0.002) -> Watched:
         clock = ManualClock(1000.0)
         warm = MemoryTier(256 * BLOCK_BYTES, clock=clock)
         warm.wait_ready()
@@ -42,6 +43,7 @@ def node():
             for turn in range(5):
                 receipts += [serve(store, f"{turn} {at}", text(at, 200)) for at in range(5)]
                 clock.sleep(5.0)
+            receipts = [msgspec.structs.replace(each, load_seconds=load_seconds) for each in receipts]
             store.measure()
             scrape = parse(store.metrics.text())
             return Watched(kind=Kind.NODE, name="node", scrapes=(scrape,), receipts=tuple(receipts))
@@ -74,6 +76,7 @@ def test_a_node_in_use(node):
     assert _states([node(600.0)], _measured(1024, 4096, 16384)) == [P, P, P, U, P, P, P]
     assert _states([node(None)], _measured(1024)) == [F, P, P, U, P, F, P]
     assert _states([node(None)], _measured())[0] is F
+    assert _states([node(None, load_seconds=0.0)])[4] is U
 
 
 @pytest.mark.parametrize(("others", "seconds", "state"), [(0, 5.0, U), (0, 120.0, F), (2, 5.0, P)])
@@ -89,5 +92,5 @@ def test_it_reads_as_a_table(node):
     """Each item is a line with its figures, and the last line counts them."""
     shown = render(check([node(600.0)]))
     assert shown.count("\n") == len(checklist.ITEMS) + 1
-    assert "1,000 tokens load in 0.00 ms" in shown
+    assert "1,000 tokens load in 10.42 ms" in shown
     assert shown.endswith("5 pass, 0 fail, 2 unknown")

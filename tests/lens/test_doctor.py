@@ -278,6 +278,16 @@ def test_a_store_that_is_well(world):
     assert render(found).endswith(HEALTHY)
 
 
+def test_what_was_mended_is_not_held_against_it(world):
+    """After as many good requests as are looked at, what was wrong before is not found any more."""
+    stamped(world)
+    assert conditions(diagnose([watched(world.store, world.receipts)])) == {Condition.FRONT_DIFFERS}
+    for _ in range(ENOUGH):
+        world.clock.sleep(1.0)
+        world.ask(prompts(1)[0])
+    assert not diagnose([watched(world.store, world.receipts)]).findings
+
+
 def test_a_young_store_is_no_patient(memory_only):
     """After a few new prompts nothing is claimed, and it is said what would have to be known."""
     store = memory_only()

@@ -137,12 +137,13 @@ def _monitored(seen: Seen) -> Answer:
 def _benchmarked(seen: Seen) -> Answer:
     """Measured loads beside measured prefills, per thousand tokens."""
     receipts = [each for some in seen.engines for each in some.receipts or ()]
-    loads = [each for each in receipts if each.loaded_tokens]
+    loads = [each for each in receipts if each.loaded_tokens and each.load_seconds]
     cold = [each for each in receipts if not each.loaded_tokens and each.prompt_tokens]
     if len(loads) < SURE_OBSERVATIONS or not cold:
         if seen.measured is not None and any(row.cached for row in seen.measured.rows):
             return State.PASS, f"a profile measured both up to {seen.measured.tokens_max:,} tokens"
-        return _unknown(f"{SURE_OBSERVATIONS} requests that load and one that computes all; or {PROFILE}")
+        wanted = f"{SURE_OBSERVATIONS} receipts with a timed load (vLLM's have none) and one that computes all"
+        return _unknown(f"{wanted}; or {PROFILE}")
     loading = 1e3 * math.fsum(each.load_seconds for each in loads) / sum(each.loaded_tokens for each in loads)
     computing = 1e3 * math.fsum(each.prefill_seconds for each in cold) / sum(each.prompt_tokens for each in cold)
     return State.PASS, f"1,000 tokens load in {1e3 * loading:,.2f} ms and are computed in {1e3 * computing:,.2f} ms"

@@ -259,12 +259,16 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Where prompt tokens came from, and why the others were computed (empty where nobody tells)."""
+    """Where prompt tokens came from, and why the others were computed (empty where nobody tells).
+
+    `requests` is how many receipts say so; 0 where counters do.
+    """
 
     where: str
     prompt_tokens: float
     by_source: tuple[tuple[str, float], ...]
     by_reason: tuple[tuple[str, float], ...] = ()
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +327,9 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
 
 def _hit_lines(hits: Hits) -> list[str]:
     found = math.fsum(tokens for _, tokens in hits.by_source)
-    lines = [f"{hits.where}: {found / hits.prompt_tokens:.0%} of {hits.prompt_tokens:,.0f} prompt tokens were reused"]
+    of = f"{hits.prompt_tokens:,.0f} prompt tokens"
+    of += f" of the last {hits.requests:,} requests" if hits.requests else ""
+    lines = [f"{hits.where}: {found / hits.prompt_tokens:.0%} of {of} were reused"]
     if found:
         lines[0] += f": {_parts(hits.by_source)}"
     if hits.by_reason:

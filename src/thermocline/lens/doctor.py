@@ -172,7 +172,7 @@ def _reasons(at: Watched, _: Sequence[Watched]) -> Said:
     """Why tokens were computed: each reason that costs enough of them is a condition."""
     if at.receipts is None:
         return
-    summary = _summary(at)
+    summary = summarise(_recent(at))
     tiers = set(at.last.by("tier_capacity_bytes", "tier"))
     for share in summary.by_reason:
         condition = _condition(share, tiers)
@@ -185,9 +185,12 @@ def _reasons(at: Watched, _: Sequence[Watched]) -> Said:
     yield from _seen_once(at.name, summary)
 
 
-def _summary(at: Watched) -> Summary:
-    """The receipts added up in the order of time, as examples are taken from the first of a kind."""
-    return summarise(sorted(at.receipts or (), key=lambda each: (each.wall_seconds, each.request)))
+def _recent(at: Watched) -> list[Receipt]:
+    """Receipts of what came while we looked, at least the last ENOUGH: what was mended is not held against it."""
+    ordered = sorted(at.receipts or (), key=lambda each: (each.wall_seconds, each.request))
+    since = ordered[-1].wall_seconds - at.seconds if ordered else 0.0
+    meanwhile = sum(1 for each in ordered if each.wall_seconds > since)
+    return ordered[-max(ENOUGH, meanwhile) :]
 
 
 def _condition(share: ReasonShare, tiers: set[str]) -> Condition | None:
@@ -229,7 +232,7 @@ def _seen_once(where: str, summary: Summary) -> Said:
     if tokens.get(Reason.TAIL, 0) > HALF * prompt:
         tail = Number("tokens behind the last whole block", tokens[Reason.TAIL])
         yield Finding(Condition.BLOCKS_TOO_LARGE, where, "", (tail, *numbers), tokens[Reason.TAIL] / prompt)
-    elif not summary.loaded_tokens and tokens.get(Reason.NEVER_SEEN, 0) > HALF * prompt:
+    elif tokens.get(Reason.NEVER_SEEN, 0) + tokens.get(Reason.TAIL, 0) > (1 - MATTERS) * prompt:
         new = Number("tokens never seen before", tokens[Reason.NEVER_SEEN])
         yield Finding(Condition.NO_REUSE, where, "", (new, *numbers), tokens[Reason.NEVER_SEEN] / prompt)
 
@@ -237,7 +240,7 @@ def _seen_once(where: str, summary: Summary) -> Said:
 def _load_slower(at: Watched, _: Sequence[Watched]) -> Said:
     """Loads that were measured to take longer than computing the same tokens was predicted to, by tier."""
     by_tier: dict[str, list[Receipt]] = {}
-    for each in at.receipts or ():
+    for each in _recent(at):
         if len(each.by_tier) == 1 and each.loaded_tokens:
             by_tier.setdefault(next(iter(each.by_tier)), []).append(each)
     for tier, some in sorted(by_tier.items()):
@@ -484,10 +487,10 @@ def _hits(at: Watched) -> Hits | None:
         tokens = at.counted("vllm:prompt_tokens_total")
         return Hits(at.name, tokens, tuple(sources.items())) if tokens else None
     if at.receipts:
-        summary = _summary(at)
+        summary = summarise(_recent(at))
         reasons = tuple((share.reason.name, float(share.tokens)) for share in summary.by_reason if share.tokens)
         sources = {tier: float(tokens) for tier, tokens in sorted(summary.by_tier.items())}
-        return Hits(at.name, summary.prompt_tokens, tuple(sources.items()), reasons)
+        return Hits(at.name, summary.prompt_tokens, tuple(sources.items()), reasons, summary.requests)
     tokens = at.counted("prompt_tokens_total")
     if not tokens:
         return None
