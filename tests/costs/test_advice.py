@@ -157,7 +157,7 @@ def test_agents_with_short_pauses_need_the_engine_only():
         assert leaf(answer(told, machine(tokens, offer())), "Does the engine").answer == answered
 
 
-RAG = Description(sessions=600, documents=60, document_tokens=6400, prompt_tokens=320)
+RAG = Description(sessions=200, documents=20, document_tokens=6400, prompt_tokens=320)
 
 
 def test_the_same_documents_on_two_machines_have_opposite_answers():
@@ -174,7 +174,7 @@ def test_hot_documents_before_eight_instances_are_routed_by_overlap():
 
     A session is one request, so a hash of sessions is chance: one request in eight finds its document.
     """
-    told = Description(sessions=800, sessions_per_hour=360, documents=8, document_tokens=6400, prompt_tokens=320)
+    told = Description(sessions=400, sessions_per_hour=360, documents=8, document_tokens=6400, prompt_tokens=320)
     advice = answer(told, machine(7_000, instances=8))
     found = leaf(advice, "Which routing")
     hits = dict(zip(POLICIES, [int(part.split("hits ")[1].split()[0]) for part in found.why.split(";")], strict=True))
