@@ -85,6 +85,7 @@ def test_old_names():
         ({"model_type": "jamba", "attn_layer_period": 4, "attn_layer_offset": 1}, "sfss" * 2),
         ({"model_type": "bamba", "attn_layer_indices": [3], "num_key_value_heads": 8}, "sssfssss"),
         ({"model_type": "falcon_h1"}, "b" * 8),
+        ({"model_type": "gemma4_text"}, "wwwwwfwf"),
         ({"model_type": "gemma4_text", "num_kv_shared_layers": 2}, "wwwwwf--"),
     ],
 )

@@ -43,6 +43,8 @@ class Architecture:
     indexed: bool = False
     heads: str = "num_key_value_heads"
     state: str = ""
+    last_full: bool = False
+    """The last layer keeps all tokens, whatever is said about it (Gemma 4)."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,7 +83,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(defaults={"num_key_value_heads": 4}),
     "gemma2": Architecture("every 2", defaults=_GEMMA3),
     "gemma3_text": Architecture("every 6", defaults=_GEMMA3),
-    "gemma4_text": Architecture("every 6", defaults=_GEMMA3 | {"sliding_window": 512, "global_head_dim": 512}),
+    "gemma4_text": Architecture(
+        "every 6", last_full=True, defaults=_GEMMA3 | {"sliding_window": 512, "global_head_dim": 512}
+    ),
     "cohere2": Architecture("every 4", defaults={"head_dim": 128, "sliding_window": 4096}),
     "olmo3": Architecture("every 4", defaults={"sliding_window": 4096}),
     "exaone4": Architecture("every 4", defaults={"sliding_window": 4096}),

@@ -198,6 +198,7 @@ def _pattern(fields: _Config, architecture: Architecture) -> str:
         letters = RULES[rule](fields, layers, int(number or 0))
     if fields.off("sliding_window", architecture.layers in MAY_HAVE_NONE) or fields.get("use_sliding_window") is False:
         letters = letters.replace("w", "f")
+    letters = letters[:-1] + "f" if architecture.last_full else letters
     return letters[: layers - (fields.get("num_kv_shared_layers") or 0)].ljust(layers, "-")
 
 
