@@ -160,11 +160,17 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @click.option("--describe", metavar="FILE", help="Synthesise it from a description.")
 @click.option("--use-case", metavar="NAME", help="Compare with what is usual, and without other workload take its own.")
 @click.option(
-    "--tier", "tiers", multiple=True, metavar="TIER", help="On offer: NAME[=SIZE][@SPEED][:USD per GB and hour]."
+    "--tier",
+    "tiers",
+    multiple=True,
+    metavar="TIER",
+    help="NAME[=SIZE][@SPEED][:USD per GB and hour]. May be given again.",
 )
 @click.option("--kv-dtype", default="", metavar="DTYPE", help="Of the KV cache, where it is not the model's.")
 @click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="KV memory of an instance, as its log says it.")
-@click.option("--usd-per-hour", type=click.FloatRange(0), metavar="USD", help="Price of one accelerator.")
+@click.option(
+    "--price", type=click.FloatRange(0), metavar="USD", help="Per accelerator and hour. By default the table's."
+)
 @click.option("--measured", metavar="FILE", help="Prefill times as `profile` wrote them.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--config-out", metavar="FILE", help="Write the configuration.")
@@ -181,7 +187,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     tiers: tuple[str, ...],
     kv_dtype: str,
     kv_tokens: int | None,
-    usd_per_hour: float | None,
+    price: float | None,
     measured: str | None,
     api_key_file: str | None,
     config_out: str | None,
@@ -189,7 +195,8 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 ) -> int:
     """Say which tiers a workload needs, how large, kept how long and routed how, or that it needs none, and why.
 
-    Tiers are host, disk and redis; SPEED is a figure such as 7GB/s, or a link such as nvme-gen5 or 100gbe.
+    Tiers are host, disk and redis, by default host and one disk, as large as is useful. SPEED is a figure such as
+    7GB/s, or a link such as nvme-gen5 or 100gbe.
     """
     import msgspec
 
@@ -207,7 +214,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         tiers=tiers,
         kv_dtype=kv_dtype,
         kv_tokens=kv_tokens,
-        usd_per_hour=usd_per_hour,
+        usd_per_hour=price,
         profile=Path(measured) if measured else None,
     )
     advice = None

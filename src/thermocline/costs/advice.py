@@ -136,7 +136,7 @@ def advise(trace: Trace, machine: Machine, spread: Spread, *, reorderable: bool 
         policy, leaf = _routing(study, holding, spread)
         leaves.append(leaf)
     if verdict != "no cache":
-        leaves.append(_keeping(study, reuse, holding))
+        leaves.append(_keeping(study, reuse, tiers, holding))
     named = tuple(offer.tier for offer, _ in tiers)
     return Advice(
         verdict,
@@ -294,15 +294,12 @@ def _soonest(came: Sequence[Routed]) -> Routed:
     return next(each for each in came if not each.beaten_by(best))
 
 
-def _keeping(study: Study, reuse: Reuse, holding: int) -> Leaf:
-    trace, size = study.trace, study.trace.tokens_per_block
-    tokens = int(study.held(holding).sum())
-    oracle, room = oracle_hit(study, holding), None
+def _keeping(study: Study, reuse: Reuse, tiers: Sequence[Sized], holding: int) -> Leaf:
+    size, oracle, room = study.trace.tokens_per_block, oracle_hit(study, holding), None
     if oracle is not None:
         room = _least(reuse.distinct_blocks, lambda blocks: _hit(study, blocks) >= oracle - 1e-9)
-    new = (len(trace.blocks) - tokens / size) / study.machine.instances
-    stays = holding * trace.seconds / new if new > holding else None
     half, most = reuse.wait(0.5), reuse.wait(0.99)
+    places = [("the engine", study.device_blocks), *((offer.tier, blocks) for offer, blocks in tiers)]
     return Leaf(
         "What is kept, and how long?",
         "least recently used goes first; nothing expires",
@@ -313,11 +310,19 @@ def _keeping(study: Study, reuse: Reuse, holding: int) -> Leaf:
             Number("hit rate of an oracle in the same room", None if oracle is None else 100 * oracle, "%"),
             Number("room of an instance", holding * size, "tokens"),
             Number("room in which there are as many hits as an oracle has", room and room * size, "tokens"),
-            Number("time until an unused block is dropped", stays, "s"),
+            *(Number(f"an idle session stays in {name}", _stays(study, blocks), "s") for name, blocks in places),
             Number("shortest age limit that loses no hit", reuse.wait(1.0), "s"),
         ),
         "thermocline why --summary",
     )
+
+
+def _stays(study: Study, blocks: int) -> float | None:
+    """Seconds until as many blocks have come in as there is room for, in one instance; None: not within the trace."""
+    trace = study.trace
+    new = len(trace.blocks) - float(study.held(blocks).sum()) / trace.tokens_per_block
+    seconds = blocks * trace.seconds * study.machine.instances / new if new > 0 else math.inf
+    return seconds if seconds < trace.seconds else None
 
 
 def _hit(study: Study, blocks: int) -> float:

@@ -149,7 +149,7 @@ def _price_note(given: float | None, price: Price | None) -> str:
     if given is not None:
         return f"price of an accelerator: ${given:g} per hour, given"
     if price is None:
-        return "price of an accelerator: unknown, so room counts as free; --usd-per-hour gives it"
+        return "price of an accelerator: unknown, so room counts as free; --price gives it"
     return f"price of an accelerator: {price}; room costs what --tier says, and else nothing"
 
 
