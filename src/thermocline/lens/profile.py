@@ -205,6 +205,7 @@ def page(found: Profile) -> str:
     conditions = found.measured.conditions
     curves = Section(
         "Time to first token",
+        paragraphs=_concluded(found)[:2],
         charts=[
             _chart("One request at a time", _curves(found.measured)),
             _chart("By clients, nothing shared", _clients(found.measured, lambda row: row.first_token_seconds)),
@@ -214,7 +215,7 @@ def page(found: Profile) -> str:
     )
     memory = Section("KV memory", tables=[_memories(found.measured)])
     title = f"What {conditions.model} takes at {conditions.url}"
-    return html.page(title, _concluded(found)[-1:], [curves, memory, Section("How", points=_asked(found))])
+    return html.page(title, _concluded(found)[2:], [curves, memory, Section("How", paragraphs=_asked(found))])
 
 
 def _chart(name: str, lines: Sequence[Series]) -> str:

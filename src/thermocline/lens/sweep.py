@@ -21,7 +21,7 @@ from typing import Annotated, Self
 import msgspec
 
 from thermocline.clock import Clock
-from thermocline.costs.measured import UNTOLD
+from thermocline.costs.measured import UNTOLD, Tokens
 from thermocline.errors import UnreachableError
 from thermocline.lens.fetch import connect
 from thermocline.lens.observe import Scrape, parse
@@ -62,19 +62,19 @@ def _told(scrape: Scrape) -> Told:
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Tokens | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Tokens = 0
+    completion_tokens: Tokens = 0
     prompt_tokens_details: _Details | None = None
 
 
 class _Event(msgspec.Struct):
     choices: list[msgspec.Raw] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
 
 class _Card(msgspec.Struct):
@@ -325,10 +325,10 @@ def sweep(endpoint: Endpoint, plan: Plan, prompts: Prompts, seed: int) -> Iterat
         order.shuffle(again)
         for length, share, batch in [*asked, *again]:
             for sample in _together(endpoint, length, share, batch):
+                yield sample
                 failures = failures + 1 if sample.answer.trouble else 0
                 if failures >= FAILURES_MAX:
                     raise UnreachableError(f"{endpoint.url} fails again and again: {sample.answer.trouble}", hint=_HINT)
-                yield sample
 
 
 def _together(endpoint: Endpoint, length: int, share: float, batch: Sequence[Prompt]) -> list[Sample]:
