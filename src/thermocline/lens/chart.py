@@ -17,7 +17,7 @@ from html import escape
 from thermocline.lens.figures import significant
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, FOOT = 420, 280, 64, 16, 40, 46
-LEGEND_ROW, BAR_ROW, BAR_HEIGHT, LETTER = 17, 26, 16, 6.3
+LEGEND_ROW, BAR_ROW, BAR_HEIGHT, LETTER = 17, 26, 16, 6.6
 TICKS_WANTED = 5
 TINY = 1e-30
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
@@ -196,7 +196,7 @@ def _legend(names: Sequence[str], *, dashes: bool) -> tuple[list[str], int]:
     parts: list[str] = []
     left, base = 16.0, TOP + 4 if names else TOP - 12
     for at, name in enumerate(names):
-        width = 34 + LETTER * len(name)
+        width = 38 + LETTER * len(name)
         if left + width > WIDTH and left > 16:  # noqa: PLR2004  # the margin
             left, base = 16.0, base + LEGEND_ROW
         dash = f' stroke-dasharray="{DASHES[at % len(DASHES)]}"' if dashes else ""

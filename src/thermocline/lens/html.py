@@ -23,19 +23,26 @@ h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}h2{font-size:1.2rem;margin:2e
 h3{font-size:1rem;margin:0;padding:12px 14px 4px}
 p{max-width:75ch;margin:.5em 0}
 .so{font-size:1.1rem;font-weight:600;border-left:4px solid var(--strong);padding-left:12px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:16px;margin:12px 0}
+.charts,.tables{display:grid;gap:16px;margin:16px 0;align-items:start}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
+.tables{grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr))}
 .charts svg{width:100%;height:auto;max-width:520px;border:1px solid var(--line);border-radius:6px}
-.table{overflow-x:auto;background:var(--ground);border:1px solid var(--line);border-radius:6px;margin:12px 0}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%}
+.wide{grid-column:1/-1}
+.table{min-width:0;overflow-x:auto;background:var(--ground);border:1px solid var(--line);border-radius:6px}
+table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:6px 14px;text-align:right;border-top:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th{color:var(--soft);font-weight:600}thead th{border-top:0}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--ground);white-space:normal;min-width:9em}
 tbody th{font-weight:400;color:var(--ink)}.note{font-size:.8125rem;color:var(--soft);padding:4px 14px 12px;margin:0}
 td.words{text-align:left;white-space:normal;min-width:18em}ul{padding-left:1.2em;font-size:.875rem;color:var(--soft)}
-li{overflow-wrap:anywhere}footer{margin-top:3em;font-size:.8125rem;color:var(--soft)}
+li{overflow-wrap:anywhere}
+@media(max-width:480px){th,td{padding:5px 7px}th:first-child{min-width:6em;padding-left:14px}table{font-size:.8125rem}}
+footer{margin-top:3em;font-size:.8125rem;color:var(--soft)}
 """
 WORDS = 24
 """Cells that are longer are text, not numbers."""
+COLUMNS = 4
+"""Tables with more take a whole row of the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ def _section(section: Section) -> str:
     parts += [f"<p>{escape(text)}</p>" for text in section.paragraphs]
     if section.charts:
         parts.append(f'<div class="charts">{"".join(section.charts)}</div>')
-    parts += [_table(table) for table in section.tables]
+    if section.tables:
+        parts.append(f'<div class="tables">{"".join(map(_table, section.tables))}</div>')
     if section.points:
         parts.append(f"<ul>{''.join(f'<li>{escape(point)}</li>' for point in section.points)}</ul>")
     return "\n".join(parts)
@@ -81,7 +89,8 @@ def _table(table: Table) -> str:
     title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="table">{title}<table>{body}</table>{note}</div>'
+    wide = " wide" if len(table.head) > COLUMNS else ""
+    return f'<div class="table{wide}">{title}<table>{body}</table>{note}</div>'
 
 
 def _cell(text: str) -> str:

@@ -360,16 +360,11 @@ def _billed(found: Sizing, at: int, name: str, show: Callable[[float], str]) -> 
 def report(answers: Sequence[Sizing]) -> str:
     """A page: what follows, then for each answer its charts, tables and assumptions."""
     compared = [Section("Side by side", tables=[side_by_side(answers)])] if len(answers) > 1 else []
-    sections = [
-        Section(
-            f"{each.name}: {each.verdict}",
-            so(each) if compared else (),
-            list(charts(each)),
-            list(tables(each)),
-            each.assumptions,
-        )
-        for each in answers
-    ]
+    sections = []
+    for each in answers:
+        said = so(each) if compared else ()
+        sections.append(Section(f"{each.name}: {each.verdict}", said, list(charts(each)), list(tables(each))))
+        sections.append(Section("What is assumed", points=each.assumptions))
     title = answers[0].name if len(answers) == 1 else f"{len(answers)} ways to serve"
     return page(
         f"{title}: KV cache in bytes, seconds and money",
@@ -392,33 +387,26 @@ def charts(found: Sizing) -> Iterator[str]:
         yield bar_chart("Memory of one accelerator, one session", bars, Axis("", nbytes), [("usable", usable)])
         held = [Bar(f"{tokens(each.tokens)}", (("sessions", float(each.steady or 0)),)) for each in found.contexts]
         yield bar_chart("Sessions held at once", held, Axis("sessions", _whole))
+    if found.bills:
+        labels = ("no reuse", "reuse")
+        parts = [
+            Bar(name, (("prefill and load", each.prefill_seconds + each.load_seconds), ("decode", each.decode_seconds)))
+            for name, each in zip(labels, found.bills, strict=False)
+        ]
+        yield bar_chart("An instance's time for one request", parts, Axis("", seconds))
     timed = [each for each in found.contexts if each.prefill_seconds]
     if len(timed) > 1:
         names = ["computed", *timed[0].warm_seconds]
         points = {name: [(float(each.tokens), _first_token(each, name)) for each in timed] for name in names}
-        ticks = tuple(float(each.tokens) for each in timed)
+        x = Axis("tokens of the prompt", tokens, log=True, ticks=tuple(float(each.tokens) for each in timed))
         lines = [Series(name, points[name]) for name in names]
-        yield line_chart(
-            "Seconds to the first token",
-            lines,
-            Axis("tokens of the prompt", tokens, log=True, ticks=ticks),
-            Axis("", seconds, log=True),
-        )
+        yield line_chart("Seconds to the first token", lines, x, Axis("", seconds, log=True))
     if found.workload is not None:
         work = found.workload
-        marks = [("engine", work.device_bytes), *((each.tier, each.nbytes) for each in work.chosen)]
-        points_hit = [Series(work.name, work.curve)]
-        x, y = Axis("size of one cache", nbytes, log=True), Axis("hit rate", percent)
-        yield line_chart("Hit rate by tier size", points_hit, x, y, marks)
-    if found.bills:
-        labels = ("no reuse", "reuse")
-        parts = [
-            Bar(
-                label, (("prefill", each.prefill_seconds), ("load", each.load_seconds), ("decode", each.decode_seconds))
-            )
-            for label, each in zip(labels, found.bills, strict=False)
-        ]
-        yield bar_chart("An instance's time for one request", parts, Axis("", seconds))
+        sizes = [("all engines", work.device_bytes), *((f"all {each.tier}", each.nbytes) for each in work.chosen)]
+        marks = [(name, size * work.instances) for name, size in sizes]
+        x, y = Axis("size of one cache for all", nbytes, log=True), Axis("hit rate", percent)
+        yield line_chart("Hit rate by tier size", [Series(work.name, work.curve)], x, y, marks)
 
 
 def _first_token(each: Context, name: str) -> float:
