@@ -99,7 +99,14 @@ def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
 @click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 8,192.")
 @click.option("--reuse", metavar="S,S,...", default="0,0.5,0.9", show_default=True, help="Shares asked before, 0 to 1.")
 @click.option("--concurrency", metavar="N,N,...", default="1,4", show_default=True, help="Clients at a time.")
-@click.option("--seconds-max", metavar="N", type=click.IntRange(1, 86_400), default=600, show_default=True)
+@click.option(
+    "--seconds-max",
+    metavar="N",
+    type=click.IntRange(1, 86_400),
+    default=600,
+    show_default=True,
+    help="Begin no request after so long.",
+)
 @click.option("--write", metavar="FILE", help="Keep what was measured, for --measured of `size` and `advise`.")
 @click.option("--html", metavar="FILE", help="Write a page with charts.")
 @json_flag
@@ -124,7 +131,7 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     import msgspec
 
     from thermocline.clock import SystemClock
-    from thermocline.costs import measured
+    from thermocline.costs import measured, saved
     from thermocline.lens import profile as lens
     from thermocline.lens.sweep import Endpoint
 
@@ -142,11 +149,11 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             click.echo(f"\r{done:,} of {plan.requests:,}", err=True, nl=done == plan.requests)
 
     found = lens.profile(endpoint, plan, SystemClock(), seconds_max, progress, secrets.randbits(64))
+    click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
     if write:
         measured.write(Path(write), found.measured)
     if html:
-        Path(html).write_text(lens.page(found))
-    click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
+        saved.put(Path(html), lens.page(found).encode())
     return INTERRUPTED if found.stopped == lens.BY_HAND else OK
 
 

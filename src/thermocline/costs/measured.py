@@ -203,7 +203,4 @@ def read(path: Path) -> Measured:
 
 def write(path: Path, measured: Measured) -> None:
     """Replace the file in one step. Raises SettingsError where that cannot be done."""
-    try:
-        saved.replace(path, msgspec.json.format(msgspec.json.encode(measured), indent=1) + b"\n")
-    except OSError as error:
-        raise SettingsError(f"cannot write {path}: {error.strerror}", hint="name a file in a folder of yours") from None
+    saved.put(path, msgspec.json.format(msgspec.json.encode(measured), indent=1) + b"\n")

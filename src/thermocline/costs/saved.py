@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.costs.model import CostsState, LearnedCosts
+from thermocline.errors import SettingsError
 
 LOG = logging.getLogger("thermocline.costs")
 VERSION = 1
@@ -88,6 +89,15 @@ def replace(path: Path, body: bytes) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
+
+
+def put(path: Path, body: bytes) -> None:
+    """The same for a file that somebody asked for. Raises SettingsError where that cannot be done."""
+    try:
+        replace(path, body)
+    except OSError as error:
+        hint = "name a file in a folder that may be written to"
+        raise SettingsError(f"cannot write {path}: {error.strerror}", hint=hint) from None
 
 
 class SavedCosts(LearnedCosts):

@@ -272,9 +272,9 @@ def _first_tokens(found: Profile) -> Table:
     ]
     note = (
         "Medians. shared: the part that was asked before; cached: what the engine says it did not compute; per token: "
-        "each one after the first; fit: by how much the formula below is off."
+        "each one after the first; fit: by how much the formula is off."
     )
-    return Table("time to first token", _HEADER, rows, note)
+    return Table("Time to first token", _HEADER, rows, note)
 
 
 def _memories(measured: Measured) -> Table:
