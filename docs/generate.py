@@ -9,6 +9,7 @@ from faults_page import faults_page
 
 from thermocline import cli, metrics, settings
 from thermocline.cli.app import VerbWithSettings
+from thermocline.lens import diagnosis
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py from the declarations. Change those, then run `make generate`. -->\n"
@@ -21,8 +22,17 @@ def pages() -> dict[Path, str]:
         reference / "settings.md": settings_page(),
         reference / "cli.md": cli_page(),
         reference / "metrics.md": metrics_page(),
+        reference / "conditions.md": conditions_page(),
         HERE / "faults.md": faults_page(),
     }
+
+
+def conditions_page() -> str:
+    """One row per condition that the doctor can find."""
+    lines = ["# Conditions", NOTE, "Everything that `thermocline doctor` can find, the gravest first.", ""]
+    lines += ["| condition | what it is | what to do | not so, if |", "|---|---|---|---|"]
+    lines += [f"| {each} | {' | '.join(diagnosis.ADVICE[each])} |" for each in diagnosis.Condition]
+    return "\n".join(lines) + "\n"
 
 
 def settings_page() -> str:

@@ -312,13 +312,12 @@ def _blank(lines: Sequence[str]) -> list[str]:
 
 
 def _finding_lines(number: int, finding: Finding) -> list[str]:
-    says = ADVICE[finding.condition][0]
-    what = f", {finding.what}" if finding.what else ""
     sure = "" if finding.counted else " (likely)"
     width = max(len(each.name) for each in finding.evidence)
     return [
-        f"{number}. {finding.condition.upper()}{sure} at {finding.where}{what}",
-        f"   {says}",
+        f"{number}. {finding.condition.upper()}{sure} at {finding.where}",
+        f"   {ADVICE[finding.condition][0]}",
+        *([f"   {finding.what}"] if finding.what else []),
         *(f"     {each.name:{width}}  {shown(each)}" for each in finding.evidence),
         f"   do: {finding.action}",
         f"   not so, if: {finding.refuted_by}",
@@ -346,6 +345,6 @@ def shown(number: Number) -> str:
     """A figure with its unit, as people read it."""
     if number.unit == "s":
         return f"{number.value:,.1f} s" if number.value >= 1 else f"{1e3 * number.value:.2f} ms"
-    if number.value == int(number.value):
-        return f"{number.value:,.0f}{' bytes' if number.unit else ''}"
-    return f"{number.value:.1%}" if 0 <= number.value <= 1 else f"{number.value:,.2f}"
+    if number.unit == "share":
+        return f"{number.value:.0%}"
+    return f"{number.value:,.{0 if number.value == int(number.value) else 1}f}{' bytes' if number.unit else ''}"

@@ -210,7 +210,7 @@ def _numbers(share: ReasonShare, summary: Summary) -> tuple[Number, ...]:
         Number(f"tokens {share.reason.name}", share.tokens),
         Number("prompt tokens", summary.prompt_tokens),
         Number("requests", share.requests),
-        Number("hit rate", summary.hit_rate),
+        Number("hit rate", summary.hit_rate, "share"),
     )
 
 
@@ -225,16 +225,15 @@ def _seen_once(where: str, summary: Summary) -> Said:
             f"why {tokens[Reason.UNKNOWN]:,} tokens are missing",
             "a file of receipts (receipts_path) from the start on: what left is remembered only so long",
         )
-    if summary.requests < ENOUGH:
-        if summary.hit_rate < MATTERS:
-            yield Unknown(where, "whether anything is reused", f"{ENOUGH} requests; there are {summary.requests}")
-        return
-    if tokens.get(Reason.TAIL, 0) > HALF * prompt:
+    all_new = tokens.get(Reason.NEVER_SEEN, 0) + tokens.get(Reason.TAIL, 0) > (1 - MATTERS) * prompt
+    if tokens.get(Reason.TAIL, 0) > HALF * prompt and summary.requests >= ENOUGH:
         tail = Number("tokens behind the last whole block", tokens[Reason.TAIL])
         yield Finding(Condition.BLOCKS_TOO_LARGE, where, "", (tail, *numbers), tokens[Reason.TAIL] / prompt)
-    elif tokens.get(Reason.NEVER_SEEN, 0) + tokens.get(Reason.TAIL, 0) > (1 - MATTERS) * prompt:
+    elif all_new and summary.requests >= ENOUGH:
         new = Number("tokens never seen before", tokens[Reason.NEVER_SEEN])
         yield Finding(Condition.NO_REUSE, where, "", (new, *numbers), tokens[Reason.NEVER_SEEN] / prompt)
+    elif all_new and summary.requests:
+        yield Unknown(where, "whether anything is reused", f"{ENOUGH} requests; there are {summary.requests}")
 
 
 def _load_slower(at: Watched, _: Sequence[Watched]) -> Said:
@@ -282,7 +281,7 @@ def _kv_memory(at: Watched, _: Sequence[Watched]) -> Said:
         usage = max((each.value("vllm:kv_cache_usage_perc") or 0.0 for each in at.scrapes), default=0.0)
         numbers = (
             Number("requests preempted", preempted),
-            Number("largest KV usage seen", usage),
+            Number("largest KV usage seen", usage, "share"),
             Number("looks that found it full with requests waiting", len(full)),
             Number("looks", len(at.scrapes)),
         )
