@@ -363,6 +363,8 @@ class _Answer:
             ways = [replace(host, bytes_per_second=host.bytes_per_second * self.asked.tp)]
         except SettingsError:
             ways = []
+        if self.asked.tp > 1:
+            self.notes.append("every accelerator loads over its own link; the host's memory is taken to be as quick")
         return [*ways, *(LINKS[name] for name in SHOWN_LINKS)]
 
     def _tiers(self) -> Sequence[Tier]:
@@ -416,6 +418,7 @@ class _Answer:
             "an instance computes nothing else while it prefills or loads; requests go to whichever is free",
         ]
         self.notes.append("price: unknown; give --price" if self.price is None else f"price: {self.price.source}")
+        self.notes += [] if trace is None else trace.notes
         limit = self.geometry.context_tokens
         if trace is not None and limit is not None and (longer := int((trace.input_tokens > limit).sum())):
             self.notes.append(f"{longer:,} prompts of the trace are longer than the {limit:,} tokens of the model")

@@ -31,7 +31,7 @@ p{max-width:75ch;margin:.5em 0}
 .table{min-width:0;overflow-x:auto;background:var(--ground);border:1px solid var(--line);border-radius:6px}
 table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:6px 14px;text-align:right;border-top:1px solid var(--line);white-space:nowrap;vertical-align:top}
-th{color:var(--soft);font-weight:600}thead th{border-top:0}
+th{color:var(--soft);font-weight:600}thead th{border-top:0;white-space:normal}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--ground);white-space:normal;min-width:9em}
 tbody th{font-weight:400;color:var(--ink)}.note{font-size:.8125rem;color:var(--soft);padding:4px 14px 12px;margin:0}
 td.words{text-align:left;white-space:normal;min-width:18em}ul{padding-left:1.2em;font-size:.875rem;color:var(--soft)}

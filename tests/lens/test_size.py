@@ -1,0 +1,145 @@
+"""`thermocline size` in words, side by side, as a page, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tests.costs.test_sizing import asked, profile
+from thermocline.cli.app import main
+from thermocline.costs import measured
+from thermocline.costs.geometry import Geometry
+from thermocline.costs.models import find
+from thermocline.costs.sizing import size
+from thermocline.errors import SettingsError
+from thermocline.lens.size import lengths, render, report, so, with_parameters
+
+QWEN = "qwen2.5-32b-instruct"
+LLAMA = "meta-llama/Meta-Llama-3.1-70B"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process; gives its exit code, stdout and stderr."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            main(["size", *argv])
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_in_words():
+    """An answer says first what follows from it, then every table, then what is assumed."""
+    text = render([size(asked(contexts=(2048, 8192)))])
+    assert text.startswith("Qwen/Qwen2.5-32B-Instruct on 1 x A100-80-SXM: fits\nso: It fits: ")
+    headings = re.findall(r"^(\w[\w ]+)$", text, re.MULTILINE)
+    assert headings[1:] == [
+        "sessions",
+        "seconds to the first token",
+        "seconds per output token",
+        "loading instead of computing",
+        "money",
+        "assumed",
+    ]
+    assert "262,144 B per token" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"model": LLAMA}, "it fits on 2"),
+        ({"model": "google/gemma-3-27b-it"}, "not known"),
+        ({"contexts": (8192,), "target_seconds": 0.01, "arrivals_per_second": 1.0}, "not with any number of instances"),
+        ({"contexts": (8192,), "arrivals_per_second": 9.0}, "accelerators keep up"),
+        ({"contexts": (8192,)}, "1,000 requests cost $"),
+    ],
+)
+def test_what_follows(more, word):
+    """What follows is said in a sentence: no room, unknown, late, enough, or what it costs."""
+    assert any(word in line for line in so(size(asked(**more))))
+
+
+def test_side_by_side():
+    """Several answers are columns of one table; what does not fit has no seconds."""
+    answers = [size(asked(contexts=(8192,))), size(asked(LLAMA, contexts=(8192,)))]
+    text = render(answers)
+    (row,) = re.findall(r"first token of 8k +(.*)", text)
+    assert row.split("  ")[0].endswith("s")
+    assert row.split()[-1] == "-"
+
+
+def test_the_page():
+    """The page is well-formed, needs no script, and has the charts and tables of every answer."""
+    text = report([size(asked(contexts=(2048, 8192))), size(asked(LLAMA))])
+    assert "<script" not in text
+    body = ET.fromstring(text[text.index("<body>") : text.index("</html>")])  # noqa: S314  # our own
+    assert len(body.findall(".//{http://www.w3.org/2000/svg}svg")) == 4 + 2
+    assert len(body.findall(".//table")) >= 8
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        ((QWEN, "--gpu", "a100-80"), 0),
+        ((LLAMA, "--gpu", "a100-80"), 3),
+        ((QWEN, "--gpu", "a100-80", "--slo-seconds", "0.01"), 4),
+        (("qwen3-next-80b-a3b", "--gpu", "h200", "--tp", "2", "--parameters", "80B:3B"), 5),
+        ((LLAMA, QWEN, "--gpu", "a100-80"), 0),
+        (("nothing-like-it", "--gpu", "a100-80"), 1),
+        ((QWEN, "--gpu", "a100-80", "--context", "none"), 2),
+        ((QWEN, "--gpu", "a100-80", "--trace", "missing.jsonl"), 2),
+    ],
+)
+def test_exit_codes(run, argv, code):
+    """No room, late, and no cache advised are exit codes of their own; of several answers the best one counts."""
+    found, out, err = run(*argv)
+    assert found == code
+    assert bool(out) is (code not in {1, 2})
+    assert ("hint:" in err) is (code in {1, 2})
+
+
+def test_json_and_html(run, tmp_path):
+    """--json prints a list of answers with all that the text says, and --html writes the page beside it."""
+    page = tmp_path / "size.html"
+    code, out, _ = run(QWEN, "--gpu", "a100-80", "--gpu", "h200", "--context", "2k,8k", "--json", "--html", str(page))
+    answers = json.loads(out)
+    assert code == 0
+    assert [answer["gpu"] for answer in answers] == ["A100-80-SXM", "H200-SXM"]
+    assert [each["tokens"] for each in answers[0]["contexts"]] == [2048, 8192]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_measured(run, tmp_path):
+    """--measured takes what a profile wrote."""
+    path = tmp_path / "profile.json"
+    measured.write(path, profile())
+    _, out, _ = run(QWEN, "--gpu", "a100-80", "--context", "8k", "--measured", str(path), "--json")
+    assert json.loads(out)[0]["contexts"][0]["prefill_seconds"] == pytest.approx(8.2, rel=0.05)
+
+
+def test_lengths():
+    """Lengths are numbers between commas; a k is 1,024."""
+    assert lengths(["4k,32k", "1000"]) == (4096, 32768, 1000)
+    for bad in ("0", "-1", "4.5k", "x"):
+        with pytest.raises(SettingsError):
+            lengths([bad])
+
+
+def test_parameters():
+    """Parameters are a total, and where given those that are active."""
+    geometry = find(QWEN)
+
+    def given(text) -> Geometry:
+        return with_parameters(geometry, text)
+
+    assert given(None) is geometry
+    assert (given("27B").parameters_total, given("27B").parameters_active) == (27 * 10**9, 27 * 10**9)
+    assert (given("30.5B:3e9").parameters_total, given("30.5B:3e9").parameters_active) == (305 * 10**8, 3 * 10**9)
+    for bad in ("", "x", "1:2:3", "-1B"):
+        with pytest.raises(SettingsError):
+            given(bad)
