@@ -211,7 +211,7 @@ class _Candidate(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class SimilarStats:
-    """Counts since the start. `similar`: an answer within the threshold was there, and the verifier was asked.
+    """Counts since the start. `looked_up`: queries without an own answer; `similar`: one was within the threshold.
 
     `failed`: the verifier raised, or the answer was gone by then; nothing was returned.
     """
