@@ -40,7 +40,8 @@ def machine(device_tokens, *offers, token_seconds=1e-3, **more):
 
 
 def answer(told, where):
-    return advise(synthesise(told), where, spread, reorderable=told.reorderable)
+    found = synthesise(told)
+    return advise(found.trace, where, spread, hours=found.hours, reorderable=told.reorderable)
 
 
 def leaf(advice, question):

@@ -33,7 +33,7 @@ SMALL = st.builds(
 @given(SMALL)
 def test_the_same_description_is_the_same_trace(told):
     """A description and its seed decide every number of the trace, whose requests are in order of arrival."""
-    one, other = synthesise(told), synthesise(told)
+    one, other = synthesise(told).trace, synthesise(told).trace
     assert np.array_equal(one.blocks, other.blocks)
     assert np.array_equal(one.arrival_seconds, other.arrival_seconds)
     assert (np.diff(one.arrival_seconds) >= 0).all()
@@ -45,7 +45,7 @@ def test_the_same_description_is_the_same_trace(told):
 @given(SMALL)
 def test_a_block_is_a_prefix(told):
     """A block's number stands for the whole prefix before it: it has one parent and one depth in all prompts."""
-    found, parents = synthesise(told), {}
+    found, parents = synthesise(told).trace, {}
     for request in range(len(found)):
         path = found.path(request).tolist()
         assert len(path) == found.input_tokens[request] // told.tokens_per_block
@@ -56,7 +56,7 @@ def test_a_block_is_a_prefix(told):
 def test_what_is_reused_is_what_was_described():
     """Of 10 sessions of 4 turns that grow by 2 blocks behind a common block, each turn reuses all but what is new."""
     told = Description(sessions=10, turns=4, system_tokens=32, prompt_tokens=32, growth_tokens=64, tokens_per_block=32)
-    found = synthesise(told)
+    found = synthesise(told).trace
     lengths = [2, 4, 6, 8]  # blocks of the four turns
     within = 10 * sum(lengths[:3])
     across = 9  # the common block, of each session but the first
@@ -67,15 +67,26 @@ def test_what_is_reused_is_what_was_described():
 def test_think_times_are_as_described():
     """Half of the pauses are shorter than `think_seconds`, and one in ten exceeds `think_seconds_p90`."""
     told = Description(sessions=1, turns=20_000, think_seconds=13, think_seconds_p90=199, growth_tokens=0)
-    pauses = np.diff(synthesise(told).arrival_seconds)
+    pauses = np.diff(synthesise(told).trace.arrival_seconds)
     assert np.quantile(pauses, 0.5) == pytest.approx(13, rel=0.05)
     assert np.quantile(pauses, 0.9) == pytest.approx(199, rel=0.08)
+
+
+def test_there_are_enough_sessions():
+    """Where no number of sessions is told, there are four times as many as are active at a time, by Little's law."""
+    told = Description(sessions_per_hour=3600, turns=5, think_seconds=50)
+    made = synthesise(told)
+    assert told.active == pytest.approx(4 * 50)
+    assert len(made.trace) == 5 * 800
+    assert made.hours == pytest.approx(800 / 3600)
+    few = synthesise(Description(sessions=2, turns=9, think_seconds=900))
+    assert any("fewer sessions" in note for note in few.trace.notes)
 
 
 def test_popularity_is_zipfs():
     """With an exponent of 1, the first of many documents is asked for twice as often as the second."""
     told = Description(sessions=20_000, documents=100, document_tokens=64, popularity=1.0, prompt_tokens=0)
-    counts = np.sort(np.bincount(synthesise(told).blocks))[::-1]
+    counts = np.sort(np.bincount(synthesise(told).trace.blocks))[::-1]
     assert counts[0] / counts[1] == pytest.approx(2, rel=0.1)
 
 
@@ -120,4 +131,4 @@ def test_every_use_case_can_be_synthesised():
     """The seven use cases are read from their table, and each has a workload of its own."""
     assert set(workload.use_cases()) == {"chat", "documents", "rag", "code", "structured", "agents", "batch"}
     for case in workload.use_cases().values():
-        assert len(synthesise(case.like)) > 100
+        assert len(synthesise(case.like).trace) > 100

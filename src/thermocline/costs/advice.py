@@ -111,19 +111,21 @@ _NOTES = (
 )
 
 
-def advise(trace: Trace, machine: Machine, spread: Spread, *, reorderable: bool = False) -> Advice:
+def advise(
+    trace: Trace, machine: Machine, spread: Spread, *, hours: float | None = None, reorderable: bool = False
+) -> Advice:
     """Answer all questions for a trace with blocks (`Trace.has_blocks`) on a machine. Pure.
 
-    `reorderable` requests wait in a list, and may be sent in any order. `spread` is asked where there are several
-    instances.
+    `hours` is how long it takes, where its arrivals do not tell. `reorderable` requests wait in a list, and may be sent
+    in any order. `spread` is asked where there are several instances.
     """
-    study, reuse = Study(trace, machine), analyse(trace, ())
+    study, reuse = Study(trace, machine, hours), analyse(trace, ())
     tiers: tuple[Sized, ...] = ()
     policy: str | None = None
     pays, leaf = _reuse(study, reuse)
     verdict, leaves = "tiers" if pays else "no cache", [leaf]
     if verdict == "tiers":
-        ordered = Study(by_prefix(trace, machine.instances), machine) if reorderable else None
+        ordered = Study(by_prefix(trace, machine.instances), machine, hours) if reorderable else None
         verdict, leaf = _engine(study, ordered)
         study = ordered or study
         leaves.append(leaf)
@@ -173,7 +175,7 @@ def _inputs(study: Study, reuse: Reuse) -> tuple[Number, ...]:
     trace, machine = study.trace, study.machine
     return (
         Number("requests", len(trace)),
-        Number("requests per second", trace.arrivals_per_second),
+        Number("requests per second", len(trace) / study.hours / 3600),
         Number("prompt tokens per request", float(trace.input_tokens.mean()), "tokens"),
         Number("reused in the same session", 100 * reuse.within, "%"),
         Number("reused from other sessions", 100 * reuse.across, "%"),
@@ -321,7 +323,7 @@ def _stays(study: Study, blocks: int) -> float | None:
     """Seconds until as many blocks have come in as there is room for, in one instance; None: not within the trace."""
     trace = study.trace
     new = len(trace.blocks) - float(study.held(blocks).sum()) / trace.tokens_per_block
-    seconds = blocks * trace.seconds * study.machine.instances / new if new > 0 else math.inf
+    seconds = blocks * 3600 * study.hours * study.machine.instances / new if new > 0 else math.inf
     return seconds if seconds < trace.seconds else None
 
 

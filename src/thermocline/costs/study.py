@@ -87,9 +87,12 @@ def _joined(parts: Sequence[Runs]) -> Runs:
 
 
 class Study:
-    """A trace on a machine: what any set of tiers would have saved. All sums are per hour of the trace."""
+    """A trace on a machine: what any set of tiers would have saved.
 
-    def __init__(self, trace: Trace, machine: Machine) -> None:
+    All sums are per hour: of the trace, where `hours` do not say how long such a trace usually takes.
+    """
+
+    def __init__(self, trace: Trace, machine: Machine, hours: float | None = None) -> None:
         self.trace, self.machine = trace, machine
         ks = np.unique(np.linspace(0, int(trace.input_tokens.max()), WORTH_POINTS).astype(np.int64))
         self._ks = ks.astype(float)
@@ -98,7 +101,7 @@ class Study:
         self._worths = np.array([prefill(k + TAIL_TOKENS, 0) - prefill(TAIL_TOKENS, k) for k in ks.tolist()])
         self.cold = self.cold_seconds(trace.input_tokens)
         busy = float(self.cold.sum()) / machine.instances
-        self.hours = max(trace.seconds, busy if trace.seconds == 0 else 0.0, 1e-9) / 3600
+        self.hours = hours or max(trace.seconds or busy, 1e-9) / 3600
         self.homes = self._homes()
         self._local = _joined([runs_of(trace, home) for home in self.homes])
         self._shared = self._local if len(self.homes) == 1 else None

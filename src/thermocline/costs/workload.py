@@ -18,6 +18,7 @@ import functools
 import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -27,11 +28,13 @@ from typing import Annotated
 import msgspec
 import numpy as np
 from msgspec import Meta
+from numpy.typing import NDArray
 
 from thermocline.costs.trace import Trace
 from thermocline.errors import SettingsError, TraceError
 
 REQUESTS_MAX, BLOCKS_MAX = 200_000, 8_000_000
+SESSIONS_MIN, SESSIONS_PER_ACTIVE = 300, 4
 EXPONENT_MAX = 50.0
 """A pause is at most so many times e longer than usual: whoever describes nonsense gets numbers, not infinities."""
 P90 = NormalDist().inv_cdf(0.9)
@@ -39,17 +42,19 @@ P90 = NormalDist().inv_cdf(0.9)
 Tokens = Annotated[int, Meta(ge=0, le=1 << 24)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 24)]
 Seconds = Annotated[float, Meta(ge=0, le=1e8)]
+Ints = NDArray[np.int64]
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a trace would tell, in numbers.
 
     `think_seconds` is from one request of a session to its next: the median, and with `think_seconds_p90` also the time
-    that one in ten exceeds (log-normal). `reorderable` requests wait in a list and may be sent in any order.
+    that one in ten exceeds (log-normal). `reorderable` requests wait in a list and may be sent in any order. Without
+    `sessions` there are several times as many as are active at a time.
     """
 
     name: str = "described"
-    sessions: Positive = 300
+    sessions: Positive | None = None
     sessions_per_hour: Annotated[float, Meta(gt=0, le=1e9)] = 60.0
     turns: Positive = 1
     think_seconds: Seconds = 60.0
@@ -65,85 +70,111 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reorderable: bool = False
     seed: int = 1
 
+    @property
+    def spread(self) -> float:
+        """Of the logarithms of pauses: 0 where all are alike."""
+        p90, median = self.think_seconds_p90, self.think_seconds
+        return math.log(p90 / median) / P90 if p90 is not None and p90 > median > 0 else 0.0
 
-def synthesise(told: Description) -> Trace:
+    @property
+    def active(self) -> float:
+        """Sessions between their first and last turn at a time, in the long run (Little's law)."""
+        pause = self.think_seconds * math.exp(min(self.spread**2 / 2, EXPONENT_MAX))
+        return self.sessions_per_hour / 3600 * (self.turns - 1) * pause
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of the prompt of each turn."""
+        first = self.system_tokens + (self.document_tokens if self.documents else 0) + self.prompt_tokens
+        found: Ints = first + self.growth_tokens * np.arange(self.turns)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Synthesised:
+    """A trace, and the hours in which as many sessions begin: rates are over these, as its end trails off."""
+
+    trace: Trace
+    hours: float
+
+
+def synthesise(told: Description) -> Synthesised:
     """A trace of what was told, the same one for the same description.
 
     Raises TraceError where it would be empty or too large.
     """
-    lengths = _first_tokens(told) + told.growth_tokens * np.arange(told.turns)
-    references = told.sessions * int((lengths // told.tokens_per_block).sum())
-    if told.sessions * told.turns > REQUESTS_MAX or references > BLOCKS_MAX:
-        raise TraceError(
-            f"{told.sessions:,} sessions of {told.turns:,} turns are more than are synthesised",
-            hint=f"ask for fewer sessions: at most {REQUESTS_MAX:,} requests and {BLOCKS_MAX:,} blocks in all",
-        )
+    lengths = told.lengths
     if lengths[0] <= 0:
         raise TraceError("a workload of empty prompts", hint="give system_tokens, document_tokens or prompt_tokens")
+    blocks = int((lengths // told.tokens_per_block).sum())
+    most = min(REQUESTS_MAX // told.turns, BLOCKS_MAX // max(1, blocks))
+    count = told.sessions or min(most, math.ceil(max(SESSIONS_MIN, SESSIONS_PER_ACTIVE * told.active)))
+    if not 1 <= count <= most:
+        raise TraceError(
+            f"{count:,} sessions of {told.turns:,} turns and {blocks:,} blocks are more than are synthesised",
+            hint=f"ask for fewer sessions: at most {REQUESTS_MAX:,} requests and {BLOCKS_MAX:,} blocks in all",
+        )
+    return Synthesised(_trace(told, count), count / told.sessions_per_hour)
+
+
+def _trace(told: Description, count: int) -> Trace:
     random = np.random.default_rng(told.seed)
-    arrivals = _arrivals(told, random)
-    documents = _documents(told, random)
+    arrivals, documents, lengths = _arrivals(told, count, random), _documents(told, count, random), told.lengths
     order = np.argsort(arrivals, axis=None, kind="stable")
     sessions, turns = np.divmod(order, told.turns)
     paths = [
         _path(told, session, documents[session], int(lengths[turn]))
         for session, turn in zip(sessions.tolist(), turns.tolist(), strict=True)
     ]
-    flat = np.concatenate([np.zeros(0, np.int64), *paths])
-    names, dense = np.unique(flat, return_inverse=True)
+    names, dense = np.unique(np.concatenate([np.zeros(0, np.int64), *paths]), return_inverse=True)
     came = arrivals.ravel()[order]
+    few = ("fewer sessions than are active in the long run: less room seems to be enough",)
     return Trace(
         name=told.name,
         tokens_per_block=told.tokens_per_block,
         arrival_seconds=came - came[0],
-        input_tokens=lengths[turns].astype(np.int64),
+        input_tokens=lengths[turns],
         output_tokens=np.full(len(order), told.output_tokens),
         sessions=sessions,
         blocks=dense.astype(np.int32),
         starts=np.concatenate([[0], np.cumsum([len(path) for path in paths])]),
         distinct_blocks=len(names),
         notes=(
-            f"synthesised from a description with seed {told.seed}: {told.sessions:,} sessions, lengths do not vary",
+            f"synthesised, seed {told.seed}: {count:,} sessions, {told.active:,.0f} of them at a time",
+            "all sessions have prompts of the same lengths; they differ by their pauses",
+            *(few if count < told.active else ()),
         ),
     )
 
 
-def _first_tokens(told: Description) -> int:
-    return told.system_tokens + (told.document_tokens if told.documents else 0) + told.prompt_tokens
-
-
-def _arrivals(told: Description, random: np.random.Generator) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _arrivals(told: Description, count: int, random: np.random.Generator) -> NDArray[np.float64]:
     """When each turn of each session comes."""
-    begins = np.cumsum(random.exponential(3600 / told.sessions_per_hour, told.sessions))
-    spread = 0.0
-    if told.think_seconds_p90 is not None and told.think_seconds_p90 > told.think_seconds > 0:
-        spread = math.log(told.think_seconds_p90 / told.think_seconds) / P90
-    drawn = np.minimum(spread * random.standard_normal((told.sessions, told.turns)), EXPONENT_MAX)
+    begins = np.cumsum(random.exponential(3600 / told.sessions_per_hour, count))
+    drawn = np.minimum(told.spread * random.standard_normal((count, told.turns)), EXPONENT_MAX)
     gaps = told.think_seconds * np.exp(drawn)
     gaps[:, 0] = begins
     return np.cumsum(gaps, axis=1)
 
 
-def _documents(told: Description, random: np.random.Generator) -> list[int]:
+def _documents(told: Description, count: int, random: np.random.Generator) -> list[int]:
     if not told.documents:
-        return [0] * told.sessions
+        return [0] * count
     weights = np.arange(1, told.documents + 1, dtype=float) ** -told.popularity
-    drawn: list[int] = random.choice(told.documents, told.sessions, p=weights / weights.sum()).tolist()
+    drawn: list[int] = random.choice(told.documents, count, p=weights / weights.sum()).tolist()
     return drawn
 
 
-def _path(told: Description, session: int, document: int, tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _path(told: Description, session: int, document: int, tokens: int) -> Ints:
     """Names of the whole blocks of a prompt. A block belongs to the last part that reaches into it."""
     size = told.tokens_per_block
     common = told.system_tokens // size
     shared = (told.system_tokens + told.document_tokens) // size if told.documents else common
     whole = tokens // size
     owners = (0, 1 + document, 1 + told.documents + session)
-    edges = (0, min(common, whole), min(shared, whole), whole)
-    parts = [
-        (owner << 32) + np.arange(start, stop) for owner, (start, stop) in zip(owners, pairwise(edges), strict=True)
-    ]
-    return np.concatenate(parts)
+    edges = pairwise((0, min(common, whole), min(shared, whole), whole))
+    parts = zip(owners, edges, strict=True)
+    named: Ints = np.concatenate([(owner << 32) + np.arange(start, stop) for owner, (start, stop) in parts])
+    return named
 
 
 # -- use cases ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ class Asked:
 
 
 class Answer(Struct, frozen=True):
-    """Advice, and where a use case was named: what is usual there, and whether the numbers confirm it."""
+    """Advice, and where a use case was named: what is usual there, and whether the numbers confirm it.
+
+    They do where they choose among the usual tiers, or none where none is usual.
+    """
 
     advice: Advice
     use_case: str = ""
@@ -111,7 +114,10 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
             room,
             speed,
             _price_note(asked.usd_per_hour, price),
-            *(f"{each.tier}: {each.link.name}, {each.link.evidence}, {each.link.source}" for each in offers),
+            *(
+                f"{each.tier}: {_room(each)}; {each.link.name}, {each.link.evidence}: {each.link.source}"
+                for each in offers
+            ),
         ),
     )
 
@@ -143,6 +149,12 @@ def _prefill(
     assert device is not None, "one of both was asked for"
     setup = Setup(geometry, device, asked.tp, geometry.weights_dtype, asked.kv_dtype or geometry.kv_dtype)
     return prefill_of(setup), f"prefills: roofline of {asked.tp} x {device.name}, {setup.running.source}"
+
+
+def _room(offer: Offer) -> str:
+    if offer.capacity_bytes is None:
+        return f"as large as is useful, --tier {offer.tier}=SIZE bounds it"
+    return f"at most {offer.capacity_bytes / 1e9:,.0f} GB"
 
 
 def _price_note(given: float | None, price: Price | None) -> str:
@@ -194,7 +206,8 @@ def of_trace(asked: Asked, path: Path) -> Advice:
 def of_description(asked: Asked, told: workload.Description) -> Advice:
     """Advice for a trace that is synthesised from a description."""
     found = workload.synthesise(told)
-    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=told.reorderable)
+    machine = machine_of(asked, int(found.trace.input_tokens.mean()))
+    return advise(found.trace, machine, spread, hours=found.hours, reorderable=told.reorderable)
 
 
 def beside(advice: Advice | None, name: str | None, asked: Asked) -> Answer:
@@ -206,7 +219,8 @@ def beside(advice: Advice | None, name: str | None, asked: Asked) -> Answer:
     if case is None:
         raise SettingsError(f"no use case {name}", hint=f"one of {', '.join(workload.use_cases())}")
     advice = advice or of_description(asked, case.like)
-    confirmed = None if advice.verdict == "unknown" else set(case.tiers) == set(advice.tiers)
+    among = set(advice.tiers) <= set(case.tiers) and bool(advice.tiers) == bool(case.tiers)
+    confirmed = None if advice.verdict == "unknown" else among
     return Answer(advice, case.title, case.tiers, case.why, case.habit, confirmed)
 
 
