@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thermocline.clock import ManualClock, SystemClock
-from thermocline.demo import crash, damage, story, vllm
+from thermocline.demo import crash, damage, sizing, story, vllm
 from thermocline.demo.screen import Screen
 from thermocline.errors import ModelError
 
@@ -43,6 +43,14 @@ def test_crash(tmp_path):
 def test_crash_counts_what_is_lost(tmp_path):
     """The chapter would notice: blocks called durable that are not there are counted as lost."""
     assert crash._reopened(tmp_path, 0, 5) == (0, 0, 5)
+
+
+def test_sizing(tmp_path, capsys):
+    """The KV of the 32B model is told in bytes beside the quoted figure, which is two and a half times too much."""
+    told = sizing.play(_screen(), tmp_path)
+    assert told.ok
+    assert told.details["bytes_per_token"] == 262_144
+    assert capsys.readouterr().err.count("2.50x") == 4
 
 
 def test_failed_installation_is_told(tmp_path):
