@@ -44,6 +44,7 @@ OTHER = {
     "receipts_path": "/nowhere/receipts.jsonl",
     "receipts_bytes": "1MiB",
     "costs_path": "/nowhere/costs.json",
+    "measured_path": "/nowhere/profile.json",
     "write_queue_bytes": "16MiB",
     "load_seconds_max": "500ms",
     "events_endpoint": "tcp://127.0.0.1:5557",

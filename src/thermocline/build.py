@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from thermocline.clock import Clock, SystemClock
+from thermocline.costs import measured
 from thermocline.costs.model import LearnedCosts
 from thermocline.costs.saved import SavedCosts
 from thermocline.errors import SettingsError
@@ -57,7 +58,10 @@ def store_from(settings: Settings, *, clock: Clock | None = None, costs: Learned
 
 
 def _costs(settings: Settings) -> LearnedCosts:
-    return LearnedCosts() if settings.costs_path is None else SavedCosts(settings.costs_path)
+    known = None if settings.measured_path is None else measured.read(settings.measured_path).prefills()
+    if settings.costs_path is None:
+        return LearnedCosts(measured=known)
+    return SavedCosts(settings.costs_path, measured=known)
 
 
 def _colder(settings: Settings, clock: Clock, opened: ExitStack) -> Iterator[Tier]:

@@ -276,6 +276,11 @@ class Settings:
     costs_path: Path | None = _setting(
         Kind.PATH, None, "A small file that keeps what was learned of costs between runs; none measures anew."
     )
+    measured_path: Path | None = _setting(
+        Kind.PATH,
+        None,
+        "What `thermocline profile --write` measured: believed by `serve`, `node` and `route` at first.",
+    )
     write_queue_bytes: int = _setting(
         Kind.SIZE, 64 << 20, "Bytes that may wait for the disk; saves beyond are dropped.", least=1 << 20, most=1 << 40
     )

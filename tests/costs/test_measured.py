@@ -85,9 +85,9 @@ def test_what_the_engine_does_not_tell():
 
 
 def test_seed():
-    """Learned costs that are seeded with a profile predict what it measured, and go on learning."""
-    costs = LearnedCosts()
-    sweep().seed(costs, "m")
+    """Learned costs that begin with a profile predict what it measured, of any model, and go on learning."""
+    costs = LearnedCosts(measured=sweep().prefills())
+    assert costs.computes("m")
     for length in LENGTHS:
         assert costs.recompute(length, 0, "m") == pytest.approx(truth(length, 0), rel=0.05)
     for length in LENGTHS * 20:

@@ -20,12 +20,13 @@ import msgspec
 from msgspec import Meta
 
 from thermocline.costs import saved
-from thermocline.costs.model import PREFILL_PRIOR, SECONDS_MAX, SECONDS_MIN, Fit, LearnedCosts
+from thermocline.costs.model import PREFILL_PRIOR, SECONDS_MAX, SECONDS_MIN, Fit, FitState, LearnedCosts
 from thermocline.errors import SettingsError
 
 VERSION = 1
 FILE_BYTES_MAX, ROWS_MAX = 1 << 20, 4096
 LOAD_PRIOR, DECODE_PRIOR = 1e-5, (1e-2, 1e-7)
+SEEN = "measured"
 UNTOLD = "unknown"
 """The source of cached tokens where the engine does not tell it."""
 _HINT = "write one with `thermocline profile --write FILE`"
@@ -59,6 +60,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def told(self) -> bool:
         """True where it is known how many tokens were computed."""
         return not self.shared_tokens if self.cached_tokens is None else self.cached_tokens < self.prompt_tokens
+
+    @property
+    def alone(self) -> bool:
+        """True where no other request ran beside it, and it is known what was computed: a fit learns from these."""
+        return self.concurrency == 1 and self.told
 
     @property
     def cached(self) -> int:
@@ -153,15 +159,17 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         names = ("request", "token", "attended_token", *(f"load_{source}_token" for source in self.sources))
         return dict(zip(names, self._fit.weights, strict=True))
 
-    def seed(self, costs: LearnedCosts, model: str = "") -> None:
-        """Let learned costs begin with what was measured here, as if they had seen these prefills themselves."""
+    def prefills(self) -> FitState:
+        """The prefills as learned costs keep them: they can begin with these, as if they had seen them themselves."""
+        costs = LearnedCosts()
         for row in self._alone:
             loading = self.load_seconds(row.cached, row.source) or 0.0
-            costs.recomputed(row.prompt_tokens - row.cached, row.cached, row.first_token_seconds - loading, model)
+            costs.recomputed(row.prompt_tokens - row.cached, row.cached, row.first_token_seconds - loading, SEEN)
+        return costs.state().prefills[SEEN]
 
     @functools.cached_property
     def _alone(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.concurrency == 1 and row.told)
+        return tuple(row for row in self.rows if row.alone)
 
     @functools.cached_property
     def _usual(self) -> str:
@@ -196,7 +204,7 @@ def read(path: Path) -> Measured:
         raise SettingsError(f"{path} is not what a profile writes: {error}", hint=_HINT) from None
     if found.version != VERSION:
         raise SettingsError(f"{path} is of version {found.version}, and this one reads {VERSION}", hint=_HINT)
-    if not any(row.told and row.concurrency == 1 for row in found.rows):
+    if not any(row.alone for row in found.rows):
         raise SettingsError(f"{path} has no request that ran alone with its computed tokens known", hint=_HINT)
     return found
 

@@ -240,8 +240,9 @@ class LearnedCosts:
     There is one such object per store, and whoever asks for seconds asks it: so all of them hear the same.
     """
 
-    def __init__(self, before: CostsState | None = None) -> None:
-        self._before = before or CostsState()
+    def __init__(self, before: CostsState | None = None, measured: FitState | None = None) -> None:
+        """`before` is what was learned here. Models of which that says nothing begin with what was `measured`."""
+        self._before, self._measured = before or CostsState(), measured
         self._model = ""
         self._prefill = _new_prefill()
         self._prefills: dict[str, Fit] = {}
@@ -310,7 +311,7 @@ class LearnedCosts:
         fit = self._prefills.pop(model, None)
         if fit is None:
             fit = _new_prefill()
-            state = self._before.prefills.get(model)
+            state = self._before.prefills.get(model) or self._measured
             if state is not None:
                 fit.restore(state)
         self._prefills[model] = fit  # the last one used is the last one dropped

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from thermocline.costs.model import CostsState, LearnedCosts
+from thermocline.costs.model import CostsState, FitState, LearnedCosts
 from thermocline.errors import SettingsError
 
 LOG = logging.getLogger("thermocline.costs")
@@ -103,8 +103,8 @@ def put(path: Path, body: bytes) -> None:
 class SavedCosts(LearnedCosts):
     """Learned costs that begin with a file, and go there every few minutes and when they are closed."""
 
-    def __init__(self, path: Path, *, save_seconds: float = SAVE_SECONDS) -> None:
-        super().__init__(read(path))
+    def __init__(self, path: Path, *, measured: FitState | None = None, save_seconds: float = SAVE_SECONDS) -> None:
+        super().__init__(read(path), measured)
         self._path, self._save_seconds = path, save_seconds
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._save_now_and_then, name="costs", daemon=True)

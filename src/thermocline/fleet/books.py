@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thermocline.costs.measured import Measured
 from thermocline.fleet.costs import InstanceCosts, Stretch, new_fit, terms_of
 from thermocline.fleet.instance import Ask, Choice, Instance, InstanceState, Outcome, Regime, Why
 
@@ -66,7 +67,8 @@ class Fleet:
     blocks from each other; else another node's copy is only told of.
     """
 
-    def __init__(self, *, offset: int = 0, peers: bool = False) -> None:
+    def __init__(self, *, offset: int = 0, peers: bool = False, known: Measured | None = None) -> None:
+        """`known` is what a profile measured of an instance like these: where their costs begin."""
         self.peers = peers
         self._offset = offset
         self.instances: list[Instance] = []
@@ -90,7 +92,7 @@ class Fleet:
         self.no_tokens: list[int] = []
         self.sessions: OrderedDict[str, tuple[int, int, float]] = OrderedDict()
         self.rents: OrderedDict[int, tuple[float, int]] = OrderedDict()  # seconds waited for a prefix, and when last
-        self._common = new_fit()
+        self._common = new_fit(known)
         self._costs: list[InstanceCosts] = []
         self._weights: list[tuple[float, ...]] = []
         self._per_stream: list[float] = []

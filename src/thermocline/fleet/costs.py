@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from thermocline.costs.measured import Measured
 from thermocline.costs.model import PREFILL_PRIOR, Fit
 from thermocline.fleet.instance import Ask, Choice, Tier
 
@@ -19,6 +20,8 @@ Terms = tuple[float, float, float, float, float, float, float]
 STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR = 1e-3, 1e-5, 5e-5, 5e-5
 PRIOR: Terms = (*PREFILL_PRIOR, STREAM_PRIOR, HOST_PRIOR, DISK_PRIOR, PEER_PRIOR)
 LOADED_FROM = {Tier.HOST: 4, Tier.DISK: 5, Tier.PEER: 6}
+_SOURCES = {"host": Tier.HOST, "memory": Tier.HOST, "disk": Tier.DISK, "p2p": Tier.PEER, "redis": Tier.PEER}
+"""The words of engines for where cached tokens came from; all others are of the device."""
 OPEN_OBSERVATIONS = 8
 """Before it has shown so much of its own, an instance is believed to take what the fleet takes."""
 FORGETTING = 0.95
@@ -157,9 +160,16 @@ class InstanceCosts:
         self._learned_at = stretch.ended
 
 
-def new_fit() -> Fit:
-    """What is believed of instances of which nothing is known."""
-    return Fit(PRIOR, _TYPICAL, FORGETTING)
+def new_fit(measured: Measured | None = None) -> Fit:
+    """What is believed of instances of which nothing is known, but what a profile `measured` of one like them."""
+    fit = Fit(PRIOR, _TYPICAL, FORGETTING)
+    for row in measured.rows if measured is not None else ():
+        if row.alone:
+            new, loaded = row.prompt_tokens - row.cached, [0.0, 0.0, 0.0]
+            if row.source in _SOURCES:
+                loaded[LOADED_FROM[_SOURCES[row.source]] - 4] = float(row.cached)
+            fit.observe((1.0, float(new), new * (row.cached + new / 2), 0.0, *loaded), row.first_token_seconds)
+    return fit
 
 
 def _apart(stretch: Stretch, now: float) -> bool:

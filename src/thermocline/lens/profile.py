@@ -107,7 +107,7 @@ def profile(
     except UnreachableError as error:
         stopped = error.message
     rows = _rows(samples)
-    if not any(row.told and row.concurrency == 1 for row in rows):
+    if not any(row.alone for row in rows):
         raise UnreachableError(
             f"nothing was measured: {stopped}", hint="give it more time, or see what the server says"
         )
@@ -184,7 +184,7 @@ def _row(kind: Sequence[Sample]) -> Row:
 
 
 def _alone(measured: Measured) -> list[Row]:
-    return [row for row in measured.rows if row.concurrency == 1 and row.told]
+    return [row for row in measured.rows if row.alone]
 
 
 def _off(measured: Measured, row: Row) -> float:
