@@ -42,7 +42,7 @@ class Engine:
     batched_tokens: int = 8192
     """`max_num_batched_tokens`. 2,048 on smaller GPUs and the A100, 16,384 from 160 GiB on (arg_utils.py)."""
     batches_in_flight: int = 2
-    """With asynchronous scheduling two; each may hold `batched_tokens` that are not settled."""
+    """With asynchronous scheduling two, and as many as there are stages; each holds `batched_tokens` not yet settled."""
     prefix_caching: bool = True
     """With it a sequence holds a second state of each recurrent layer, and one of Mamba 2 a third, as a checkpoint.
     A model without attention has none."""
@@ -79,6 +79,7 @@ class Paging:
     engine: Engine
     groups: tuple[Group, ...]
     block_bytes: int
+    in_flight_tokens: int
 
     @property
     def block_tokens(self) -> int:
@@ -87,8 +88,7 @@ class Paging:
 
     def worst_pages(self, tokens: int) -> int:
         """Blocks that a request of at most so many tokens is admitted for, over all groups."""
-        flying = self.engine.batched_tokens * self.engine.batches_in_flight
-        return self._pages(tokens, flying)
+        return self._pages(tokens, self.in_flight_tokens)
 
     def steady_pages(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens holds between two steps, over all groups."""
@@ -165,7 +165,7 @@ def paging(geometry: Geometry, engine: Engine = VLLM, kv_dtype: str = "", *, tp:
         groups += [replace(kind, layers=kind.layers[at::number]) for at in range(number)]
     dealt = stages(geometry, pp)
     fullest = max(sum(at in stage for at in each.layers) * each.page_bytes for each in groups for stage in dealt)
-    return Paging(engine, tuple(groups), fullest)
+    return Paging(engine, tuple(groups), fullest, engine.batched_tokens * max(pp, engine.batches_in_flight))
 
 
 def _kinds(geometry: Geometry, engine: Engine, kv_dtype: str, tp: int) -> Iterator[Group]:
