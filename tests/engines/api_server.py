@@ -9,7 +9,8 @@ from typing import Self
 from thermocline.engines import api
 from thermocline.engines.transformers import Engine
 from thermocline.settings import Settings
-from thermocline.wire.http import Limits, listening, url_of
+from thermocline.wire.http import Limits, url_of
+from thermocline.wire.sockets import listening
 
 
 class ApiServer:

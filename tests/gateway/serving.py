@@ -22,8 +22,9 @@ from thermocline.gateway.proxy import Gateway
 from thermocline.gateway.rules import Rules
 from thermocline.gateway.seam import Arrived, Decision, Trouble, Usage
 from thermocline.wire import openai
-from thermocline.wire.http import Limits, Server, listening
+from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Request, Response, Routes
+from thermocline.wire.sockets import listening
 
 WAIT_SECONDS = 10
 CLOCK = SystemClock()

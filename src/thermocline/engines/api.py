@@ -39,8 +39,9 @@ from thermocline.store.receipt import ExcerptedReceipt, Receipt
 from thermocline.store.store import Store
 from thermocline.store.verbs import StoreVerbs
 from thermocline.wire import openai
-from thermocline.wire.http import Limits, Server, listening, url_of
+from thermocline.wire.http import Limits, Server, url_of
 from thermocline.wire.routes import Handler, Request, Response, Routes
+from thermocline.wire.sockets import listening
 
 T = TypeVar("T")
 COMPLETION_TOKENS_DEFAULT = 16

@@ -27,9 +27,10 @@ from thermocline.metrics import Metrics
 from thermocline.tokens.prompt import Kind, prompt_of
 from thermocline.wire import openai
 from thermocline.wire.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Topic, write_topic
-from thermocline.wire.http import Limits, Server, listening, url_of
+from thermocline.wire.http import Limits, Server, url_of
 from thermocline.wire.publisher import Publisher
 from thermocline.wire.routes import Request, Response, Routes
+from thermocline.wire.sockets import listening
 
 MODEL = "light"
 NEW_TOKENS_MAX = 1024

@@ -5,9 +5,7 @@ It is `wire.http.Server` with routes of its own; the public door knows none of t
 
 from __future__ import annotations
 
-import os
 import socket
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -15,7 +13,7 @@ from urllib.parse import parse_qs
 import msgspec
 from msgspec import Struct
 
-from thermocline.errors import RequestError, SettingsError, ThermoclineError
+from thermocline.errors import RequestError, SettingsError
 from thermocline.fleet.instance import Instance
 from thermocline.gateway.observe import Blocks
 from thermocline.gateway.proxy import Gateway
@@ -23,6 +21,7 @@ from thermocline.gateway.standing import Standing, State
 from thermocline.wire import openai
 from thermocline.wire.http import Limits, Server
 from thermocline.wire.routes import Request, Response, Routes
+from thermocline.wire.sockets import private_socket
 
 LISTED = 100
 LIMIT_DIGITS_MAX = 6
@@ -64,31 +63,7 @@ def admin_socket(path: Path) -> socket.socket:
 
     Raises ThermoclineError where it cannot be had, or another gateway listens there.
     """
-    try:
-        _clear(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        except OSError:
-            sock.close()
-            raise
-        finally:
-            os.umask(before)
-    except OSError as error:
-        msg = f"cannot listen on {path}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="choose another path for the admin socket, of at most 107 bytes") from None
-    return sock
-
-
-def _clear(path: Path) -> None:
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
-        return  # what is no socket stays, and bind says that the name is taken
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            msg = f"another gateway listens on {path}"
-            raise ThermoclineError(msg, hint="give each gateway an admin socket of its own")
-    path.unlink()
+    return private_socket(path, "gateway", hint="give each gateway an admin socket of its own, of at most 107 bytes")
 
 
 class _Doors:

@@ -20,7 +20,7 @@ from thermocline.clock import SystemClock
 from thermocline.errors import SettingsError, ThermoclineError
 from thermocline.gateway.serve import announce
 from thermocline.settings import Settings, without_settings
-from thermocline.wire.http import listening
+from thermocline.wire.sockets import listening
 
 LOG = logging.getLogger("thermocline.gateway")
 LOOK_SECONDS, AGAIN_SECONDS, STOP_SECONDS = 0.1, 1.0, 15.0

@@ -17,6 +17,7 @@ from pathlib import Path
 import uvloop
 
 from thermocline.clock import SystemClock
+from thermocline.costs import measured
 from thermocline.errors import SettingsError
 from thermocline.fleet.books import Fleet
 from thermocline.fleet.chains import Chain
@@ -32,7 +33,8 @@ from thermocline.gateway.proxy import Gateway
 from thermocline.metrics import Metrics
 from thermocline.settings import Settings, read_key
 from thermocline.tokens.reader import Reader
-from thermocline.wire.http import Limits, listening, url_of
+from thermocline.wire.http import Limits, url_of
+from thermocline.wire.sockets import listening
 
 CONNECTIONS_MAX = 4096
 MEMO_BYTES = 256 << 20
@@ -77,9 +79,10 @@ async def _until_signal(
         secret = secrets.token_bytes(32)
         index = FleetIndex(settings.index_blocks, secret=int.from_bytes(secret[:8], "little"))
         metrics = Metrics()
+        known = measured.read(settings.measured_path) if settings.measured_path else None
         door = Door(
             index,
-            Fleet(offset=os.getpid() % 64),
+            Fleet(offset=os.getpid() % 64, known=known),
             policy=settings.policy,
             secret=secret,
             model=settings.model if "model" in settings.origins else None,

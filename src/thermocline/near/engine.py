@@ -9,7 +9,7 @@ One thread uses an engine. Nothing is kept when the process ends: durable state 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 from thermocline.clock import Clock, SystemClock
@@ -26,9 +26,9 @@ REFUSED = (
 """Commands of Redis that an embedded cache does not have on purpose, unlike those that it merely lacks."""
 NO_DURABILITY = "this is a cache in memory: scripts, replicas and durable state belong in Redis or Valkey"
 NOT_QUEUED = frozenset({"multi", "exec", "discard", "watch", "unwatch", "quit", "reset"})
-NOT_IN_MULTI = frozenset({"subscribe", "unsubscribe", "psubscribe", "punsubscribe", "hello", "auth", "client|reply"})
+NOT_IN_MULTI = frozenset({"subscribe", "unsubscribe", "hello", "auth"})
 WITHOUT_PASSWORD = frozenset({"auth", "hello", "quit", "reset"})
-WHILE_SUBSCRIBED = frozenset({"subscribe", "unsubscribe", "psubscribe", "punsubscribe", "ping", "quit", "reset"})
+WHILE_SUBSCRIBED = frozenset({"subscribe", "unsubscribe", "ping", "quit", "reset"})
 QUEUED_BYTES_MAX = 64 << 20
 NAME_SHOWN_MAX = 128
 
@@ -38,12 +38,8 @@ class Session:
     """One client. `wake` is called when something was pushed, or `closing` was set, from another client's command."""
 
     id: int
-    address: str
     wake: Callable[[], None]
-    since: float
     authenticated: bool
-    name: bytes = b""
-    library: tuple[bytes, bytes] = (b"", b"")
     protocol: int = 2
     plain: bool = False
     """Nothing has to be looked at before a command is run. See `settle`."""
@@ -54,21 +50,11 @@ class Session:
     stale: bool = False
     """A watched key has changed."""
     following: Following | None = None
-    caching: bool | None = None
-    """What CLIENT CACHING said of the next command."""
-    channels: dict[bytes, None] | None = None
-    patterns: dict[bytes, None] | None = None
-    answers: str = "ON"
-    """CLIENT REPLY: ON, OFF, or SKIP for this command, SKIPPING for the next."""
-    last_command: str = ""
-    last_at: float = 0.0
+    channels: dict[bytes, None] = field(default_factory=dict)
+    listens: bool = False
+    """Only to channels, as in RESP2, where a push cannot be told from a reply."""
     pushes: list[Reply] | None = None
     closing: bool = False
-
-    @property
-    def subscriptions(self) -> int:
-        """Channels and patterns."""
-        return len(self.channels or ()) + len(self.patterns or ())
 
     def push(self, message: tuple[Reply, ...]) -> None:
         """Have it sent, behind the reply to what this client is waiting for."""
@@ -79,8 +65,8 @@ class Session:
 
     def settle(self) -> None:
         """Something that `plain` depends on has changed."""
-        listens = self.protocol < 3 and self.subscriptions > 0  # noqa: PLR2004  # RESP3 tells pushes from replies
-        self.plain = self.authenticated and self.queue is None and not listens and self.answers == "ON"
+        self.listens = self.protocol < 3 and bool(self.channels)  # noqa: PLR2004  # RESP3 tells pushes from replies
+        self.plain = self.authenticated and self.queue is None and not self.listens
 
 
 class Engine:
@@ -93,7 +79,6 @@ class Engine:
         self.followers = Followers()
         self.watchers: dict[bytes, set[Session]] = {}
         self.subscribers: dict[bytes, set[Session]] = {}
-        self.pattern_subscribers: dict[bytes, set[Session]] = {}
         self.sessions: dict[int, Session] = {}
         self.started = self.clock.wall()
         self.commands = 0
@@ -102,10 +87,9 @@ class Engine:
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
-    def connect(self, address: str, wake: Callable[[], None]) -> Session:
+    def connect(self, wake: Callable[[], None]) -> Session:
         """A client came."""
-        now = self.clock.wall()
-        session = Session(next(self._ids), address, wake, now, self.password is None, last_at=now)
+        session = Session(next(self._ids), wake, self.password is None)
         session.settle()
         self.sessions[session.id] = session
         return session
@@ -128,7 +112,6 @@ class Engine:
             if command.run is None:
                 command = self._find(words)
             command.check(words)
-            session.last_command, session.last_at = command.name, keys.clock.seconds
             reply = self.run(session, command, words) if session.plain else self._gated(session, command, words)
         except CommandError as error:
             if session.queue is not None:
@@ -150,10 +133,8 @@ class Engine:
         if command.of_session:
             return command.run(self, session, words)
         reply: Reply = command.run(self.keys, words)
-        if session.following is not None:
-            if command.reads:
-                self.followers.remember(session, command.keys_in(words))
-            session.caching = None
+        if session.following is not None and command.reads:
+            self.followers.remember(session, command.keys_in(words))
         return reply
 
     def tell(self, author: Session | None) -> None:
@@ -176,11 +157,8 @@ class Engine:
         """A session that has something to be looked at first."""
         if not session.authenticated and command.name not in WITHOUT_PASSWORD:
             raise CommandError("NOAUTH Authentication required.")
-        if session.protocol < 3 and session.subscriptions and command.name not in WHILE_SUBSCRIBED:  # noqa: PLR2004  # RESP3
-            raise CommandError(
-                f"ERR Can't execute '{command.name}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are "
-                "allowed in this context"
-            )
+        if session.listens and command.name not in WHILE_SUBSCRIBED:
+            raise CommandError(f"ERR Can't execute '{command.name}' while subscribed")
         if session.queue is None or command.name in NOT_QUEUED:
             return self.run(session, command, words)
         if command.name in NOT_IN_MULTI:

@@ -166,28 +166,22 @@ def glob(pattern: bytes) -> re.Pattern[bytes]:
         else:
             parts[-1] += _one(token)
     first, *middle = parts
-    if not middle:
-        return re.compile(first, re.DOTALL)
-    *middle, last = middle
-    return re.compile(first + b"".join(b"(?>.*?%b)" % part for part in middle) + b".*" + last, re.DOTALL)
+    try:
+        if not middle:
+            return re.compile(first, re.DOTALL)
+        *middle, last = middle
+        return re.compile(first + b"".join(b"(?>.*?%b)" % part for part in middle) + b".*" + last, re.DOTALL)
+    except re.error:
+        raise CommandError("ERR this pattern cannot be read") from None
 
 
 def _one(token: bytes) -> bytes:
-    """What stands for one byte."""
+    """What stands for one byte. In brackets, all but a leading ^ and ranges stands for itself."""
     if token == b"?":
         return b"."
     if token[:1] != b"[":
-        return re.escape(token[1:] if len(token) > 1 else token)
-    negated = token[1:2] == b"^"
-    inside = re.findall(
-        rb"(?:\\(.)|(.))(?:-(?:\\(.)|(.)))?", token[2 if negated else 1 :].removesuffix(b"]"), re.DOTALL
-    )
-    ranges = b""
-    for low, low_bare, high, high_bare in inside:
-        a = low or low_bare
-        b = high or high_bare or a
-        a, b = min(a, b), max(a, b)
-        ranges += re.escape(a) + b"-" + re.escape(b)
-    if not ranges:
-        return b"." if negated else b"(?!)"
-    return b"[%b%b]" % (b"^" if negated else b"", ranges)
+        return re.escape(token[-1:])
+    inside = re.sub(rb"\\(.)", rb"\1", token[1:].removesuffix(b"]"), flags=re.DOTALL)
+    not_these = inside[:1] == b"^"
+    these = re.sub(rb"(\w)\\-(\w)", rb"\1-\2", re.escape(inside.removeprefix(b"^")))
+    return (b"[^%b]" if not_these else b"[%b]") % these if these else b"." if not_these else b"(?!)"

@@ -1,4 +1,4 @@
-"""The table of commands: each function stands below its row (name, arity, flags, where its keys are), as in Redis' own.
+"""The table of commands: each function stands below its row (names, arity, where its keys are).
 
 A reply is a plain value, which whoever speaks the protocol writes down:
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from thermocline.errors import CommandError
 from thermocline.near.engine_values import is_integer
+
+if TYPE_CHECKING:
+    from thermocline.near.engine_keys import Keyspace
 
 Reply = object
 """One of these."""
@@ -23,9 +26,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 OK = "OK"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
-NOT_A_FLOAT = "ERR value is not a valid float"
 SYNTAX = "ERR syntax error"
-NUMBERS_FLOAT_BYTES_MAX = 255
+NUMBER_BYTES_MAX = 255
+FIRST, ALL, PAIRS, NO_KEYS = (1, 1, 1), (1, -1, 1), (1, -1, 2), (0, 0, 0)
+"""Where the keys are: first, last (negative: from the end), step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +38,17 @@ class Command:
 
     name: str
     arity: int
-    flags: tuple[str, ...]
     keys: tuple[int, int, int]
     run: Callable[..., object] | None
+    reads: bool
+    """Whether what it says of keys may be remembered by who asked."""
     of_session: bool
-
-    @property
-    def reads(self) -> bool:
-        """Whether what it says of keys may be remembered by who asked."""
-        return "readonly" in self.flags
 
     def check(self, words: list[bytes]) -> None:
         """Raises CommandError for too few words, or too many."""
         arity = self.arity
         if len(words) != arity and (arity > 0 or len(words) < -arity):
-            raise CommandError(f"ERR wrong number of arguments for '{self.name}' command")
+            raise wrong_number(self.name)
 
     def keys_in(self, words: list[bytes]) -> list[bytes]:
         """The keys among the words of a request."""
@@ -61,25 +61,33 @@ TABLE: dict[bytes, Command] = {}
 
 
 def command(
-    name: str, arity: int, flags: str = "", keys: tuple[int, int, int] | int = 0, *, of_session: bool = False
+    names: str, arity: int, keys: tuple[int, int, int] = NO_KEYS, *, reads: bool = False, of_session: bool = False
 ) -> Callable[[F], F]:
-    """Put the function below into the table. `keys` is first, last, step; or one place."""
-    spec = (keys, keys, 1 if keys else 0) if isinstance(keys, int) else keys
+    """Put the function below into the table, under each of these names."""
 
     def listed(run: F) -> F:
-        TABLE[name.upper().encode()] = Command(name, arity, tuple(flags.split()), spec, run, of_session)
+        for name in names.split():
+            TABLE[name.upper().encode()] = Command(name, arity, keys, run, reads, of_session)
         return run
 
     return listed
 
 
+def reading(rows: dict[str, tuple[int, Callable[[Keyspace, list[bytes]], Reply]]]) -> None:
+    """Commands of one line that say something of a key, the first word: their arity, and what they say."""
+    for names, (arity, run) in rows.items():
+        command(names, arity, FIRST, reads=True)(run)
+
+
 def parents(*names: str) -> None:
     """Commands that are nothing without a subcommand."""
     for name in names:
-        TABLE[name.upper().encode()] = Command(name, -2, (), (0, 0, 0), None, of_session=False)
+        TABLE[name.upper().encode()] = Command(name, -2, NO_KEYS, None, reads=False, of_session=False)
 
 
-# -- words to values ---------------------------------------------------------------------------------------------------
+def wrong_number(name: str) -> CommandError:
+    """An error that says so."""
+    return CommandError(f"ERR wrong number of arguments for '{name}' command")
 
 
 def integer(text: bytes, wrong: str = NOT_AN_INTEGER) -> int:
@@ -89,16 +97,14 @@ def integer(text: bytes, wrong: str = NOT_AN_INTEGER) -> int:
     return int(text)
 
 
-def number(text: bytes, wrong: str = NOT_A_FLOAT) -> float:
+def number(text: bytes) -> float:
     """A number, which may be infinite. Raises CommandError."""
     try:
-        value = (
-            float(text) if len(text) <= NUMBERS_FLOAT_BYTES_MAX and not set(text) & set(b" _\t\r\n\v\f") else math.nan
-        )
+        value = float(text) if len(text) <= NUMBER_BYTES_MAX and not set(text) & set(b" _\t\r\n\v\f") else math.nan
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise CommandError(wrong)
+        raise CommandError("ERR value is not a valid float")
     return value
 
 

@@ -20,12 +20,11 @@ INVALIDATE = b"invalidate"
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """How a client wants to be told. `choice` is OPTIN, OPTOUT or nothing."""
+    """How a client wants to be told."""
 
     broadcast: bool = False
     prefixes: tuple[bytes, ...] = ()
     own_too: bool = True
-    choice: str = ""
 
 
 class Followers:
@@ -63,8 +62,6 @@ class Followers:
         """It has read these keys."""
         how = session.following
         if how is None or how.broadcast or session.protocol < 3:  # noqa: PLR2004  # only RESP3 has pushes
-            return
-        if (how.choice == "OPTIN" and not session.caching) or (how.choice == "OPTOUT" and session.caching is False):
             return
         for key in keys:
             self._readers.setdefault(key, set()).add(session)

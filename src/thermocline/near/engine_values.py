@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
-from typing import Self
+from typing import ClassVar
 
 ELEMENT_BYTES = 96
 """Charged for an element beside its bytes: a bytes object, its place in the container, half of it free."""
+INTEGER_DIGITS_MAX = 20
 
 
 def weight_of(element: bytes) -> int:
@@ -17,82 +16,80 @@ def weight_of(element: bytes) -> int:
     return len(element) + ELEMENT_BYTES
 
 
-class Hash(dict[bytes, bytes]):
-    """Fields and their values."""
+class Hash(dict[bytes, bytes | float]):
+    """Elements by name, each with a value: the fields of a hash."""
 
     __slots__ = ("nbytes",)
-    name, encodings = "hash", ("listpack", "hashtable")
+    name: ClassVar[str] = "hash"
 
-    def __init__(self, items: dict[bytes, bytes] | tuple[()] = (), nbytes: int = 0) -> None:
-        super().__init__(items)
-        self.nbytes = nbytes
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
 
-    def assign(self, field: bytes, value: bytes) -> bool:
-        """Set a field; True where it is new."""
-        old = self.get(field)
-        self[field] = value
-        self.nbytes += len(value) - len(old) if old is not None else weight_of(field) + len(value)
+    def assign(self, element: bytes, value: bytes | float) -> bool:
+        """Set an element; True where it is new."""
+        old = self.get(element)
+        self[element] = value
+        self.nbytes += _of_value(value) + (weight_of(element) if old is None else -_of_value(old))
         return old is None
 
-    def discard(self, field: bytes) -> bool:
-        """Remove a field; True where it was there."""
-        old = self.pop(field, None)
+    def discard(self, element: bytes) -> bool:
+        """Remove an element; True where it was there."""
+        old = self.pop(element, None)
         if old is None:
             return False
-        self.nbytes -= weight_of(field) + len(old)
+        self.nbytes -= weight_of(element) + _of_value(old)
         return True
 
-    def twin(self) -> Self:
-        """A copy that changes by itself."""
-        return type(self)(self, self.nbytes)
+
+def _of_value(value: bytes | float) -> int:
+    """A score is charged for its place in the order."""
+    return len(value) if isinstance(value, bytes) else ELEMENT_BYTES
 
 
-class Members(set[bytes]):
-    """A set."""
+class Members(Hash):
+    """A set: elements whose values say nothing."""
 
-    __slots__ = ("nbytes",)
-    name, encodings = "set", ("intset", "hashtable")
+    __slots__ = ()
+    name = "set"
 
-    def __init__(self, items: Iterable[bytes] = (), nbytes: int = 0) -> None:
-        super().__init__(items)
-        self.nbytes = nbytes
 
-    def include(self, member: bytes) -> bool:
-        """Add; True where it is new."""
-        if member in self:
-            return False
-        self.add(member)
-        self.nbytes += weight_of(member)
-        return True
+class Ranked(Hash):
+    """A sorted set: members by score, those of one score by their bytes."""
 
-    def exclude(self, member: bytes) -> bool:
-        """Remove; True where it was there."""
-        if member not in self:
-            return False
-        self.remove(member)
-        self.nbytes -= weight_of(member)
-        return True
+    __slots__ = ("order",)
+    name = "zset"
 
-    def take(self) -> bytes:
-        """Remove one, whichever the table has first: bytes are hashed with a secret, so nobody can foresee it."""
-        member = self.pop()
-        self.nbytes -= weight_of(member)
-        return member
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[tuple[bytes | float, bytes]] = []
 
-    def twin(self) -> Self:
-        """A copy that changes by itself."""
-        return type(self)(self, self.nbytes)
+    def assign(self, element: bytes, value: bytes | float) -> bool:
+        """Give a member its score."""
+        self._unplace(element)
+        insort(self.order, (value, element))
+        return super().assign(element, value)
+
+    def discard(self, element: bytes) -> bool:
+        """Remove a member; True where it was there."""
+        self._unplace(element)
+        return super().discard(element)
+
+    def _unplace(self, element: bytes) -> None:
+        score = self.get(element)
+        if score is not None:
+            del self.order[bisect_left(self.order, (score, element))]
 
 
 class Items(deque[bytes]):
     """A list, quick at both ends."""
 
     __slots__ = ("nbytes",)
-    name, encodings = "list", ("quicklist", "quicklist")
+    name = "list"
 
-    def __init__(self, items: Iterable[bytes] = (), nbytes: int = 0) -> None:
-        super().__init__(items)
-        self.nbytes = nbytes
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
 
     def add(self, item: bytes, *, left: bool) -> None:
         """At one of its ends."""
@@ -105,93 +102,9 @@ class Items(deque[bytes]):
         self.nbytes -= weight_of(item)
         return item
 
-    def twin(self) -> Self:
-        """A copy that changes by itself."""
-        return type(self)(self, self.nbytes)
 
-
-class Ranked:
-    """A sorted set: members by score, those of one score by their bytes."""
-
-    __slots__ = ("nbytes", "order", "scores")
-    name, encodings = "zset", ("listpack", "skiplist")
-
-    def __init__(self) -> None:
-        self.scores: dict[bytes, float] = {}
-        self.order: list[tuple[float, bytes]] = []
-        self.nbytes = 0
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def assign(self, member: bytes, score: float) -> None:
-        """Give a member its score."""
-        old = self.scores.get(member)
-        if old is None:
-            self.nbytes += 2 * weight_of(member)
-        else:
-            del self.order[bisect_left(self.order, (old, member))]
-        self.scores[member] = score
-        insort(self.order, (score, member))
-
-    def discard(self, member: bytes) -> bool:
-        """Remove a member; True where it was there."""
-        score = self.scores.pop(member, None)
-        if score is None:
-            return False
-        del self.order[bisect_left(self.order, (score, member))]
-        self.nbytes -= 2 * weight_of(member)
-        return True
-
-    def take(self, *, last: bool) -> tuple[bytes, float]:
-        """Remove the first member, or the last."""
-        score, member = self.order[-1 if last else 0]
-        self.discard(member)
-        return member, score
-
-    def rank(self, member: bytes) -> int | None:
-        """How many come before it; None where it is not there."""
-        score = self.scores.get(member)
-        return None if score is None else bisect_left(self.order, (score, member))
-
-    def between(self, low: float, high: float, *, low_open: bool, high_open: bool) -> slice:
-        """Where in `order` the scores lie that are in this range."""
-        start = bisect_left(self.order, (math.nextafter(low, math.inf) if low_open else low, b""))
-        stop = bisect_left(self.order, (high if high_open else math.nextafter(high, math.inf), b""))
-        return slice(start, len(self.order) if high == math.inf and not high_open else stop)
-
-    def twin(self) -> Ranked:
-        """A copy that changes by itself."""
-        copied = Ranked()
-        copied.scores, copied.order, copied.nbytes = dict(self.scores), list(self.order), self.nbytes
-        return copied
-
-
-Container = Hash | Members | Items | Ranked
+Container = Hash | Items
 Value = bytes | Container
-EMBEDDED_BYTES_MAX, PACKED_MAX, PACKED_BYTES_MAX, INTEGERS_MAX = 44, 128, 64, 512
-INTEGER_DIGITS_MAX = 20
-
-
-def kind_of(value: Value) -> str:
-    """As TYPE says it."""
-    return "string" if isinstance(value, bytes) else value.name
-
-
-def encoding_of(value: Value) -> str:
-    """How Redis would keep it, had it been written at once: what clients ask for, not how it lies here."""
-    if isinstance(value, bytes):
-        if is_integer(value):
-            return "int"
-        return "embstr" if len(value) <= EMBEDDED_BYTES_MAX else "raw"
-    packed, loose = value.encodings
-    if isinstance(value, Members):
-        return packed if len(value) <= INTEGERS_MAX and all(map(is_integer, value)) else loose
-    words = (
-        [*value, *value.values()] if isinstance(value, Hash) else value.scores if isinstance(value, Ranked) else value
-    )
-    small = len(value) <= (INTEGERS_MAX if isinstance(value, Hash) else PACKED_MAX)
-    return packed if small and all(len(word) <= PACKED_BYTES_MAX for word in words) else loose
 
 
 def is_integer(text: bytes) -> bool:

@@ -254,7 +254,7 @@ class LocalState(State):
     def __init__(self, bytes_max: int, *, reads: Reads | None = None, blocks: Blocks | None = None) -> None:
         _Counts.__init__(self, reads, blocks, (NearError, CommandError))
         self._engine, self._one = Engine(bytes_max), threading.RLock()
-        self._session = self._engine.connect("", lambda: None)
+        self._session = self._engine.connect(lambda: None)
 
     def _pause(self, look_seconds: float) -> float:
         return look_seconds

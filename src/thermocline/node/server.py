@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -23,6 +20,7 @@ from thermocline.node.paths import checked
 from thermocline.node.session import Session
 from thermocline.store.store import Store
 from thermocline.wire import messages as say
+from thermocline.wire.sockets import private_socket
 from thermocline.wire.status import ClientStatus, NodeStatus, TierStatus
 
 LOG = logging.getLogger("thermocline.node")
@@ -62,7 +60,8 @@ class NodeServer:
         self._greeting = threading.Semaphore(GREETED_MAX)
         self._closing = False
         self.last_seen = self._started
-        self._listener = _listen(self.path)
+        hint = "use it, or give --socket another path, in a folder of yours; `thermocline ps` shows who listens"
+        self._listener = private_socket(self.path, "node", hint=hint, error=NodeError)
         self._inode = self.path.lstat().st_ino
         self._thread = threading.Thread(target=self._accept, name="node", daemon=True)
         self._thread.start()
@@ -235,56 +234,3 @@ class NodeServer:
         if len(self._sessions) >= CLIENTS_MAX:
             return say.Refused(f"{CLIENTS_MAX} clients are connected already", "end some, or start a second node")
         return None
-
-
-def _listen(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _alone(path.parent):
-            _clear(path)
-            before = os.umask(0o177)  # the socket is never there with other rights, not even for a moment
-            try:
-                sock.bind(str(path))
-            finally:
-                os.umask(before)
-            sock.listen(CLIENTS_MAX)
-    except OSError as error:
-        sock.close()
-        raise NodeError(
-            f"cannot listen at {path}: {error.strerror}", hint="give --socket a path in a folder of yours"
-        ) from None
-    except NodeError:
-        sock.close()
-        raise
-    return sock
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One node at a time takes a place in this folder: of two, the second would take away the first one's socket."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _clear(path: Path) -> None:
-    """Take away the socket of a node that is no more. Raises NodeError if it is, or if this is something else."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise NodeError(f"{path} is there and is no socket", hint="remove it, or give --socket another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(HELLO_SECONDS)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise NodeError(f"{path}: {error.strerror or 'no answer'}", hint="end the node that hangs there") from None
-    raise NodeError(
-        f"another node listens at {path}", hint="use it, or give --socket another path; `thermocline ps` shows it"
-    )

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from thermocline.errors import RequestError, ThermoclineError
+from thermocline.errors import RequestError
 from thermocline.wire.routes import Request, Response, Routes
 
 LOG = logging.getLogger("thermocline.http")
@@ -89,32 +89,6 @@ class Server:
         """The connection is closed."""
         self._connections.discard(connection)
         self._gone.set()
-
-
-def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A bound socket, not listening yet: a port in use is found first, and nobody connects too early.
-
-    With `shared`, other processes may bind the same address, and the kernel spreads connections.
-
-    Raises ThermoclineError where it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if shared:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            raise
-    except OSError as error:
-        msg = f"cannot listen on {host} port {port}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="stop what listens there, or choose another port with --port") from None
-    return sock
 
 
 def url_of(sock: socket.socket) -> str:

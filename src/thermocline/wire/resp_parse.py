@@ -1,11 +1,10 @@
 """Requests of the Redis protocol, from bytes as they come. Every length is checked before memory is taken for it.
 
-A request is an array of bulk strings, or a line of words (`inline`, for people with telnet). Nothing nests.
+A request is an array of bulk strings, or a line of words (`inline`, for people with telnet), without quotes.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from thermocline.errors import CommandError
@@ -15,13 +14,6 @@ LINE_BYTES_MAX = 32
 """Of a length. The longest that counts has 20 digits."""
 STRANGER_WORDS_MAX, STRANGER_BULK_BYTES_MAX = 10, 16 << 10
 """Of those who have not said the password yet. Redis has the same bounds."""
-
-_WORD = re.compile(
-    rb"""\s*+(?: ([^\s"']*+) (?: "((?:[^"\\]|\\.)*+)" | '((?:[^'\\]|\\.)*+)' )?+ (?=\s|\Z) | (?P<odd>\S) )""",
-    re.DOTALL | re.VERBOSE,
-)
-_ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
-_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\a"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +75,9 @@ class RequestParser:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _too_large(self, what: bytes) -> CommandError:
+        return _broken((b"unauthenticated " if self.bounds is STRANGER else b"invalid ") + what)
+
     def _bulk_fits(self, words: list[bytes]) -> bool:
         return max(map(len, words)) <= self.bounds.bulk_bytes_max
 
@@ -109,9 +104,7 @@ class RequestParser:
             return False
         count = _number(line, b"invalid multibulk length", least=-(1 << 63))
         if count > self.bounds.words_max:
-            raise _broken(
-                b"unauthenticated multibulk length" if self.bounds is STRANGER else b"invalid multibulk length"
-            )
+            raise self._too_large(b"multibulk length")
         self._left = max(0, count)
         return True
 
@@ -126,7 +119,7 @@ class RequestParser:
                 return False
             size = _number(line, b"invalid bulk length")
             if size > self.bounds.bulk_bytes_max:
-                raise _broken(b"unauthenticated bulk length" if self.bounds is STRANGER else b"invalid bulk length")
+                raise self._too_large(b"bulk length")
             self._size = size
         end = self._at + self._size
         if len(self._held) < end + 2:
@@ -157,31 +150,11 @@ class RequestParser:
             if len(self._held) - self._at >= INLINE_BYTES_MAX:
                 raise _broken(b"too big inline request")
             return None
-        words = inline_words(bytes(self._held[self._at : end]))
+        words = bytes(self._held[self._at : end]).split()
         self._at = end + 1
         if len(words) > self.bounds.words_max or any(len(word) > self.bounds.bulk_bytes_max for word in words):
             raise _broken(b"too big inline request")
         return words
-
-
-def inline_words(line: bytes) -> list[bytes]:
-    """The words of a line, which may be quoted as in a shell. Raises CommandError for a quote without its end."""
-    words: list[bytes] = []
-    for found in _WORD.finditer(line.strip()):
-        bare, double, single, odd = found.groups()
-        if odd:
-            raise _broken(b"unbalanced quotes in request")
-        if double is not None:
-            words.append(bare + _ESCAPE.sub(_unescaped, double))
-        elif single is not None:
-            words.append(bare + single.replace(b"\\'", b"'"))
-        elif bare:
-            words.append(bare)
-    return words
-
-
-def _unescaped(found: re.Match[bytes]) -> bytes:
-    return bytes([int(found[1], 16)]) if found[1] else _ESCAPES.get(found[2], found[2])
 
 
 def _number(digits: bytes, wrong: bytes, *, least: int = 0) -> int:

@@ -13,23 +13,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from thermocline.errors import CommandError, ThermoclineError
+from thermocline.errors import CommandError
 from thermocline.wire.resp_parse import STRANGER, Bounds, RequestParser
+from thermocline.wire.sockets import listening, private_socket
 
 LOG = logging.getLogger("thermocline.resp")
 TICK_SECONDS = 0.1
 JOINED_BYTES_MAX = 16 << 10
 """Of one write: replies are joined up to this size, and a longer value goes by itself, uncopied."""
 RESP3 = 3
+ONE_LINE = str.maketrans("\r\n", "  ")
+"""An error is on one line, whatever of the request it quotes."""
 FULL = b"-ERR max number of clients reached\r\n"
 
 
@@ -59,7 +60,6 @@ class Session(Protocol):
 
     protocol: int
     authenticated: bool
-    answers: str
     closing: bool
     pushes: list[object] | None
     queued_bytes: int
@@ -71,7 +71,7 @@ S = TypeVar("S", bound=Session)
 class Commands(Protocol[S]):
     """What runs commands. Everything is called on the loop's thread, and returns at once."""
 
-    def connect(self, address: str, wake: Callable[[], None]) -> S:
+    def connect(self, wake: Callable[[], None]) -> S:
         """A client came; `wake` is to be called when it has pushes, or is to be closed."""
 
     def disconnect(self, session: S) -> None:
@@ -105,10 +105,11 @@ def encode(value: object, protocol: int, out: list[bytes]) -> None:
     elif value is None:
         out.append(b"_\r\n" if protocol == RESP3 else b"$-1\r\n")
     elif isinstance(value, float):
-        text = _digits(value)
-        out.append(b",%b\r\n" % text if protocol == RESP3 else b"$%d\r\n%b\r\n" % (len(text), text))
+        digits = repr(value).removesuffix(".0").encode()
+        out.append(b",%b\r\n" % digits if protocol == RESP3 else b"$%d\r\n%b\r\n" % (len(digits), digits))
     elif isinstance(value, CommandError):
-        out.append(b"-%b\r\n" % _error_line(value))
+        text = f"{value.message} (hint: {value.hint})" if value.hint else value.message
+        out.append(b"-%b\r\n" % text.translate(ONE_LINE).encode())
     else:
         _encode_many(value, protocol, out)
 
@@ -134,16 +135,6 @@ def _encode_many(value: object, protocol: int, out: list[bytes]) -> None:
             encode(each, protocol, out)
 
 
-def _digits(value: float) -> bytes:
-    return repr(value).removesuffix(".0").encode()
-
-
-def _error_line(error: CommandError) -> bytes:
-    """On one line, whatever of the request it quotes."""
-    text = f"{error.message} (hint: {error.hint})" if error.hint else error.message
-    return " ".join(text.split("\r")).replace("\n", " ").encode()
-
-
 # -- the listener ------------------------------------------------------------------------------------------------------
 
 
@@ -154,22 +145,20 @@ class RespServer:
         self.commands, self.limits = commands, limits
         self.waiting_bytes = 0
         self.clients: set[_Client] = set()
-        self._listeners: list[asyncio.Server] = []
+        self._listener: asyncio.Server | None = None
         self._ticking: asyncio.TimerHandle | None = None
 
     async def start(self, sock: socket.socket) -> None:
-        """Accept connections on a bound socket. May be called again for another one."""
+        """Accept connections on a bound socket."""
         loop = asyncio.get_running_loop()
         create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
-        self._listeners.append(await create(lambda: _Client(self), sock=sock, backlog=511))
-        if self._ticking is None:
-            self._tick()
+        self._listener = await create(lambda: _Client(self), sock=sock, backlog=511)
+        self._tick()
 
     async def stop(self) -> None:
         """Accept nothing more, and close every connection: what was answered is still sent."""
-        for listener in self._listeners:
-            listener.close()
-        if self._ticking is not None:
+        if self._listener is not None and self._ticking is not None:
+            self._listener.close()
             self._ticking.cancel()
         for client in tuple(self.clients):
             client.close()
@@ -205,11 +194,10 @@ class _Client(asyncio.Protocol):
             self._transport.close()
             return
         self._server.clients.add(self)
-        sock, peer = transport.get_extra_info("socket"), transport.get_extra_info("peername")
+        sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        address = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
-        self._session = self._commands.connect(address, self._woken)
+        self._session = self._commands.connect(self._woken)
         self._let_in()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
@@ -270,16 +258,11 @@ class _Client(asyncio.Protocol):
             self.close()
 
     def _answer(self, session: Session, reply: object) -> None:
-        if session.answers == "ON":
-            at = len(self._out)
-            encode(reply, session.protocol, self._out)
-            if len(self._out) - at > 1:
-                self._check_size(session, at)
-            self._out_bytes += sum(map(len, self._out[at:]))
-        elif session.answers == "SKIPPING":
-            session.answers = "SKIP"
-        elif session.answers == "SKIP":
-            session.answers = "ON"
+        at = len(self._out)
+        encode(reply, session.protocol, self._out)
+        if len(self._out) - at > 1:
+            self._check_size(session, at)
+        self._out_bytes += sum(map(len, self._out[at:]))
         if session.pushes:
             self._take_pushes(session)
         if session.authenticated and self._parser.bounds is STRANGER:
@@ -372,7 +355,9 @@ def serve(
         factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
     except ImportError:
         factory = None
-    with contextlib.closing(_private(path) if path else _bound(host, port)) as sock:
+    hint = "choose another path with --unix-socket, of at most 107 bytes"
+    bound = private_socket(path, "server", hint=hint) if path else listening(host, port)
+    with contextlib.closing(bound) as sock:
         try:
             with asyncio.Runner(loop_factory=factory) as runner:
                 runner.run(_until_signal(RespServer(commands, limits), sock, ready))
@@ -397,32 +382,3 @@ def url_of(sock: socket.socket) -> str:
         return f"unix://{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
     return f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=511)
-    except OSError as error:
-        msg = f"cannot listen on {host} port {port}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="stop what listens there, or choose another port with --port") from None
-
-
-def _private(path: Path) -> socket.socket:
-    """A bound socket that nobody else can open. What an ended server left behind is replaced."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(str(path)):
-                    path.unlink()
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-    except OSError as error:
-        sock.close()
-        msg = f"cannot listen on {path}: {error.strerror or error}"
-        raise ThermoclineError(msg, hint="choose another path with --unix-socket, of at most 107 bytes") from None
-    return sock
