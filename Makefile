@@ -27,6 +27,8 @@ LMCACHE := 0.5.6
 DYNAMO_VENV := .venv-dynamo
 NEAR_VENV := .venv-near
 DYNAMO := 1.6.1
+PLANNER_VENV := .venv-planner
+AICONFIGURATOR := 0.12.0
 ROUTERS_VENV := .venv-routers
 ROUTERS_READY := $(ROUTERS_VENV)/.ready
 ARGS ?=
@@ -37,7 +39,7 @@ say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
 .PHONY: help demo test test-long test-vllm fuzz lint format types docs generate bench check clean engine redis-server \
 	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env bench-dynamo-env \
-	bench-near-env
+	bench-near-env bench-planner-env
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,7 +92,7 @@ bench: $(ENGINE) ## Measure one budget: NAME=ttft (ARGS="--json --save"); withou
 check: test lint types docs ## All that .ci/run asks
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV) $(DYNAMO_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV) $(DYNAMO_VENV) $(PLANNER_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 engine: $(ENGINE)
 
@@ -113,7 +115,7 @@ redis-server:
 
 # Debian's python3 may lack ensurepip; pip can fill a venv from outside, and python3-venv is the last resort.
 $(BIN)/python $(VLLM_VENV)/bin/python $(LMCACHE_VENV)/bin/python $(ROUTERS_VENV)/bin/python $(DYNAMO_VENV)/bin/python \
-	$(NEAR_VENV)/bin/python: %/bin/python:
+	$(NEAR_VENV)/bin/python $(PLANNER_VENV)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; hint: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(call say,making $* with $(PYTHON))
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $*; \
@@ -197,3 +199,7 @@ bench-dynamo-env: | $(DYNAMO_VENV)/bin/python ## Install Dynamo's router core on
 bench-near-env: | $(NEAR_VENV)/bin/python ## Install cachebox, moka, cachetools and theine, for `thermocline bench near`
 	@$(NEAR_VENV)/bin/python -m pip install -q "cachebox==6.2.10" "moka-py==0.5.0" "cachetools==8.0.1" "theine==2.0.0" \
 		"redis==8.1.0" "hiredis==3.5.0" msgspec numpy
+
+# Its package has the measured rows that `bench planner` predicts, and it is asked for the same ones.
+bench-planner-env: | $(PLANNER_VENV)/bin/python ## Install aiconfigurator, for `thermocline bench planner`
+	@$(PLANNER_VENV)/bin/python -m pip install -q "aiconfigurator==$(AICONFIGURATOR)" "aiconfigurator-core==$(AICONFIGURATOR)"

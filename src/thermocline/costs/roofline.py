@@ -79,7 +79,9 @@ class Setup:
     kv_dtype: str = ""
     efficiency: Efficiency | None = None
     dp: int = 1
-    """Groups of `tp` ranks, each with its own sequences; weights that are not attention's are split over all of them."""
+    """Groups of `tp` ranks, each with its own sequences; weights are taken to be split over all of them."""
+    ep: int = 1
+    """Ranks that experts are spread over whole, instead of each expert over all. Only calibrations tell a difference."""
 
     @property
     def running(self) -> Efficiency:
