@@ -514,6 +514,15 @@ def test_one_instance_that_gets_everything(make_fleet):
     assert conditions(found) - {Condition.OVERLOAD} == {Condition.IMBALANCE}, render(found)
 
 
+def test_a_queue_that_is_sooner_than_computing_again(make_fleet):
+    """Where all share a long context that one instance holds, waiting for it is right, and no imbalance is claimed."""
+    fleet = make_fleet(token_seconds=2e-4)
+    shared = [*text(1, 6400)]
+    fleet.ask(shared)
+    found = asked_meanwhile(fleet, 1.0, lambda at: fleet.ask([*shared, *text(at, 16)]), clients=3)
+    assert conditions(found) <= {Condition.OVERLOAD}, render(found)
+
+
 def test_more_than_a_fleet_can_compute(make_fleet):
     """Where all instances have queues of prompts, waiting is what is named, and no imbalance."""
     fleet = make_fleet(token_seconds=2e-4)

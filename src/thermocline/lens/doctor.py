@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from thermocline.lens.diagnosis import NO_METRICS, Condition, Diagnosis, Finding, Hits, Number, Times, Unknown
-from thermocline.lens.observe import Kind, Watched
+from thermocline.lens.observe import VLLM, Kind, Watched
 from thermocline.lens.summary import ReasonShare, Summary, summarise
 from thermocline.store.receipt import Reason, Receipt
 
@@ -259,7 +259,7 @@ def _overload(at: Watched, _: Sequence[Watched]) -> Said:
     """Requests wait for their turn longer than they are worked on."""
     found = _times(at)
     parts = dict(found.seconds) if found else {}
-    requests = at.counted("vllm:request_queue_time_seconds_count") or at.counted("requests_total", status="200")
+    requests = _answered(at)
     waiting, working = parts.get("waiting", 0.0), parts.get("computing", 0.0) + parts.get("loading", 0.0)
     if waiting > working > 0 and requests >= FEW:
         numbers = (
@@ -375,42 +375,74 @@ def _listening(at: Watched, _: Sequence[Watched]) -> Said:
 
 
 def _routed_away(at: Watched, _: Sequence[Watched]) -> Said:
-    """Requests that a policy without costs sent away from where their prompt was."""
+    """Requests that a policy without costs sent away from where their prompt was, and would have been sooner."""
     tokens = missed = requests = 0
     for each in at.decisions:
         choices = each.tries[0].choices if each.tries else ()
         if choices and each.usage is not None:
             tokens += each.usage.prompt_tokens or 0
             if "POLICY" in choices[0].reasons:
-                most = max(choice.cached_tokens for choice in choices) - choices[0].cached_tokens
+                sooner = [other.cached_tokens for other in choices if other.seconds < choices[0].seconds]
+                most = max(0, max(sooner, default=0) - choices[0].cached_tokens)
                 missed, requests = missed + most, requests + (most > 0)
     if requests >= FEW and missed >= MATTERS * tokens:
         numbers = (
-            Number("tokens that another instance held", missed),
+            Number("tokens that a sooner instance held", missed),
             Number("prompt tokens", tokens),
             Number("requests sent away from them", requests),
         )
         yield Finding(Condition.ROUTED_AWAY, at.name, "", numbers, missed / max(1, tokens))
 
 
-def _imbalance(at: Watched, _: Sequence[Watched]) -> Said:
-    """Most of the time one instance has nothing to do while another one has a queue: the wait could be avoided."""
+def _imbalance(at: Watched, seen: Sequence[Watched]) -> Said:
+    """Most of the time one instance has nothing to do while another has a queue, and the wait could be avoided.
+
+    It could where waiting takes longer than computing elsewhere what was found cached. Else the wait is right.
+    """
+    urls = {each.name: each.url for each in at.instances if each.state == "up"}
     looks = [each.by("instance_in_flight", "instance") for each in at.scrapes]
-    up = {each.name for each in at.instances if each.state == "up"}
-    looks = [{name: count for name, count in look.items() if name in up} for look in looks]
+    looks = [{name: count for name, count in look.items() if name in urls} for look in looks]
     uneven = [look for look in looks if look and min(look.values()) == 0 and max(look.values()) > 1]
-    if len(looks) >= FEW and len(uneven) > HALF * len(looks):
-        busiest = max(sorted(up), key=lambda name: math.fsum(look.get(name, 0.0) for look in looks))
-        mean = math.fsum(look.get(busiest, 0.0) for look in looks) / len(looks)
+    if len(looks) < FEW or len(uneven) <= HALF * len(looks):
+        return
+    busiest = max(sorted(urls), key=lambda name: math.fsum(look.get(name, 0.0) for look in looks))
+    server = next((each for each in seen if each.kind is Kind.SERVER and each.name == urls[busiest]), None)
+    spent = _spent(server) if server is not None else None
+    if spent is None:
+        yield Unknown(at.name, f"whether others would be sooner than {busiest}, which has a queue", "its metrics")
+    elif spent[0] > spent[1]:
         routed = at.counted_by("routed_total", "instance")
         numbers = (
-            Number("looks at which one waited for requests and another had a queue", len(uneven)),
+            Number("looks at which one had nothing to do and another a queue", len(uneven)),
             Number("looks", len(looks)),
-            Number(f"requests in flight at {busiest}, on average", mean),
             Number(f"requests that {busiest} answered", routed.get(busiest, 0.0)),
             Number("requests answered by all", math.fsum(routed.values())),
+            Number("waiting there, per request", spent[0], "s"),
+            Number("computing elsewhere what it had cached", spent[1], "s"),
         )
         yield Finding(Condition.IMBALANCE, at.name, f"instance {busiest}", numbers, len(uneven) / len(looks))
+
+
+def _spent(at: Watched) -> tuple[float, float] | None:
+    """Seconds that a server's requests wait, and that computing what they found cached would take, for each of them."""
+    times, requests = _times(at), _answered(at)
+    kind = VLLM if at.is_vllm else ""
+    prompt = at.counted(f"{kind}prompt_tokens_total")
+    cached = at.counted(f"{kind}prompt_tokens_cached_total" if kind else "cached_tokens_total")
+    if times is None or not requests or prompt <= cached:
+        return None
+    parts = dict(times.seconds)
+    return parts["waiting"] / requests, parts["computing"] / (prompt - cached) * cached / requests
+
+
+def _answered(at: Watched) -> float:
+    """How many requests for text were answered."""
+    if at.is_vllm:
+        return at.counted("vllm:request_queue_time_seconds_count")
+    routes = at.last.by("requests_total", "route")
+    return math.fsum(
+        at.counted("requests_total", route=route, status="200") for route in routes if "completions" in route
+    )
 
 
 def _fleet_reuse(at: Watched, _: Sequence[Watched]) -> Said:
