@@ -52,6 +52,7 @@ BENCHES = {
         Entry(
             "gateway", "CPU time of a request through the gateway, and the first streamed byte, beside two peers", 150
         ),
+        Entry("planner", "predicted first tokens and time per token of measured servers, beside aiconfigurator", 900),
         Entry("ttft-vllm", "vLLM's first token: its own prefix hit, memory, disk; what a miss costs", 420, engine=True),
         Entry("fleet-vllm", "two vLLM servers behind routers: hits, rate, first tokens, predictions", 900, engine=True),
         Entry("profile", "first tokens of lengths that a profile did not ask, predicted from it", 300, engine=True),
