@@ -128,7 +128,7 @@ def _question(row: Row) -> dict[str, Any]:
         ep = min(setup.ep, setup.ranks)
         asked |= {"moe_ep_size": ep, "moe_tp_size": setup.ranks // ep}
     modes = {name: raw[name] for name in ("gemm_quant_mode", "moe_quant_mode") if raw[name]}
-    return asked | modes
+    return asked | {"modes": modes}
 
 
 def _packages(python: Path) -> Path:
@@ -136,9 +136,7 @@ def _packages(python: Path) -> Path:
     for folder in sorted(python.parent.parent.glob("lib/python3*/site-packages")):
         if (folder / FILE).exists():
             return folder
-    raise BenchError(
-        f"{python} has no aiconfigurator_core with measured rows", hint="run `make bench-planner-env` first"
-    )
+    raise BenchError(f"{python} has no measured rows of aiconfigurator", hint="run `make bench-planner-env` first")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

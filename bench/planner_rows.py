@@ -30,7 +30,7 @@ from thermocline.errors import ThermoclineError
 
 FILE = Path("aiconfigurator_core", "systems", "silicon_sample.csv")
 SEED, SAMPLE, ASKED = 20261122, 500, 200
-"""A sample of the rows is predicted, and the first of it is asked of the peer too. No row of its setups is fitted to."""
+"""So many rows are predicted, and the first of them asked of the peer too. Nothing is fitted to them or their like."""
 
 MODELS = {
     "DeepSeek-R1": "deepseek-ai/DeepSeek-R1",

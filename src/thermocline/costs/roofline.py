@@ -81,7 +81,7 @@ class Setup:
     dp: int = 1
     """Groups of `tp` ranks, each with its own sequences; weights are taken to be split over all of them."""
     ep: int = 1
-    """Ranks that experts are spread over whole, instead of each expert over all. Only calibrations tell a difference."""
+    """Ranks that experts are spread over, each whole on one. Only calibrations tell a difference."""
 
     @property
     def running(self) -> Efficiency:
