@@ -42,7 +42,7 @@ class Engine:
     batched_tokens: int = 8192
     """`max_num_batched_tokens`. 2,048 on smaller GPUs and the A100, 16,384 from 160 GiB on (arg_utils.py)."""
     batches_in_flight: int = 2
-    """With asynchronous scheduling two, and as many as there are stages; each holds `batched_tokens` not yet settled."""
+    """Two with asynchronous scheduling, and no fewer than stages; each holds `batched_tokens` that are not settled."""
     prefix_caching: bool = True
     """With it a sequence holds a second state of each recurrent layer, and one of Mamba 2 a third, as a checkpoint.
     A model without attention has none."""
