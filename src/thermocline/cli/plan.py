@@ -52,7 +52,7 @@ def doctor(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     api_key_file: str | None,
     as_json: bool,
 ) -> int:
-    """Say what is wrong with what runs, by which numbers, and the one thing to do next. Exits 1 where it found anything.
+    """Say what is wrong with what runs, by which numbers, and the one thing to do next. Exits 1 if it found anything.
 
     Without --url, --node and --gateway: this user's nodes and gateways here, and http://127.0.0.1:8000.
     """
