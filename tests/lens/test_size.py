@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from thermocline.costs.sizing import size
 from thermocline.errors import SettingsError
 from thermocline.lens.size import lengths, render, report, so, with_parameters
 
+ROOT = Path(__file__).parents[2]
 QWEN = "qwen2.5-32b-instruct"
 LLAMA = "meta-llama/Meta-Llama-3.1-70B"
 
@@ -47,6 +49,13 @@ def test_in_words():
         "assumed",
     ]
     assert "262,144 B per token" in text
+
+
+def test_the_guide():
+    """The tables of memory and sessions in the guide are what the command prints."""
+    guide = (ROOT / "docs" / "guides" / "size.md").read_text()
+    shown = re.search(r"^memory of one accelerator of 1$.*?(?=^```)", guide, re.DOTALL | re.MULTILINE)
+    assert shown[0].rstrip() in render([size(asked())])
 
 
 @pytest.mark.parametrize(
