@@ -51,7 +51,7 @@ def plan(rng, mine):
     """What to do next: a command's word, and a key."""
     if rng.random() < 0.9:
         key = f"k{rng.randrange(KEYS)}"
-        return rng.choice(("get", "get", "get", "get", "mget", "pipelined", "hget", "hgetall")), key
+        return rng.choice(("get", "get", "get", "get", "mget", "pipelined", "hget", "hgetall", "together")), key
     return rng.choice(("set", "px", "eval", "multi", "rename", "mset", "del", "pipe")), rng.choice(mine)
 
 
@@ -103,10 +103,17 @@ class Life:
             "mget": ("mget", [key]),
             "hget": ("hget", f"h{key}", "a"),
             "hgetall": ("hgetall", f"h{key}"),
+            "together": ("near_read", [("HGETALL", f"h{key}"), ("GET", key)]),
         }[word]
 
     def found(self, word, key, reply, began):
-        if word == "mget":
+        if word == "together":
+            for each in reply:
+                if isinstance(each, Exception):
+                    raise each
+            self.found("hgetall", key, reply[0], began)
+            self.saw(key, reply[1], began)
+        elif word == "mget":
             self.saw(key, reply[0], began)
         elif word == "hgetall":
             assert reply.get(b"a") == reply.get(b"b"), f"torn: {reply}"
@@ -123,7 +130,7 @@ def live(life, client, operations):
         try:
             if word == "pipelined":
                 life.found("get", key, client.pipeline(transaction=False).get(key).execute()[0], began)
-            elif word in {"get", "mget", "hget", "hgetall"}:
+            elif word in {"get", "mget", "hget", "hgetall", "together"}:
                 name, *args = life.reading(word, key)
                 life.found(word, key, getattr(client, name)(*args), began)
             else:
@@ -157,7 +164,7 @@ async def live_async(life, client, operations):
         try:
             if word == "pipelined":
                 life.found("get", key, (await client.pipeline(transaction=False).get(key).execute())[0], began)
-            elif word in {"get", "mget", "hget", "hgetall"}:
+            elif word in {"get", "mget", "hget", "hgetall", "together"}:
                 name, *args = life.reading(word, key)
                 life.found(word, key, await getattr(client, name)(*args), began)
                 await asyncio.sleep(0)
