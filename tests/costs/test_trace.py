@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thermocline.costs import trace
 from thermocline.costs.trace import Mix, read
@@ -20,6 +24,34 @@ published = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces ar
 def written(path, *rows):
     path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
     return path
+
+
+numbers = st.one_of(st.integers(-5, 1 << 70), st.floats(allow_nan=False), st.none(), st.integers(0, 600))
+anything = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "timestamp": numbers,
+            "input_length": numbers,
+            "output_length": numbers,
+            "hash_ids": st.lists(numbers, max_size=3),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "block_size": st.sampled_from([0, 1, 7, 64, 512, 1024]),
+            "tool": numbers,
+            "sys": numbers,
+            "req": st.lists(
+                st.tuples(
+                    numbers, numbers, numbers, st.lists(st.tuples(numbers, numbers), max_size=2), numbers, numbers
+                ),
+                max_size=2,
+            ),
+        }
+    ),
+    st.fixed_dictionaries({"timestamp": numbers, "input": st.text(), "output": st.text(), "session_id": st.text()}),
+    st.lists(numbers),
+)
 
 
 def hashed(at, tokens, ids, **more):
@@ -124,10 +156,26 @@ def test_lengths_only(tmp_path):
 @pytest.mark.parametrize("text", ["", "hello\n", '{"hash_ids": 3}\n', '{"req": []}\n'])
 def test_what_is_no_trace(tmp_path, text):
     """What holds no request is an error with a hint, and so is what is not there."""
-    for path in (written(tmp_path / "some.jsonl", text), tmp_path / "none.jsonl", tmp_path):
+    (tmp_path / "some.gz").write_bytes(b"\x1f\x8b\x08" + bytes(30))
+    for path in (tmp_path / "some.gz", written(tmp_path / "some.jsonl", text), tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(TraceError) as raised:
             read(path)
         assert raised.value.hint
+
+
+@given(
+    st.sampled_from(["hash_ids", "req", "session_id", "ContextTokens"]),
+    st.lists(st.one_of(st.binary(max_size=60), st.builds(json.dumps, anything).map(str.encode)), max_size=6),
+)
+def test_whatever_a_file_holds(mark, lines):
+    """Whatever a file holds, it is read or refused with a hint: nothing else happens, and what is read is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "some.jsonl"
+        path.write_bytes(b"\n".join([f'"{mark}"'.encode(), *lines]))
+        with contextlib.suppress(TraceError):
+            found = read(path)
+            assert len(found) == len(found.input_tokens) == len(found.sessions) == len(found.starts) - 1
+            assert found.starts[-1] == len(found.blocks)
 
 
 def test_damaged(tmp_path):

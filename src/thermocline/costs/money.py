@@ -71,12 +71,16 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
-    """What is served: mean tokens, arrivals (None: not known), the target, and an instance's accelerators and price."""
+    """What is served: mean tokens, arrivals (None: not known), the target, and an instance's accelerators and price.
+
+    An instance of several pipeline `stages` works on as many requests at once.
+    """
 
     prompt_tokens: float
     output_tokens: float
     decode_seconds: float
     accelerators: int
+    stages: int = 1
     price: Price | None = None
     arrivals: Arrivals | None = None
     target_seconds: float | None = None
@@ -99,12 +103,14 @@ def bill(name: str, demand: Demand, prefills: Floats, loads: Floats, hit: float)
 
 
 def _dollars(demand: Demand, seconds: float) -> float | None:
-    return None if demand.price is None else demand.price.usd_per_hour * demand.accelerators * seconds / 3600
+    """Of so many seconds of one stage."""
+    hourly = None if demand.price is None else demand.price.usd_per_hour * demand.accelerators / demand.stages
+    return None if hourly is None else hourly * seconds / 3600
 
 
 def _served(found: Bill, demand: Demand, arrivals: Arrivals, firsts: Floats) -> Bill:
     """With as many instances as it takes. `firsts` are the seconds to each first token, without waiting."""
-    low, high = max(0, math.floor(arrivals.per_second * found.seconds)), INSTANCES_MAX
+    low, high = max(0, math.floor(arrivals.per_second * found.seconds / demand.stages)), INSTANCES_MAX
     late = _late(arrivals, demand, firsts, high)[1]
     if late is None or (demand.target_seconds is not None and late > demand.target_seconds):
         return msgspec.structs.replace(found, how="not with any number of instances")
@@ -114,7 +120,8 @@ def _served(found: Bill, demand: Demand, arrivals: Arrivals, firsts: Floats) -> 
         enough = late is not None and (demand.target_seconds is None or late <= demand.target_seconds)
         low, high = (low, middle) if enough else (middle, high)
     waiting, late = _late(arrivals, demand, firsts, high)
-    rho = arrivals.per_second * found.seconds / high
+    servers = high * demand.stages
+    rho = arrivals.per_second * found.seconds / servers
     price = demand.price
     return msgspec.structs.replace(
         found,
@@ -124,7 +131,7 @@ def _served(found: Bill, demand: Demand, arrivals: Arrivals, firsts: Floats) -> 
         waiting_seconds=waiting,
         first_token_late_seconds=late,
         usd_per_month=price and high * demand.accelerators * price.usd_per_hour * HOURS_PER_MONTH,
-        how=f"{arrivals.per_second:.4g} requests/s x {found.seconds:.4g} s / {high} instances = {rho:.2f} busy",
+        how=f"{arrivals.per_second:.4g} requests/s x {found.seconds:.4g} s / {servers} at once = {rho:.2f} busy",
     )
 
 
@@ -133,13 +140,12 @@ def _late(arrivals: Arrivals, demand: Demand, firsts: Floats, instances: int) ->
 
     Those who wait at all wait an exponential time (Kingman, 1962, for heavy traffic), on top of their own prefill.
     """
-    service = firsts + demand.decode_seconds
-    found = waiting_seconds(
-        arrivals.per_second, float(service.mean()), float(service.var()), arrivals.cv, servers=instances
-    )
+    service, servers = firsts + demand.decode_seconds, instances * demand.stages
+    mean, variance = float(service.mean()), float(service.var())
+    found = waiting_seconds(arrivals.per_second, mean, variance, arrivals.cv, servers=servers)
     if found.seconds is None:
         return None, None
-    waits = min(1.0, found.utilisation ** (math.sqrt(2 * (instances + 1)) - 1))
+    waits = min(1.0, found.utilisation ** (math.sqrt(2 * (servers + 1)) - 1))
     scale = found.seconds / waits if waits > 0 else 0.0
 
     def exceeded(seconds: float) -> float:

@@ -341,7 +341,7 @@ class _Answer:
         self._decode(1, 1)
         self.notes.append(f"times: roofline; shares of the peaks: {setup.running.source}")
         if self.asked.pp > 1:
-            self.notes.append("pipeline stages compute one prompt one after the other: they add room, not speed")
+            self.notes.append("pipeline stages add room and prompts at once: one prompt runs through them in turn")
         return functools.cache(prefill_of(setup))
 
     def _decode(self, batch: int, tokens: int) -> Estimate:
@@ -409,6 +409,7 @@ class _Answer:
             output_tokens=output,
             decode_seconds=output * self._decode(batch, context).seconds / batch,
             accelerators=self.ranks,
+            stages=self.asked.pp,
             price=self.price,
             arrivals=self._arrivals(trace),
             target_seconds=self.asked.target_seconds,

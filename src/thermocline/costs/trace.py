@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def read(path: Path, mix: Mix | None = None) -> Trace:
     try:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:
             rows = _read(file, mix or Mix())
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise TraceError(
             f"the trace {path} cannot be read: {error}", hint="name a file of requests, or an .xz"
         ) from error
@@ -184,6 +185,8 @@ class _Rows:
         if len(blocks) and (sessions < 0).all():
             sessions = _sessions(blocks, starts, distinct)
             notes.append("sessions are told apart by the first block that few requests share: the trace names none")
+        if self.skipped:
+            notes.append(f"{self.skipped:,} lines or requests of the trace were passed over: they cannot be read")
         if self.full:
             notes.append(f"only the first {len(arrivals):,} requests were read: the trace is larger than we take")
         return Trace(
@@ -273,7 +276,9 @@ class _Conversation(msgspec.Struct, frozen=True):
 def _read_conversations(lines: Iterator[bytes], rows: _Rows, mix: Mix) -> None:
     """The recipe of the mix is that of the published tables: see docs/guides/size.md."""
     random = Random(mix.seed)  # noqa: S311  # a trace, no secret
-    drawn = list(_decoded(lines, rows, _Conversation))
+    found = list(_decoded(lines, rows, _Conversation))
+    drawn = [each for each in found if mix.tokens_per_block % each.block_size == 0]
+    rows.skipped += len(found) - len(drawn)
     random.shuffle(drawn)
     shared: dict[tuple[int, int], int] = {}
     start, base = 0.0, 1_000_000
