@@ -240,11 +240,13 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
     tried = size or max(gains, default=0)
     most = next((blocks for blocks, gained in gains.items() if gained >= 0.9 * gains[tried] > 0), 0)
     with_it, without = study.use([*others, (offer, tried)]).hit, study.use(others).hit
+    shortest, longest = _pays_from(study, offer), int(study.trace.input_tokens.max())
+    never = "" if shortest else f" No prefix of up to {longest:,} tokens is loaded sooner than computed."
     enough, quick = study.tier_bytes(most) / 1e9, flip(1e5, 1e14, lambda speed: gain(speed=speed) > 0)
     numbers = [
         Number("seconds saved per hour, less what it costs", gain(), "s", 0.0, flips_to),
         Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", quick, flips_to),
-        Number("prefix from which a load is quicker", _pays_from(study, offer), "tokens"),
+        *([Number("prefix from which a load is quicker", shortest, "tokens")] if shortest else []),
         *([Number("room for nine tenths of those seconds", enough, "GB")] if size else []),
     ]
     if study.machine.usd_per_hour is not None:
@@ -254,7 +256,7 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
         f"Does {offer.tier} pay?",
         f"yes: {study.tier_bytes(size) / 1e9:,.1f} GB" if size else "no",
         f"With it {100 * with_it:.1f} % of the prompt tokens are not computed, without it {100 * without:.1f} %; over "
-        f"{offer.link.name} ({offer.link.evidence}: {offer.link.source}).",
+        f"{offer.link.name} ({offer.link.evidence}: {offer.link.source}).{never}",
         tuple(numbers),
         "thermocline why --summary" if size else "thermocline bench tiers",
     )

@@ -57,7 +57,7 @@ def judge(observed: Observed, machine: Machine) -> Advice:
     reuse = _reused(worth(least * mean) > asking, None if most is None else worth(most * mean) > asking)
     flips = flip(1e-6, 1.0, lambda share: worth(share * mean) > asking)
     shares = (
-        Number("hit rate now", 100 * least, "%", None if flips is None else 100 * flips, "reuse, where above"),
+        Number("hit rate now", 100 * least, "%", flips and 100 * flips, "no" if reuse == "yes" else "yes"),
         Number("hit rate of an endless cache", None if most is None else 100 * most, "%"),
     )
     why = (
@@ -97,7 +97,7 @@ def _lost(observed: Observed, gap: float | None, asking: float) -> tuple[str, Le
     verdict = "unknown" if gap is None else "tiers" if gap > asking else "engine"
     lost = sorted((observed.lost or {}).items(), key=lambda each: -each[1])
     told = ", ".join(f"{reason} {100 * tokens / observed.prompt_tokens:.1f} %" for reason, tokens in lost if tokens)
-    silent = "nothing, as all still fits" if observed.never_full else "it does not say"
+    silent = "it does not say" if observed.ideal is None else "nothing"
     answer = {"tiers": "no", "engine": "yes", "unknown": "unknown"}[verdict]
     flips_to = "yes" if verdict == "tiers" else "no"
     return verdict, Leaf(

@@ -140,7 +140,7 @@ def _trace(told: Description, count: int) -> Trace:
         starts=np.concatenate([[0], np.cumsum([len(path) for path in paths])]),
         distinct_blocks=len(names),
         notes=(
-            f"synthesised, seed {told.seed}: {count:,} sessions, {told.active:,.0f} of them at a time",
+            f"synthesised, seed {told.seed}: {count:,} sessions; {told.active:,.0f} are active at a time",
             "all sessions have prompts of the same lengths; they differ by their pauses",
             *(few if count < told.active else ()),
         ),
