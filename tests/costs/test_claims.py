@@ -80,8 +80,7 @@ def test_6_a_7b_at_8k(name, gb):
 def test_6_ten_times_the_model():
     """Row 6: KV of 10 times the model needs more than 250k tokens, even without shared heads."""
     thirteen = find("codellama/CodeLlama-13b")
-    parameters = 13_015_864_320
-    assert 10 * parameters * 2 / token_bytes(thirteen) > 250_000
+    assert 10 * weights_bytes(thirteen) / token_bytes(thirteen) > 250_000
     seven = find("meta-llama/Llama-2-7b-hf")
     assert 10 * 7e9 * 2 / token_bytes(seven) == pytest.approx(267_000, rel=1e-3)
 

@@ -226,7 +226,7 @@ def test_weights_without_files():
         4_095_213_568,
     )
     with pytest.raises(ModelError, match="how many parameters") as refused:
-        weights_bytes(find("microsoft/phi-4"))
+        weights_bytes(find("moonshotai/Kimi-K3"))
     assert refused.value.hint
     with pytest.raises(SettingsError, match="fp3"):
         weights_bytes(qwen, "fp3")
