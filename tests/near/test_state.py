@@ -35,6 +35,8 @@ from thermocline.near import (
     State,
     Turn,
 )
+from thermocline.near.coherence import Wait
+from thermocline.near.together import together
 
 ACME = Space("acme")
 HI, HELLO = Turn("user", "hi"), Turn("assistant", "hello")
@@ -352,6 +354,23 @@ def test_reads_together_from_many_threads(redis_server, other):
             jobs = [pool.submit(client.near_read, [("GET", name) for name in order]) for order in orders]
             for order, job in zip(orders, jobs, strict=True):
                 assert job.result(4) == [f"{name} {round_}".encode() for name in order]
+
+
+def test_reads_together_bring_theirs_before_they_wait(client):
+    """Where another reader fetches one of the keys already, it is waited for only after the others were fetched."""
+    view = client.near.view
+    another = view.read(("GET", "b"), view.flights)
+    theirs = next(another)
+    reads = together(view, [("GET", "b"), ("GET", "a")], view.flights, local=True)
+    assert next(reads).commands == (("PTTL", "a"), ("GET", "a"))
+    waits = reads.send([-1, b"1"])
+    assert isinstance(waits, Wait)
+    assert not waits.future.done()
+    with pytest.raises(StopIteration):
+        another.send([-1] * (len(theirs.commands) - 1) + [b"2"])
+    with pytest.raises(StopIteration) as ended:
+        reads.send(theirs is not None)  # that it is done
+    assert ended.value.value == [b"2", b"1"]
 
 
 def test_reads_together_are_plain_reads(redis_server, other):
