@@ -37,7 +37,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13; do \
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)" >&2
 
-.PHONY: help demo test test-long test-vllm fuzz lint format types docs generate bench check clean engine redis-server \
+.PHONY: help demo test test-long test-vllm test-near fuzz lint format types docs generate bench check clean engine redis-server \
 	vllm vllm-if-it-can-be-had bench-lmcache-env bench-routers-env bench-dynamo-env \
 	bench-near-env bench-planner-env
 
@@ -61,6 +61,10 @@ test-long: $(DEV) redis-server vllm-if-it-can-be-had ## The long fault matrix to
 
 test-vllm: $(DEV) redis-server vllm ## The long forms on real vLLM; takes an hour or two
 	@$(BIN)/python -m pytest tests/vllm $(ARGS)
+
+test-near: $(DEV) redis-server ## The near cache's long forms: 10^6 operations under fire, ten minutes of fuzzing; an hour
+	@$(BIN)/python -m pytest -s -m faults_long tests/near $(ARGS)
+	@$(MAKE) fuzz ARGS="resp resp-session"
 
 fuzz: $(DEV) ## Ten minutes of any bytes for each parser of outside bytes (ARGS="events node", FUZZ_SECONDS=60 for less)
 	@$(BIN)/python -m pip install -q -e '.[fuzz]' || echo "no atheris here: going on with changed seeds alone" >&2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thermocline.clock import ManualClock, SystemClock
-from thermocline.demo import crash, damage, sizing, story, vllm
+from thermocline.demo import crash, damage, local_redis, near, sizing, story, vllm
 from thermocline.demo.screen import Screen
 from thermocline.errors import ModelError
 
@@ -51,6 +51,26 @@ def test_sizing(tmp_path, capsys):
     assert told.ok
     assert told.details["bytes_per_token"] == 262_144
     assert capsys.readouterr().err.count("2.50x") == 4
+
+
+def test_near(tmp_path, capsys):
+    """A hit takes less time than a GET at every size, and every change elsewhere is seen within the stated bound."""
+    if near._missing():
+        pytest.skip(near._missing())
+    told = near.play(_screen(), tmp_path)
+    assert told.ok, told.verdict
+    assert list(told.details["memory_seconds"]) == [100, 4_096, 8_000_000]
+    assert told.details["changes_seen_seconds"]["most"] <= 1.0
+    assert "GET from memory" in capsys.readouterr().err
+
+
+def test_near_without_a_server(tmp_path, monkeypatch):
+    """Where no Redis is installed, its chapter says so: neither failed nor shown."""
+    monkeypatch.setattr(local_redis, "NAMES", ("no-such-server",))
+    told = near.play(_screen(), tmp_path)
+    assert told.ok
+    assert not told.shown
+    assert "not shown: " in told.claim.figure
 
 
 def test_failed_installation_is_told(tmp_path):

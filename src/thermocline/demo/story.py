@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.demo import crash, damage, doctor, fleet, locality, sizing, vllm, vllm_running
+from thermocline.demo import crash, damage, doctor, fleet, locality, near, sizing, vllm, vllm_running
 from thermocline.demo.chapter import Chapter
 from thermocline.demo.machine import machine
 from thermocline.demo.screen import Screen
@@ -28,6 +28,7 @@ TITLES = {
     "locality": ("The same prefixes, sent where they are", "Round robin finds one in eight; we find nearly all."),
     "fleet": ("Two instances, and one is killed", "No request is lost, and conversations find their context again."),
     "doctor": ("The doctor names a planted fault", "Evidence, one action, and nothing found after it."),
+    "near": ("State read in nanoseconds", "From memory, beside a GET from Redis; changes elsewhere are seen."),
     "conversations": ("Conversations answer sooner, and the same", "One answer: no cache, memory, new process."),
     "agent": ("An agent takes 100 steps on one context", "Each step sends all of it; only what is new is computed."),
     "frozen": ("A frozen Redis that nobody notices", "A cache failure is never a request failure, nor a slow one."),
@@ -57,6 +58,7 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
         }
         told = list(_played(screen, clock, chapters))
         _wait_for_engine(screen, clock, engine_ready)
+        told += _played(screen, clock, {"near": near.play})  # redis-py comes with the engine
         told += _with_model(screen, clock)
         told += _played(screen, clock, {"vllm": partial(vllm.play, vllm=vllm_up)})
     seconds = clock.now() - started

@@ -27,6 +27,8 @@ from thermocline.near.tracking import Near, near_of
 NOW = SystemClock.now
 WRITING = {Kind.KEYS, Kind.ALL, Kind.UNKNOWN, Kind.RELEASE}
 UNSERVED = Lease()
+PlainRedis = redis.Redis
+"""redis-py's own client, for what compares the two."""
 
 
 def nothing(_: object) -> None:

@@ -124,7 +124,7 @@ class Link:
                 pause = RETRY_SECONDS_MIN
                 self._listen()
             except (RedisError, OSError, ValueError, TypeError) as error:
-                self._lost(error)
+                self._lost(None if self._closing.is_set() else error)  # a server that ends after its clients is no news
             self._closing.wait(pause)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
         self._lost(None)
