@@ -2,22 +2,23 @@
 
 Open traffic (users come whatever the server does), G/G/m, the Allen-Cunneen approximation with Sakasegawa's exponent:
 
-    waiting = (ca^2 + cs^2) / 2 * rho^(sqrt(2 (m + 1)) - 1) / (m (1 - rho)) * service
+    waiting = (ca^2 + cs^2) / 2 * rho^(sqrt(2 (m + 1)) - 1) / (m (1 - rho)) * service  +  step / 2
 
 With one server that is Kingman's formula; with Poisson arrivals it is Pollaczek and Khinchine's, and exact. `ca` is the
-coefficient of variation of the times between arrivals (1: Poisson, 3: bursts as in published traces), `cs` that of the
-service. Batching helps in two ways and hurts in one: see `batched`.
+coefficient of variation of the times between arrivals (1: Poisson; 3: the conversation trace of Mooncake), `cs` that of
+the service. An engine that batches computes all that wait in one pass: what a pass takes whatever its size
+(`shared_seconds`) is then paid once for 1 + rate * waiting of them, which is solved for. It finishes the step it is
+in first: half of one, on average. Closed traffic (a fixed number of users) is in `served.py`.
 
-Closed traffic (a fixed number of users, as a load test has it): mean value analysis (Reiser and Lavenberg, 1980) of one
-queue, the prefills, and a delay, the decoding.
-
-Sources: Kingman 1961; Allen, "Probability, Statistics and Queueing Theory", 1990; Sakasegawa 1977.
+Sources: Kingman 1961; Sakasegawa 1977; Allen, "Probability, Statistics and Queueing Theory", 1990.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+ROUNDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +43,30 @@ def waiting_seconds(
     arrival_cv: float = 1.0,
     *,
     servers: int = 1,
+    shared_seconds: float = 0.0,
     step_seconds: float = 0.0,
 ) -> Waiting:
     """Open traffic before `servers` that take `service_seconds` each (variance in seconds squared).
 
-    `step_seconds` is the length of the step that runs when a request comes: it waits for half of it.
+    Of these, `shared_seconds` are paid once by all that are computed together.
     """
-    rho = arrivals_per_second * service_seconds / servers
-    if rho >= 1:
-        how = f"{arrivals_per_second:g}/s x {service_seconds:.4g} s / {servers} = {rho:.2f}: it never catches up"
-        return Waiting(None, rho, how, ())
+    least = arrivals_per_second * (service_seconds - shared_seconds) / servers
+    if least >= 1:
+        how = f"{arrivals_per_second:g}/s x {service_seconds:.4g} s / {servers} = {least:.2f}: it never catches up"
+        return Waiting(None, least, how, ())
     squared = service_variance / service_seconds**2 if service_seconds > 0 else 0.0
-    variability = (arrival_cv**2 + squared) / 2
-    crowd = rho ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - rho))
-    seconds = variability * crowd * service_seconds + step_seconds / 2
+    together, queue, rho = 1.0, 0.0, least
+    for _ in range(ROUNDS if shared_seconds else 1):
+        service = service_seconds - shared_seconds * (1 - 1 / together)
+        rho = arrivals_per_second * service / servers
+        rho = min(rho, 1 - 1e-6)  # while few are together; it falls as more come
+        crowd = rho ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - rho))
+        queue = (arrival_cv**2 + squared) / 2 * crowd * service
+        together = (together + 1 + arrivals_per_second * queue / servers) / 2
     spread = f"({arrival_cv:g}^2 + {math.sqrt(squared):.2g}^2) / 2"
-    how = f"{spread} x {crowd:.3g} x {service_seconds:.4g} s + {step_seconds:.3g} s / 2"
+    how = f"{spread} at {rho:.0%} of {servers} x {service_seconds:.4g} s, and half a step of {step_seconds:.3g} s"
     assumptions = (
         "Allen-Cunneen: arrivals independent of each other and of the service; requests in order of arrival",
         f"times between arrivals vary by {arrival_cv:g} times their mean",
     )
-    return Waiting(seconds, rho, how, assumptions)
+    return Waiting(queue + step_seconds / 2, rho, how, assumptions)

@@ -119,7 +119,10 @@ def served(setup: Setup, engine: str, load: Load, table: Measurements | None = N
     machine, known = _machine(table, setup, engine)
     door = table.doors.get(engine) or next(iter(table.doors.values()))
     if setup.efficiency is None:
-        setup = replace(setup, efficiency=efficiency(table, machine))
+        running = efficiency(table, machine)
+        if not machine.rows:
+            running = replace(running, source=efficiency_of(setup.accelerator).source)
+        setup = replace(setup, efficiency=running)
     first, between = _formulas(setup, machine, door, load)
     name = table.same_as.get(setup.geometry.name, setup.geometry.name)
     found = table.calibrations.get(f"{name}|{setup.accelerator.name}|{engine}|{setup.weights_dtype}")
