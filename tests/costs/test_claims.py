@@ -5,6 +5,9 @@ The rows about time and money are in test_claims_times.py; all are listed in doc
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from thermocline.costs.memory import Taken, capacity, sequence_bytes, token_bytes, weights_bytes
@@ -121,3 +124,12 @@ def test_the_one_that_holds():
     """A prompt below 1 MB of text becomes gigabytes: 100k tokens are 13 GB of an 8B model and 33 GB of a 70B one."""
     assert sequence_bytes(find(LLAMA8), 100_000) / GB == pytest.approx(13.1, abs=0.05)
     assert sequence_bytes(find(LLAMA70), 100_000) / GB == pytest.approx(32.8, abs=0.05)
+
+
+def test_listed():
+    """Every row of the thirty is listed in docs/claims.md, and each that is marked B has a test here."""
+    page = (Path(__file__).parents[2] / "docs" / "claims.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .* \| ([BT-]) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 31))
+    tested = set(re.findall(r'"""Row (\d+):', Path(__file__).read_text()))
+    assert tested == {number for number, where in rows if where == "B"}
