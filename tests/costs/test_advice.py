@@ -185,6 +185,21 @@ def test_hot_documents_before_eight_instances_are_routed_by_overlap():
     assert [line.value for line in advice.lines if line.setting == "policy"] == ["predicted_ttft"]
 
 
+def test_hot_sessions_before_eight_instances_are_routed_by_overlap():
+    """Eight conversations that keep an instance busy each: a hash puts two on one, and the router does not.
+
+    A prompt is known but for 64 tokens, which take 64 ms, and comes again 80 ms later: two of them cannot keep up.
+    """
+    told = Description(
+        sessions=8, sessions_per_hour=36_000, turns=50, think_seconds=0.08, prompt_tokens=640, growth_tokens=64
+    )
+    advice = answer(told, machine(100_000, instances=8))
+    found = leaf(advice, "Which routing")
+    seconds = {each.name: each.value for each in found.numbers}
+    assert found.answer == "predicted_ttft"
+    assert seconds["mean first token, session_hash"] > 1.5 * seconds["mean first token, predicted_ttft"]
+
+
 def test_without_reuse_routing_does_not_matter():
     """Where chance cannot tell policies apart, the advice is the default."""
     told = Description(sessions=200, sessions_per_hour=3600, prompt_tokens=64)
@@ -330,6 +345,12 @@ def test_what_is_held_is_what_a_cache_would_hold(requests, blocks, instances):
     assert study.held(blocks).tolist() == [played[at] for at in range(len(trace))]
 
 
+def test_prompts_shorter_than_a_block_share_nothing():
+    """A workload whose prompts fill no block has nothing to keep, and no division by nothing."""
+    advice = answer(Description(prompt_tokens=10, reorderable=True), machine(1000, offer(), instances=2))
+    assert advice.verdict == "no cache"
+
+
 @given(PATHS, st.integers(0, 12), st.integers(1, 3))
 def test_an_oracle_is_never_worse(requests, blocks, instances):
     """A cache that knows what comes hits at least as much as one that does not, and no more than an endless one."""
@@ -338,6 +359,27 @@ def test_an_oracle_is_never_worse(requests, blocks, instances):
     oracle = oracle_hit(study, blocks) * int(trace.input_tokens.sum())
     assert study.held(blocks).sum() <= oracle + 1e-6
     assert oracle <= study.held(1000).sum() + 1e-6
+
+
+@given(PATHS, st.integers(0, 4), st.integers(0, 8), st.integers(0, 12), st.floats(1e8, 1e11), st.floats(1e8, 1e11))
+def test_all_or_nothing_of_a_run_is_best(requests, device, host, disk, quick, slow):
+    """Where late tokens take longer, no cut inside a run saves more than one of its ends: what is used is the best."""
+    where = replace(
+        machine(device * 4), prefill=lambda tokens, cached: 1e-3 * tokens * (1 + 0.01 * (2 * cached + tokens))
+    )
+    study = Study(made(requests), where)
+    tiers = sorted(((host, quick), (disk, slow)), key=lambda each: -each[1])
+    saved = 0.0
+    for request, first in enumerate(study.held(device).tolist()):
+        held, cuts, load = first, {first: 0.0}, 0.0
+        for blocks, speed in tiers:
+            more = max(held, int(study.held(blocks)[request]))
+            cuts |= {cut: load + (cut - held) * MEGABYTE / speed for cut in range(held, more + 1)}
+            load, held = cuts[more], more
+        values = study.worth_seconds(np.array(list(cuts))) - np.array(list(cuts.values()))
+        saved += float(values.max())
+    sized = [(offer(f"t{at}", speed), blocks) for at, (blocks, speed) in enumerate(tiers)]
+    assert study.use(sized).saved_seconds * study.hours == pytest.approx(saved)
 
 
 @given(PATHS, st.integers(0, 6), st.floats(1e6, 1e11), st.floats(1.1, 10))

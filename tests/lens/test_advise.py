@@ -122,6 +122,14 @@ def test_a_trace_is_read(tmp_path):
     assert told["reused from other sessions"] + told["reused in the same session"] == pytest.approx(45.0)
 
 
+def test_the_order_of_a_batch_may_change(tmp_path):
+    """Two documents in turns, in memory for one: a batch is sorted, which anything else may not be."""
+    path = mooncake(tmp_path / "turns.jsonl", [(0, [at % 2 * 10 + block for block in range(4)]) for at in range(20)])
+    asked = Asked(model=MODEL, gpu="h100", kv_tokens=4 * 512, tiers=("redis",))
+    assert advise.of_trace(asked, path).verdict != "sort"
+    assert advise.of_trace(asked, path, "batch").verdict == "sort"
+
+
 def test_lengths_alone_are_no_workload(tmp_path):
     """A trace that tells nothing of shared prefixes is refused: reuse is not guessed."""
     path = tmp_path / "lengths.csv"

@@ -226,7 +226,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     )
     advice = None
     if trace:
-        advice = lens.of_trace(asked, Path(trace))
+        advice = lens.of_trace(asked, Path(trace), use_case)
     elif url:
         advice = lens.of_server(asked, url, Path(api_key_file) if api_key_file else None, SystemClock())
     elif describe:

@@ -280,6 +280,9 @@ def _routing(study: Study, holding: int, spread: Spread) -> tuple[str, Leaf]:
         if found.policy != best.policy:
             flips = rate, found.policy
             break
+    elsewhere = study.saved(study.held(holding * study.machine.instances, shared=True)) - study.saved(
+        study.held(holding)
+    )
     told = "; ".join(f"{each.policy} hits {100 * each.hit:.0f} %, imbalance {each.imbalance:.2f}" for each in now)
     numbers = [Number(f"mean first token, {each.policy}", each.mean_seconds, "s") for each in now]
     return best.policy, Leaf(
@@ -287,7 +290,11 @@ def _routing(study: Study, holding: int, spread: Spread) -> tuple[str, Leaf]:
         best.policy,
         f"{len(now[0].seconds):,} requests through our router, over {study.machine.instances} instances that exist as "
         f"queues and caches: {told}.",
-        (*numbers, Number("pace of arrivals", 1.0, "x", *flips)),
+        (
+            *numbers,
+            Number("pace of arrivals", 1.0, "x", *flips),
+            Number("seconds per hour that blocks of other instances would save, at most", max(0.0, elsewhere), "s"),
+        ),
         f"thermocline route --policy {best.policy}",
     )
 
@@ -338,10 +345,11 @@ def _hit(study: Study, blocks: int) -> float:
 
 def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | None) -> Iterator[Line]:
     room = {offer.tier: study.tier_bytes(blocks) for offer, blocks in tiers}
-    yield _memory_line(room)
+    each = f", for each of {study.machine.instances} instances" if study.machine.instances > 1 else ""
+    yield _memory_line(room, each)
     if "disk" in room:
         yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
-        yield Line("disk_bytes", _size("disk_bytes", room["disk"]), "the size at which disk gained most")
+        yield Line("disk_bytes", _size("disk_bytes", room["disk"]), f"the size at which disk gained most{each}")
     if "redis" in room:
         longest = max(16, int(study.held(math.inf, shared=True).max(initial=0)))
         yield Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
@@ -358,12 +366,12 @@ def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | Non
         yield Line("policy", policy, f"for `thermocline route` before {study.machine.instances} instances")
 
 
-def _memory_line(room: dict[str, float]) -> Line:
+def _memory_line(room: dict[str, float], each: str) -> Line:
     name = "memory_bytes"
     if not room:
         return Line(name, _size(name, 0), "the least there is: no tier pays, so best leave the connector out")
     if "host" in room:
-        return Line(name, _size(name, room["host"]), "the size at which host memory gained most")
+        return Line(name, _size(name, room["host"]), f"the size at which host memory gained most{each}")
     default = DECLARED[name]
     return Line(name, default.show(default.default), "host memory does not pay; loads and saves pass through it")
 

@@ -194,13 +194,14 @@ def _bytes(text: str, whole: str) -> int:
 # -- the workload ------------------------------------------------------------------------------------------------------
 
 
-def of_trace(asked: Asked, path: Path) -> Advice:
-    """Advice for a trace. Raises TraceError where it tells nothing of prefixes."""
+def of_trace(asked: Asked, path: Path, use_case: str | None = None) -> Advice:
+    """Advice for a trace, of a use case that says whether its order matters. Raises TraceError without prefixes."""
     found = trace.read(path)
     if not found.has_blocks:
         hint = "take one with block hashes, or describe the workload with --describe"
         raise TraceError(f"{path} tells lengths and arrivals only: nothing of shared prefixes", hint=hint)
-    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread)
+    reorderable = _case(use_case).like.reorderable if use_case else False
+    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=reorderable)
 
 
 def of_description(asked: Asked, told: workload.Description) -> Advice:
@@ -215,13 +216,18 @@ def beside(advice: Advice | None, name: str | None, asked: Asked) -> Answer:
     if name is None:
         assert advice is not None, "one of both was asked for"
         return Answer(advice)
-    case = workload.use_cases().get(name)
-    if case is None:
-        raise SettingsError(f"no use case {name}", hint=f"one of {', '.join(workload.use_cases())}")
+    case = _case(name)
     advice = advice or of_description(asked, case.like)
     among = set(advice.tiers) <= set(case.tiers) and bool(advice.tiers) == bool(case.tiers)
     confirmed = None if advice.verdict == "unknown" else among
     return Answer(advice, case.title, case.tiers, case.why, case.habit, confirmed)
+
+
+def _case(name: str) -> workload.UseCase:
+    case = workload.use_cases().get(name)
+    if case is None:
+        raise SettingsError(f"no use case {name}", hint=f"one of {', '.join(workload.use_cases())}")
+    return case
 
 
 def of_server(asked: Asked, url: str, api_key_file: Path | None, clock: Clock) -> Advice:
