@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import BENCHES, beside, chart, hit_ratio, state
+from bench import BENCHES, beside, chart, claims_planner, hit_ratio, state
 from bench.claims import CLAIMS
 from bench.harness import RESULTS, ROOT, Check, Result, kept, quantity, saved
 
@@ -116,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "near_hits": hit_ratio.near_hits,
     "near_state": state.table,
     "peers": beside.peers,
+    "planner_claims": claims_planner.table,
     "tests": tests,
 }
 
