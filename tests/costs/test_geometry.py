@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thermocline.costs.architectures import ARCHITECTURES
 from thermocline.costs.geometry import Attention, State, geometry_of
@@ -307,6 +311,27 @@ def test_refused_by_name(fields, named):
     with pytest.raises(ModelError, match=named) as refused:
         read(**fields)
     assert refused.value.hint
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside, max_size=3),
+    max_leaves=4,
+)
+FIELDS = sorted(
+    {*PLAIN, *LATENT, *SLIDING, *DELTA, "layer_types", "quantization_config", "text_config", "linear_attn_config"}
+    | {"hybrid_override_pattern", "attn_layer_indices", "num_kv_shared_layers", "attention_other_setting", "dtype"}
+)
+
+
+@given(st.sampled_from(sorted(ARCHITECTURES)), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_any_fields(model_type, fields):
+    """Whatever stands in a configuration, it is read or refused; no field makes a model of endless layers."""
+    with contextlib.suppress(ModelError):
+        found = geometry_of(config(**{"num_key_value_heads": 8, "model_type": model_type, **fields}), "any")
+        assert found.layers <= 10_000
+    with pytest.raises(ModelError, match="layers"):
+        read(num_hidden_layers=10**12)
 
 
 # -- held to transformers ----------------------------------------------------------------------------------------------

@@ -112,9 +112,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     **_same(
         "qwen3_next qwen3_5_text qwen3_5_moe_text",
-        Architecture("interval", heads="stated", state="delta", defaults=_QWEN_NEXT),
+        Architecture("every 4", heads="stated", state="delta", defaults=_QWEN_NEXT),
     ),
-    **_same("kimi_linear kimi_k3", Architecture("kimi", latent=True, state="kda", defaults=_LATENT)),
+    **_same("kimi_linear kimi_k3", Architecture("indices", latent=True, state="kda", defaults=_LATENT)),
     "jamba": Architecture(
         "jamba",
         state="mamba1",

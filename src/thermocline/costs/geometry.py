@@ -30,6 +30,7 @@ KV_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 INDEX_SCALE_ELEMENTS, SCALE_BYTES = 128, 4
 """The keys of a sparse indexer are one byte an element, with an fp32 scale for every 128 (DeepSeek-V3.2)."""
 
+LAYERS_MAX = 10_000
 FOUR_BITS = {4, "nvfp4", "mxfp4", "awq", "gptq"}
 
 
@@ -103,14 +104,14 @@ class _Config:
     """One configuration: its fields under one name each, with the defaults of its class. A missing one is an error."""
 
     def __init__(self, given: Mapping[str, Any], architecture: Architecture, name: str) -> None:
-        self._given, self._defaults, self.name = given, architecture.defaults, name
+        self._given, self.architecture, self.name = given, architecture, name
 
     def get(self, field: str) -> Any:  # noqa: ANN401  # whatever JSON holds
         """The field, else its default, else None."""
         for each in (field, *ALIASES.get(field, ())):
             if self._given.get(each) is not None:
                 return self._given[each]
-        return None if field in self._given else self._defaults.get(field)
+        return None if field in self._given else self.architecture.defaults.get(field)
 
     def off(self, field: str, or_lacking: bool) -> bool:  # noqa: FBT001  # one caller, one line below a rule
         """Whether it is null, or lacks where that means the same."""
@@ -142,13 +143,23 @@ def geometry_of(config: Mapping[str, Any], name: str) -> Geometry:
     Raises ModelError for an architecture that is not known here, by its name, and for a field that lacks: nothing is
     guessed. `source` says only that a config.json was read; `models.find` says which.
     """
+    try:
+        return _read(config, name)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ModelError(
+            f"the config.json of {name} has a field that cannot be read: {error}",
+            hint="give the checkpoint's own config.json",
+        ) from None
+
+
+def _read(config: Mapping[str, Any], name: str) -> Geometry:
     outer = str(config.get("model_type", ""))
     inner = next((config[each] for each in NESTED if isinstance(config.get(each), Mapping)), None)
     if inner is not None:
         read = {"model_type": INNER.get(outer, outer), **inner}
         for each in ("quantization_config", "dtype", "torch_dtype"):
             read.setdefault(each, config.get(each))
-        return replace(geometry_of(read, name), model_type=outer)
+        return replace(_read(read, name), model_type=outer)
     architecture = ARCHITECTURES.get(INNER.get(outer, outer))
     if architecture is None:
         raise ModelError(
@@ -189,6 +200,8 @@ def _pattern(fields: _Config, architecture: Architecture) -> str:
     if architecture.layers == "letters":
         return _letters(fields, listed or (), LAYER_WORDS)
     layers = fields.count("num_hidden_layers")
+    if layers > LAYERS_MAX:
+        raise fields.wrong(f"it has {layers} layers")
     if isinstance(listed, list) and architecture.layers != "both":
         letters = _letters(fields, listed[:layers], LAYER_WORDS)
         if len(letters) != layers:
@@ -213,13 +226,13 @@ def _letters(fields: _Config, listed: Any, words: Mapping[str, str]) -> str:  # 
 
 
 def _every(fields: _Config, layers: int, number: int) -> str:
-    """All but each n-th layer have a window. Exaone spells the turn out, and ends with a layer that keeps all."""
-    turn = fields.get("sliding_window_pattern")
+    """All but each n-th layer have a window, or a state. Exaone spells it out, and its last layer keeps all."""
+    turn = fields.get("sliding_window_pattern") or fields.get("full_attention_interval")
     if isinstance(turn, str):
         spelt = _letters(fields, turn, PATTERN_WORDS)
         return (spelt * layers)[: layers - 1] + "f"
-    number = int(turn or number)
-    return "".join("f" if (at + 1) % number == 0 else "w" for at in range(layers))
+    number, other = int(turn or number), "s" if fields.architecture.state else "w"
+    return "".join("f" if (at + 1) % number == 0 else other for at in range(layers))
 
 
 def _qwen(fields: _Config, layers: int, _: int) -> str:
@@ -241,29 +254,19 @@ def _mimo(fields: _Config, layers: int, _: int) -> str:
     return "".join("w" if each else "f" for each in listed)[:layers]
 
 
-def _interval(fields: _Config, layers: int, _: int) -> str:
-    every = int(fields.get("full_attention_interval") or 4)
-    return "".join("f" if (at + 1) % every == 0 else "s" for at in range(layers))
-
-
 def _jamba(fields: _Config, layers: int, _: int) -> str:
     period, offset = fields.count("attn_layer_period"), int(fields.get("attn_layer_offset") or 0)
     return "".join("f" if at % period == offset else "s" for at in range(layers))
 
 
 def _indices(fields: _Config, layers: int, _: int) -> str:
+    """Those that have attention are listed. Kimi counts layers from 1."""
     full = fields.get("attn_layer_indices") or fields.get("full_attn_idxs")
+    if full is None and fields.get("linear_attn_config"):
+        full = [at - 1 for at in fields.get("linear_attn_config")["full_attn_layers"]]
     if full is None:
         raise fields.wrong("it does not say which layers have attention")
     return "".join("f" if at in full else "s" for at in range(layers))
-
-
-def _kimi(fields: _Config, layers: int, _: int) -> str:
-    """Kimi's lists count layers from 1."""
-    full = (fields.get("linear_attn_config") or {}).get("full_attn_layers")
-    if full is None:
-        raise fields.wrong("it does not say which layers have attention")
-    return "".join("f" if at + 1 in full else "s" for at in range(layers))
 
 
 RULES: dict[str, Callable[[_Config, int, int], str]] = {
@@ -275,10 +278,8 @@ RULES: dict[str, Callable[[_Config, int, int], str]] = {
     "qwen": _qwen,
     "chunks": _chunks,
     "mimo": _mimo,
-    "interval": _interval,
     "jamba": _jamba,
     "indices": _indices,
-    "kimi": _kimi,
 }
 
 
