@@ -11,7 +11,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import msgspec
 
@@ -92,42 +91,11 @@ def element_bytes(dtype: str) -> float:
         raise SettingsError(f"no dtype {dtype}", hint=f"one of {', '.join(DTYPE_BYTES)}") from None
 
 
-class _Price(msgspec.Struct, frozen=True):
-    low: float
-    typical: float
-    high: float
-    source: str
-    date: str
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    source: str
-    evidence: str
-    memory_bytes: int
-    memory_bytes_per_second: float
-    flops: dict[str, float]
-    pcie_bytes_per_second: float | None
-    peer_bytes_per_second: float | None
-    cpu_bytes_per_second: float | None
-    usd_per_hour: _Price | None
-    note: str
-
-
-class _Table(msgspec.Struct, frozen=True):
-    accelerators: dict[str, _Entry]
-
-
 @functools.cache
 def accelerators() -> Mapping[str, Accelerator]:
     """All of the table, by name."""
-    table = msgspec.json.decode(TABLE.read_bytes(), type=_Table)
-    return MappingProxyType({name: _read(name, entry) for name, entry in table.accelerators.items()})
-
-
-def _read(name: str, entry: _Entry) -> Accelerator:
-    given = {each: getattr(entry, each) for each in entry.__struct_fields__ if each != "usd_per_hour"}
-    price = Price(**msgspec.structs.asdict(entry.usd_per_hour)) if entry.usd_per_hour else None
-    return Accelerator(name, price=price, **given)
+    entries = msgspec.json.decode(TABLE.read_bytes())["accelerators"]
+    return {name: msgspec.convert({"name": name, **entry}, Accelerator) for name, entry in entries.items()}
 
 
 def accelerator(name: str) -> Accelerator:
