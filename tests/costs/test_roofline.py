@@ -139,3 +139,11 @@ def test_a_model_without_known_parameters_is_refused():
     """Without parameters there is no time, and no guess."""
     with pytest.raises(ModelError):
         prefill_seconds(replace(QWEN, parameters_total=None), accelerator("H100"), 100)
+
+
+def test_what_is_not_known_of_a_model_is_said():
+    """Active parameters that nobody told, and attention that may be sparse, are named beside the time."""
+    said = prefill_seconds(replace(QWEN, parameters_active=None), accelerator("H100"), 100).assumptions
+    assert any("uses is not known" in each for each in said)
+    sparse = prefill_seconds(find("DeepSeek-V3.2"), accelerator("H200"), 100, tp=8).assumptions
+    assert any("sparse" in each for each in sparse)

@@ -131,14 +131,22 @@ def efficiency_of(accelerator: Accelerator) -> Efficiency:
 def pass_seconds(setup: Setup, work: Work) -> Estimate:
     """One pass of one batch. Raises ModelError where the model's parameters are not known."""
     parts = (_linear(setup, work), _attention(setup, work), *_communication(setup, work), _overhead(setup))
-    accelerator, running = setup.accelerator, setup.running
-    assumptions = [
-        f"{accelerator.name}: peaks {accelerator.evidence} ({accelerator.source})",
-        f"shares of the peaks: {running.source}",
-        f"{setup.geometry.name}: {setup.geometry.source}",
-    ]
     shown = tuple(part for part in parts if part.seconds > 0)
-    return Estimate(math.fsum(part.seconds for part in shown), shown, tuple(assumptions))
+    return Estimate(math.fsum(part.seconds for part in shown), shown, _assumed(setup))
+
+
+def _assumed(setup: Setup) -> tuple[str, ...]:
+    geometry, accelerator = setup.geometry, setup.accelerator
+    said = [
+        f"{accelerator.name}: peaks {accelerator.evidence} ({accelerator.source})",
+        f"shares of the peaks: {setup.running.source}",
+        f"{geometry.name}: {geometry.source}",
+    ]
+    if geometry.parameters_active is None:
+        said.append("how many parameters a token uses is not known: all of them are taken")
+    if any(each.index_bytes for each in geometry.attention):
+        said.append("sparse attention is taken for full: long prompts take less than this")
+    return tuple(said)
 
 
 def _parameters(geometry: Geometry) -> tuple[int, int]:
@@ -172,9 +180,14 @@ def _linear(setup: Setup, work: Work) -> Part:
     flops, rate = 2.0 * active * work.all_tokens, accelerator.flops_for(dtype) * running.mfu * setup.ranks
     nbytes = weights_read(setup.geometry, work.all_tokens) * element_bytes(dtype)
     speed = accelerator.memory_bytes_per_second * running.mbu * setup.ranks
+    return _slower("weights", flops, rate, nbytes, speed)
+
+
+def _slower(name: str, flops: float, rate: float, nbytes: float, speed: float) -> Part:
+    """The side of the roof that a part is under."""
     if flops / rate >= nbytes / speed:
-        return Part("weights, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
-    return Part("weights, read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s)")
+        return Part(f"{name}, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
+    return Part(f"{name}, read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s)")
 
 
 def _attention(setup: Setup, work: Work) -> Part:
@@ -186,9 +199,7 @@ def _attention(setup: Setup, work: Work) -> Part:
     rate = accelerator.flops_for("bf16") * running.attention_mfu * setup.tp
     nbytes = sequences * sequence_bytes(geometry, work.cached + work.tokens, setup.kv_dtype, tp=setup.tp)
     speed = accelerator.memory_bytes_per_second * running.mbu
-    if flops / rate >= nbytes / speed:
-        return Part("attention, computed", flops / rate, f"{flops:.4g} flops / ({rate:.4g} flops/s)")
-    return Part("attention, KV read", nbytes / speed, f"{nbytes:.4g} B / ({speed:.4g} B/s) on each rank")
+    return _slower("attention", flops, rate, nbytes, speed)
 
 
 def _query_elements(geometry: Geometry, attention: Attention, work: Work) -> int:
