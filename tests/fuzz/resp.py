@@ -110,10 +110,10 @@ def _joined(server: RespServer) -> tuple[_Client, _Transport]:
 
 _LINES = (
     "SET a 1 EX 10|GET a|INCR a|HSET h f v|HGETALL h|LPUSH l a b|LRANGE l 0 -1|SADD s a|SPOP s|ZADD z 1 a|ZPOPMIN z",
-    "HELLO 3|CLIENT TRACKING ON BCAST PREFIX a|SET a 1|FLUSHALL|RESET",
+    "HELLO 3|CLIENT TRACKING ON BCAST PREFIX a|SET a 1|FLUSHALL|CLIENT TRACKING OFF",
     "MULTI|GET a|SET b 1|EXEC|WATCH a|UNWATCH|SUBSCRIBE c|PUBLISH c m|UNSUBSCRIBE",
     "KEYS a*[^b]?|SCAN 0 MATCH * COUNT 1|GETRANGE a 3 9|APPEND a b|RENAME a b|GETEX b PERSIST|EXPIRE a 10|PTTL a",
-    "CLIENT ID|INFO|CONFIG GET *|COMMAND DOCS get|AUTH x|EVAL x 0|POST /",
+    "CLIENT SETNAME x|INFO|CONFIG GET *|COMMAND DOCS get|AUTH x|EVAL x 0|POST /",
 )
 REQUEST_SEEDS = [b"".join(encoded(*line.split()) for line in text.split("|")) for text in _LINES] + [
     b"SET a  b\r\n\r\nPING\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -125,7 +126,9 @@ def test_the_same_replies_as_redis(both, protocol):
     @given(st.lists(COMMANDS, min_size=1, max_size=25))
     def holds(commands):
         for client in clients:
-            client.execute_command("RESET")
+            with contextlib.suppress(redis.ResponseError):
+                client.execute_command("DISCARD")
+            client.execute_command("UNWATCH")
             client.execute_command("HELLO", protocol)
             client.execute_command("FLUSHALL")
         for words in commands:
@@ -145,7 +148,7 @@ LPOP l 2|LPOP none 2|LPOP none|SADD s a|SMEMBERS s|SPOP s|SPOP s 2|ZADD z 1.5 a 
 ZPOPMIN z 1|ZPOPMIN none|TTL a|TYPE a|TYPE none|MGET a none|EXISTS a a|PING|PING x|ECHO x
 MULTI|GET a|NOSUCH|EXEC|MULTI|GET a|INCR a|EXEC|WATCH a|SET a 2|MULTI|GET a|EXEC|GET|CONFIG GET save|SETEX a 0 x
 CLIENT SETNAME me|SELECT 1|EXPIRE a 100|PTTL none|RENAME none b|GETDEL a|SCAN 0 COUNT 100 MATCH zz
-CLIENT TRACKING ON PREFIX a|CLIENT NOSUCH|SUBSCRIBE c|UNSUBSCRIBE c|UNSUBSCRIBE|RESET
+CLIENT TRACKING ON PREFIX a|CLIENT NOSUCH|SUBSCRIBE c|UNSUBSCRIBE c|UNSUBSCRIBE|CLIENT
 """
 
 

@@ -18,14 +18,18 @@ import xxhash
 from thermocline.errors import NearError, SettingsError
 from thermocline.near.question import (
     SHARED,
+    UNREADABLE,
     Question,
     Replies,
     Space,
     Words,
+    cooked,
     damaged,
     digest,
+    encoded,
     milliseconds,
     normalised,
+    raw,
     reads,
     values,
 )
@@ -87,7 +91,9 @@ class _ByText:
         milliseconds(self.ttl_seconds)
 
     def _same(self, text: str) -> str:
-        return normalised(text, fold_case=self.fold_case, keep_spaces=self.keep_spaces)
+        """What texts that are the same here share, and those of a store that has them the same otherwise do not."""
+        how = f"{self.fold_case:d}{self.keep_spaces:d}"
+        return how + normalised(text, fold_case=self.fold_case, keep_spaces=self.keep_spaces)
 
 
 def _set(key: str, value: bytes, ttl_seconds: float) -> Words:
@@ -137,7 +143,7 @@ class Results(_ByText):
         """Keep what was found. Raises NearError for more than 1,000."""
         if len(found) > FOUND_MAX:
             raise NearError(f"{len(found)} results", hint=f"up to {FOUND_MAX} are kept")
-        said = msgspec.json.encode(tuple(found))
+        said = encoded(tuple(found))
         return Question((_set(self._key(query, limit, where), said, self.ttl_seconds),), _nothing, None, writes=True)
 
     def _key(self, query: str, limit: int, where: str) -> str:
@@ -164,8 +170,8 @@ class Chunks:
 
     def put(self, texts: Mapping[str, str]) -> Question[None]:
         """Keep them, all in one round trip."""
-        said = ((self._key(id_), text.encode(errors="surrogatepass")) for id_, text in texts.items())
-        return Question(tuple(_set(key, text, self.ttl_seconds) for key, text in said), _nothing, None, writes=True)
+        commands = (_set(self._key(id_), raw(text), self.ttl_seconds) for id_, text in texts.items())
+        return Question(tuple(commands), _nothing, None, writes=True)
 
     def _key(self, id_: str) -> str:
         return self.space.named("chunk", id_)
@@ -173,8 +179,8 @@ class Chunks:
 
 def _texts(replies: Replies) -> tuple[str | None, ...]:
     try:
-        return tuple(None if text is None else text.decode(errors="surrogatepass") for text in values(replies))
-    except UnicodeDecodeError as error:
+        return tuple(None if text is None else cooked(text) for text in values(replies))
+    except UNREADABLE as error:
         raise damaged("a chunk") from error
 
 
@@ -202,6 +208,11 @@ class Answer(msgspec.Struct, frozen=True):
     query: str
     text: str
     similarity: float | None = None
+
+
+class _Kept(msgspec.Struct, frozen=True, array_like=True):
+    query: bytes
+    text: bytes
 
 
 class _Candidate(msgspec.Struct, frozen=True, array_like=True):
@@ -323,7 +334,8 @@ class Answers:
     ) -> Question[None]:
         """Keep an answer; with `similar` and the query's embedding, also for similar queries."""
         key = self._key(scope, query)
-        commands: tuple[Words, ...] = (_set(key, msgspec.json.encode(Answer(query, text)), self.ttl_seconds),)
+        said = msgspec.msgpack.encode(_Kept(raw(query), raw(text)))
+        commands: tuple[Words, ...] = (_set(key, said, self.ttl_seconds),)
         if self.similar is not None and vector is not None:
             item = msgspec.msgpack.encode(_Candidate(key, pack(vector)))
             kept, names = self.similar.candidates_max, self._list(scope)
@@ -332,7 +344,8 @@ class Answers:
         return Question(commands, _nothing, None, writes=True)
 
     def _key(self, scope: Scope, query: str) -> str:
-        return self.space.key("answer", digest(scope.digest(), normalised(query, fold_case=self.fold_case)))
+        same = normalised(query, fold_case=self.fold_case)
+        return self.space.key("answer", digest(scope.digest(), f"{self.fold_case:d}", same))
 
     def _list(self, scope: Scope) -> str:
         return self.space.key("similar", scope.digest())
@@ -353,8 +366,11 @@ class Answers:
         return Question((("GET", key),), read, None, slow=True)
 
 
-def _answer(kept: bytes | None) -> Answer | None:
+def _answer(said: bytes | None) -> Answer | None:
+    if said is None:
+        return None
     try:
-        return None if kept is None else msgspec.json.decode(kept, type=Answer)
-    except msgspec.DecodeError as error:
+        kept = msgspec.msgpack.decode(said, type=_Kept)
+        return Answer(cooked(kept.query), cooked(kept.text))
+    except UNREADABLE as error:
         raise damaged("an answer") from error

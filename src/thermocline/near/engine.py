@@ -1,7 +1,7 @@
 """An embedded server's meaning: what each command does, for sessions of clients. No bytes of a protocol, no I/O.
 
     Engine     the keys, who watches and follows them, and the sessions; `execute` runs one command
-    Session    one client: what it chose (name, protocol, tracking), its transaction, and pushes that wait for it
+    Session    one client: what it chose (protocol, tracking), its transaction, and pushes that wait for it
 
 One thread uses an engine. Nothing is kept when the process ends: durable state belongs in Redis or Valkey.
 """
@@ -16,7 +16,7 @@ from thermocline.clock import Clock, SystemClock
 from thermocline.errors import CommandError
 from thermocline.near import engine_containers, engine_sessions, engine_strings  # noqa: F401  # they fill the table
 from thermocline.near.engine_keys import Keyspace
-from thermocline.near.engine_table import TABLE, Command, Reply
+from thermocline.near.engine_table import TABLE, Command, Reply, wrong_number
 from thermocline.near.engine_tracking import Followers, Following
 
 REFUSED = (
@@ -25,10 +25,12 @@ REFUSED = (
 )
 """Commands of Redis that an embedded cache does not have on purpose, unlike those that it merely lacks."""
 NO_DURABILITY = "this is a cache in memory: scripts, replicas and durable state belong in Redis or Valkey"
-NOT_QUEUED = frozenset({"multi", "exec", "discard", "watch", "unwatch", "quit", "reset"})
+NOT_QUEUED = frozenset({"multi", "exec", "discard", "watch", "unwatch", "quit"})
 NOT_IN_MULTI = frozenset({"subscribe", "unsubscribe", "hello", "auth"})
-WITHOUT_PASSWORD = frozenset({"auth", "hello", "quit", "reset"})
-WHILE_SUBSCRIBED = frozenset({"subscribe", "unsubscribe", "ping", "quit", "reset"})
+WITHOUT_PASSWORD = frozenset({"auth", "hello", "quit"})
+WHILE_SUBSCRIBED = frozenset({"subscribe", "unsubscribe", "ping", "quit"})
+PARENTS = {b"CLIENT", b"CONFIG"}
+"""Nothing without a subcommand."""
 QUEUED_BYTES_MAX = 64 << 20
 NAME_SHOWN_MAX = 128
 
@@ -41,8 +43,6 @@ class Session:
     wake: Callable[[], None]
     authenticated: bool
     protocol: int = 2
-    plain: bool = False
-    """Nothing has to be looked at before a command is run. See `settle`."""
     queue: list[tuple[Command, list[bytes]]] | None = None
     queue_spoilt: bool = False
     queued_bytes: int = 0
@@ -51,8 +51,6 @@ class Session:
     """A watched key has changed."""
     following: Following | None = None
     channels: dict[bytes, None] = field(default_factory=dict)
-    listens: bool = False
-    """Only to channels, as in RESP2, where a push cannot be told from a reply."""
     pushes: list[Reply] | None = None
     closing: bool = False
 
@@ -63,10 +61,10 @@ class Session:
         self.pushes.append(message)
         self.wake()
 
-    def settle(self) -> None:
-        """Something that `plain` depends on has changed."""
-        self.listens = self.protocol < 3 and bool(self.channels)  # noqa: PLR2004  # RESP3 tells pushes from replies
-        self.plain = self.authenticated and self.queue is None and not self.listens
+    @property
+    def listens(self) -> bool:
+        """Only to channels, as in RESP2, where a push cannot be told from a reply."""
+        return self.protocol < 3 and bool(self.channels)  # noqa: PLR2004  # as said
 
 
 class Engine:
@@ -90,7 +88,6 @@ class Engine:
     def connect(self, wake: Callable[[], None]) -> Session:
         """A client came."""
         session = Session(next(self._ids), wake, self.password is None)
-        session.settle()
         self.sessions[session.id] = session
         return session
 
@@ -109,10 +106,8 @@ class Engine:
         self.commands += 1
         try:
             command = TABLE.get(words[0]) or self._find(words)
-            if command.run is None:
-                command = self._find(words)
             command.check(words)
-            reply = self.run(session, command, words) if session.plain else self._gated(session, command, words)
+            reply = self._gated(session, command, words)
         except CommandError as error:
             if session.queue is not None:
                 session.queue_spoilt = True
@@ -129,7 +124,6 @@ class Engine:
 
     def run(self, session: Session, command: Command, words: list[bytes]) -> Reply:
         """Run a command whose turn it is."""
-        assert command.run is not None
         if command.of_session:
             return command.run(self, session, words)
         reply: Reply = command.run(self.keys, words)
@@ -171,14 +165,14 @@ class Engine:
 
     def _find(self, words: list[bytes]) -> Command:
         name = words[0].upper()
-        command = TABLE.get(name)
-        if command is not None and command.run is None and len(words) > 1:
-            command = TABLE.get(name + b"|" + words[1].upper())
-            if command is None:
-                shown = words[1][:NAME_SHOWN_MAX].decode(errors="replace")
-                raise CommandError(f"ERR unknown subcommand '{shown}'. Try {name.decode()} HELP.")
+        if name in PARENTS and len(words) == 1:
+            raise wrong_number(name.decode().lower())
+        command = TABLE.get(name + b"|" + words[1].upper() if name in PARENTS else name)
         if command is not None:
             return command
+        if name in PARENTS:
+            shown = words[1][:NAME_SHOWN_MAX].decode(errors="replace")
+            raise CommandError(f"ERR unknown subcommand '{shown}'. Try {name.decode()} HELP.")
         shown = words[0][:NAME_SHOWN_MAX].decode(errors="replace")
         if name.decode("latin-1") in REFUSED.split():
             raise CommandError(f"ERR '{shown}' is not offered here", hint=NO_DURABILITY)

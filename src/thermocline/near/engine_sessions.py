@@ -18,7 +18,6 @@ from thermocline.near.engine_table import (
     command,
     integer,
     options,
-    parents,
     wrong_number,
 )
 from thermocline.near.engine_tracking import Following
@@ -111,7 +110,6 @@ def _let_in(engine: Engine, session: Session, user: bytes, password: bytes) -> N
     if not good or user != b"default":
         raise CommandError(WRONG_PASSWORD)
     session.authenticated = True
-    session.settle()
 
 
 @command("hello", -1, of_session=True)
@@ -127,27 +125,11 @@ def _hello(engine: Engine, session: Session, words: Words) -> Reply:
     if not session.authenticated:
         raise CommandError("NOAUTH HELLO must be called with the client already authenticated, or with AUTH")
     session.protocol = engine.keys.protocol = protocol
-    session.settle()
     facts: dict[bytes, Reply] = {b"server": b"redis", b"version": SPEAKS_VERSION.encode(), b"proto": protocol}
     return facts | {b"id": session.id, b"mode": b"standalone", b"role": b"master", b"modules": []}
 
 
-@command("reset", 1, of_session=True)
-def _reset(engine: Engine, session: Session, _: Words) -> Reply:
-    forget(engine, session)
-    session.protocol, session.authenticated = 2, engine.password is None
-    session.settle()
-    return "RESET"
-
-
 # -- CLIENT ------------------------------------------------------------------------------------------------------------
-
-parents("client", "config")
-
-
-@command("client|id", 2, of_session=True)
-def _client_id(_: Engine, session: Session, __: Words) -> Reply:
-    return session.id
 
 
 @command("client|setname", 3, of_session=True)
@@ -200,7 +182,6 @@ def _multi(_: Engine, session: Session, __: Words) -> Reply:
     if session.queue is not None:
         raise CommandError("ERR MULTI calls can not be nested")
     session.queue, session.queue_spoilt, session.queued_bytes = [], False, 0
-    session.settle()
     return OK
 
 
@@ -236,7 +217,6 @@ def _leave_multi(engine: Engine, session: Session) -> None:
     session.queue = None
     session.queued_bytes = 0
     _unwatch(engine, session)
-    session.settle()
 
 
 @command("watch", -2, ALL, of_session=True)
@@ -295,7 +275,6 @@ def _unsubscribe(engine: Engine, session: Session, words: Words) -> Reply:
 
 def _first_of(session: Session, said: list[tuple[Reply, ...]]) -> Reply:
     """One is the reply; the others follow it."""
-    session.settle()
     for message in said[1:]:
         session.push(message)
     return said[0]

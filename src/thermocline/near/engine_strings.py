@@ -187,7 +187,7 @@ def _keys(keys: Keyspace, words: list[bytes]) -> Reply:
 
 @command("scan", -2)
 def _scan(keys: Keyspace, words: list[bytes]) -> Reply:
-    found = options(words[2:], {"MATCH": 1, "COUNT": 1, "TYPE": 1})
+    found = options(words[2:], {"MATCH": 1, "COUNT": 1})
     count = integer(found["COUNT"][0]) if "COUNT" in found else COUNT_DEFAULT
     if count < 1:
         raise CommandError(SYNTAX)
@@ -197,9 +197,6 @@ def _scan(keys: Keyspace, words: list[bytes]) -> Reply:
     if "MATCH" in found:
         fits = glob(found["MATCH"][0])
         seen = [key for key in seen if fits.fullmatch(key)]
-    if "TYPE" in found:
-        kind = found["TYPE"][0].lower().decode("latin-1")
-        seen = [key for key in seen if _kind(keys, key) == kind]
     return [b"%d" % cursor, list(seen)]
 
 

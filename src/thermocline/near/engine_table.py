@@ -39,7 +39,7 @@ class Command:
     name: str
     arity: int
     keys: tuple[int, int, int]
-    run: Callable[..., object] | None
+    run: Callable[..., object]
     reads: bool
     """Whether what it says of keys may be remembered by who asked."""
     of_session: bool
@@ -77,12 +77,6 @@ def reading(rows: dict[str, tuple[int, Callable[[Keyspace, list[bytes]], Reply]]
     """Commands of one line that say something of a key, the first word: their arity, and what they say."""
     for names, (arity, run) in rows.items():
         command(names, arity, FIRST, reads=True)(run)
-
-
-def parents(*names: str) -> None:
-    """Commands that are nothing without a subcommand."""
-    for name in names:
-        TABLE[name.upper().encode()] = Command(name, -2, NO_KEYS, None, reads=False, of_session=False)
 
 
 def wrong_number(name: str) -> CommandError:

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
+import msgspec
+
 from thermocline.errors import NearError, SettingsError
 
 T = TypeVar("T")
 Words = tuple[Any, ...]
 """A command as redis-py sends it."""
 Replies = Sequence[Any]
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
+"""What reading bytes raises that nobody of us wrote."""
 
 
 class Failing(enum.Enum):
@@ -80,8 +84,25 @@ SHARED = Space()
 
 def digest(*parts: str) -> str:
     """64 hexadecimal digits that stand for these texts in this order: SHA-256, each behind its length."""
-    encoded = (part.encode(errors="surrogatepass") for part in parts)
-    return hashlib.sha256(b"".join(len(text).to_bytes(8, "little") + text for text in encoded)).hexdigest()
+    return hashlib.sha256(b"".join(len(said).to_bytes(8, "little") + said for said in map(raw, parts))).hexdigest()
+
+
+def raw(text: str) -> bytes:
+    """UTF-8, also of half a surrogate pair: what comes out of JSON may have one, and is text to `cooked` again."""
+    return text.encode(errors="surrogatepass")
+
+
+def cooked(said: bytes) -> str:
+    """The text. Raises UnicodeDecodeError."""
+    return said.decode(errors="surrogatepass")
+
+
+def encoded(value: object) -> bytes:
+    """JSON. Raises NearError for text that has half of a surrogate pair."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError as error:
+        raise NearError("a name that is no Unicode text", hint="it has half of a surrogate pair") from error
 
 
 def normalised(text: str, *, fold_case: bool = False, keep_spaces: bool = False) -> str:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import msgspec
 
 from thermocline.errors import NearError, SettingsError
-from thermocline.near.question import SHARED, Change, Question, Replies, Space, Words, damaged, digest
+from thermocline.near.question import SHARED, Change, Question, Replies, Space, Words, damaged, digest, encoded
 
 TABLE_BYTES_MAX = 1 << 20
 READ_MAX = 256
@@ -78,7 +78,7 @@ class Routes:
         """
         table = Table(name, version + 1, segments)
         kept = _Kept(table.version, {segment: dict(weights) for segment, weights in table.segments.items()})
-        said = msgspec.json.encode(kept)
+        said = encoded(kept)
         if len(said) > TABLE_BYTES_MAX:
             raise NearError("a routing table of this size", hint=f"it may have {TABLE_BYTES_MAX} bytes")
 

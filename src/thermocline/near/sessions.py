@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from thermocline.errors import NearError, SettingsError
-from thermocline.near.question import SHARED, Question, Replies, Space, damaged, milliseconds
+from thermocline.near.question import SHARED, UNREADABLE, Question, Replies, Space, cooked, damaged, milliseconds, raw
 
 ID_BYTES = 8
 
@@ -26,9 +26,9 @@ class Turn(msgspec.Struct, frozen=True):
 class _Kept(msgspec.Struct, frozen=True, array_like=True):
     """A turn as the server keeps it. By its id it counts once, also where a lost reply had it sent twice."""
 
-    id: str
-    role: str
-    text: str
+    id: bytes
+    role: bytes
+    text: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,8 @@ class Sessions:
         for none.
         """
         key = self._key(session)
-        try:
-            items = [msgspec.json.encode(_Kept(os.urandom(ID_BYTES).hex(), turn.role, turn.text)) for turn in turns]
-        except UnicodeEncodeError as error:
-            raise NearError("a turn that is no Unicode text", hint="it has half of a surrogate pair") from error
+        kept = (_Kept(os.urandom(ID_BYTES), raw(turn.role), raw(turn.text)) for turn in turns)
+        items = [msgspec.msgpack.encode(turn) for turn in kept]
         if not items or max(map(len, items)) > self.turn_bytes_max:
             raise NearError("no turn, or one that is too large", hint=f"a turn has up to {self.turn_bytes_max} bytes")
         ttl = milliseconds(self.class_ttl_seconds.get(user_class, self.ttl_seconds))
@@ -106,10 +104,10 @@ class Sessions:
     def _read(self, replies: Replies) -> tuple[Turn, ...]:
         items: list[Any] = replies[0][-self._fitting(replies[0]) :]
         try:
-            kept = {turn.id: Turn(turn.role, turn.text) for turn in map(_decode, items)}
-        except msgspec.DecodeError as error:
+            kept = {turn.id: Turn(cooked(turn.role), cooked(turn.text)) for turn in map(_decode, items)}
+        except UNREADABLE as error:
             raise damaged("a turn") from error
         return tuple(kept.values())
 
 
-_decode = msgspec.json.Decoder(_Kept).decode
+_decode = msgspec.msgpack.Decoder(_Kept).decode
