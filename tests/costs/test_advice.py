@@ -277,7 +277,7 @@ def test_the_configuration_is_ready(name, tmp_path):
     found = Settings.load(path, environ={})
     assert ("disk" in advice.tiers) == (found.disk_path is not None)
     assert ("redis" in advice.tiers) == (found.redis_url is not None)
-    assert (found.memory_bytes > 1 << 20) == bool(advice.tiers)
+    assert (found.memory_bytes > 1 << 20) == (advice.verdict != "no cache")
     text = path.read_text().splitlines()
     settings = [at for at, line in enumerate(text) if line and not line.startswith("#")]
     assert all(text[at - 1].startswith("# ") for at in settings)
@@ -299,6 +299,12 @@ def test_policies_are_those_of_the_router():
     """The policies that are compared are the router's own, the default first."""
     assert POLICIES[0] == router.POLICIES[0]
     assert set(POLICIES) == set(router.POLICIES)
+
+
+def test_our_own_engine_keeps_what_is_reused():
+    """Where the engine's memory suffices, our own engine, which has no other, is given room for just what it takes."""
+    told = Description(sessions=200, system_tokens=2048, prompt_tokens=512)
+    assert blocks_of(answer(told, machine(100_000, offer())), "memory_bytes") == 2048 // BLOCK
 
 
 def test_a_long_load_raises_its_deadline():

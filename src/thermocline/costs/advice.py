@@ -123,11 +123,11 @@ def advise(
     tiers: tuple[Sized, ...] = ()
     policy: str | None = None
     pays, leaf = _reuse(study, reuse)
-    verdict, leaves = "tiers" if pays else "no cache", [leaf]
+    verdict, needed, leaves = "tiers" if pays else "no cache", 0, [leaf]
     if verdict == "tiers":
         ordered = Study(by_prefix(trace, machine.instances), machine, hours) if reorderable else None
-        verdict, leaf = _engine(study, ordered)
-        study = ordered or study
+        verdict, needed, leaf = _engine(study, ordered)
+        study = ordered if ordered and verdict != "engine" else study
         leaves.append(leaf)
     if verdict == "tiers":
         tiers = study.best(machine.offers)
@@ -145,7 +145,7 @@ def advise(
         SO[verdict].format(tiers=" and ".join(named)),
         named,
         tuple(leaves),
-        tuple(_lines(study, reuse, tiers, policy)),
+        tuple(_lines(study, reuse, tiers, policy, min(needed, study.device_blocks))),
         _inputs(study, reuse),
         (*study.trace.notes, *machine.assumptions, *_NOTES),
     )
@@ -200,7 +200,8 @@ def _reuse(study: Study, reuse: Reuse) -> tuple[bool, Leaf]:
     return pays, Leaf("Is there reuse?", "yes" if pays else "no", why, (number,), "thermocline why --summary")
 
 
-def _engine(study: Study, ordered: Study | None) -> tuple[str, Leaf]:
+def _engine(study: Study, ordered: Study | None) -> tuple[str, int, Leaf]:
+    """The verdict so far, the blocks with which the engine's memory would suffice, and the leaf."""
     shared = any(offer.shared for offer in study.machine.offers)
     possible = study.saved(study.held(math.inf, shared=shared))
 
@@ -211,7 +212,8 @@ def _engine(study: Study, ordered: Study | None) -> tuple[str, Leaf]:
     if not suffices(study, study.device_blocks):
         used, verdict, how = (ordered, "sort", "sorted by prefix") if ordered else (study, "tiers", how)
         verdict = verdict if suffices(used, used.device_blocks) else "tiers"
-    least = _least(used.trace.distinct_blocks, lambda blocks: suffices(used, blocks))
+    all_blocks = used.trace.distinct_blocks
+    least = _least(all_blocks, lambda blocks: suffices(used, blocks))
     why = (
         f"Of {possible:,.1f} s per hour it saves {used.saved(used.held(used.device_blocks)):,.1f} s, {how}; "
         f"asking tiers for the rest may cost {used.overhead:,.1f} s."
@@ -224,7 +226,8 @@ def _engine(study: Study, ordered: Study | None) -> tuple[str, Leaf]:
         "yes" if verdict == "tiers" else "no",
     )
     answer = {"engine": "yes", "sort": "yes, sorted by prefix", "tiers": "no"}[verdict]
-    return verdict, Leaf("Does the engine's own memory give it?", answer, why, (number,), "thermocline doctor")
+    leaf = Leaf("Does the engine's own memory give it?", answer, why, (number,), "thermocline doctor")
+    return verdict, all_blocks if least is None else least, leaf
 
 
 def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
@@ -310,7 +313,8 @@ def _keeping(study: Study, reuse: Reuse, tiers: Sequence[Sized], holding: int) -
     if oracle is not None:
         room = _least(reuse.distinct_blocks, lambda blocks: _hit(study, blocks) >= oracle - 1e-9)
     half, most = reuse.wait(0.5), reuse.wait(0.99)
-    places = [("the engine", study.device_blocks), *((offer.tier, blocks) for offer, blocks in tiers)]
+    places = [("the engine", study.device_blocks, False)]
+    places += [(offer.tier, blocks, offer.shared) for offer, blocks in tiers]
     return Leaf(
         "What is kept, and how long?",
         "least recently used goes first; nothing expires",
@@ -321,18 +325,21 @@ def _keeping(study: Study, reuse: Reuse, tiers: Sequence[Sized], holding: int) -
             Number("hit rate of an oracle in the same room", None if oracle is None else 100 * oracle, "%"),
             Number("room of an instance", holding * size, "tokens"),
             Number("room in which there are as many hits as an oracle has", room and room * size, "tokens"),
-            *(Number(f"an idle session stays in {name}", _stays(study, blocks), "s") for name, blocks in places),
+            *(
+                Number(f"an idle session stays in {name}", _stays(study, many, shared), "s")
+                for name, many, shared in places
+            ),
             Number("shortest age limit that loses no hit", reuse.wait(1.0), "s"),
         ),
         "thermocline why --summary",
     )
 
 
-def _stays(study: Study, blocks: int) -> float | None:
-    """Seconds until as many blocks have come in as there is room for, in one instance; None: not within the trace."""
-    trace = study.trace
-    new = len(trace.blocks) - float(study.held(blocks).sum()) / trace.tokens_per_block
-    seconds = blocks * 3600 * study.hours * study.machine.instances / new if new > 0 else math.inf
+def _stays(study: Study, blocks: int, shared: bool) -> float | None:  # noqa: FBT001  # as `Offer` has it
+    """Seconds until as many blocks have come in as there is room for; None: not within the trace."""
+    trace, many = study.trace, 1 if shared else study.machine.instances
+    new = len(trace.blocks) - float(study.held(blocks, shared=shared).sum()) / trace.tokens_per_block
+    seconds = blocks * 3600 * study.hours * many / new if new > 0 else math.inf
     return seconds if seconds < trace.seconds else None
 
 
@@ -343,10 +350,10 @@ def _hit(study: Study, blocks: int) -> float:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | None) -> Iterator[Line]:
+def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | None, needed: int) -> Iterator[Line]:
     room = {offer.tier: study.tier_bytes(blocks) for offer, blocks in tiers}
     each = f", for each of {study.machine.instances} instances" if study.machine.instances > 1 else ""
-    yield _memory_line(room, each)
+    yield _memory_line(room, each, study.tier_bytes(needed))
     if "disk" in room:
         yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
         yield Line("disk_bytes", _size("disk_bytes", room["disk"]), f"the size at which disk gained most{each}")
@@ -366,10 +373,12 @@ def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | Non
         yield Line("policy", policy, f"for `thermocline route` before {study.machine.instances} instances")
 
 
-def _memory_line(room: dict[str, float], each: str) -> Line:
+def _memory_line(room: dict[str, float], each: str, needed_bytes: float) -> Line:
+    """Our own engine has no cache but this one: where no tier pays, it keeps what the engine's memory is needed for."""
     name = "memory_bytes"
     if not room:
-        return Line(name, _size(name, 0), "the least there is: no tier pays, so best leave the connector out")
+        why = "what is reused, for our own engine" if needed_bytes else "the least there is"
+        return Line(name, _size(name, needed_bytes), f"{why}; vLLM needs no connector, as no tier pays{each}")
     if "host" in room:
         return Line(name, _size(name, room["host"]), f"the size at which host memory gained most{each}")
     default = DECLARED[name]

@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ this project, held by `thermocline bench overhead`; not a figure measured on the
 
 GRID = 9
 """Sizes of a tier that are tried: where further ninths of the reuse come within reach."""
-WORTH_POINTS = 512
+WORTH_POINTS, HELD_MAX = 512, 1 << 25
 ORACLE_BLOCKS_MAX = 400_000
 """References to blocks, beyond which the oracle is not asked."""
 
@@ -137,6 +137,8 @@ class Study:
             some = within > 0
             np.maximum.at(found, runs.request[some], (runs.start + within)[some])
             found = np.minimum(found * self.trace.tokens_per_block, self.trace.input_tokens)
+            if len(self._held) * len(found) > HELD_MAX:
+                self._held.clear()
             self._held[blocks, shared] = found
         return found
 
@@ -221,7 +223,7 @@ class Study:
             for chosen in combinations(offers, count):
                 for sizes in product(*(self.sizes(offer) for offer in chosen)):
                     tiers = tuple(zip(chosen, sizes, strict=True))
-                    net = self.net(tiers)
+                    net = self.net(tiers) if _grow(tiers) else -math.inf
                     if net > highest + 1e-9 * abs(highest):
                         found, highest = tiers, net
         return found
@@ -230,6 +232,12 @@ class Study:
         """What this tier adds to the net of the others, by its size."""
         without = self.net(others)
         return {size: self.net([*others, (offer, size)]) - without for size in self.sizes(offer)}
+
+
+def _grow(tiers: Sequence[Sized]) -> bool:
+    """False where a slower tier has no more room than a quicker one: it would have nothing that this one lacks."""
+    own = sorted((sized for sized in tiers if not sized[0].shared), key=lambda sized: -sized[0].link.bytes_per_second)
+    return all(quick[1] < slow[1] for quick, slow in pairwise(own))
 
 
 # -- other orders, other rules -----------------------------------------------------------------------------------------
