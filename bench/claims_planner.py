@@ -8,9 +8,11 @@ statements, and say so. tests/costs/test_claims.py and test_claims_times.py hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from bench.harness import kept
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import accelerator
 from thermocline.costs.memory import sequence_bytes, token_bytes, weights_bytes
@@ -22,6 +24,7 @@ from thermocline.costs.transfer import LINKS, host_link, transfer_seconds
 Figures = tuple[float, ...]
 GIB, GB = 1 << 30, 1e9
 LENGTHS = (2048, 8192, 32_768, 131_072)
+TOOLS = ("thermocline", "aiconfigurator")
 STATEMENT = "a statement, no figure"
 LINK_SHARE = 0.8
 """Of a PCIe link's peak; assumed, as aiconfigurator 0.12 takes it for memory."""
@@ -447,3 +450,34 @@ CLAIMS = (
     ),
     Claim(30, "10 x, 5 x, 5-20 x; a table of companies", None, "", "No sources are given."),
 )
+
+
+# -- how right predicted times are -------------------------------------------------------------------------------------
+
+
+def errors() -> str:
+    """What `bench planner` kept: errors by what was known, beside the peer, and by part; else nothing."""
+    found = kept("planner")
+    if found is None:
+        return ""
+    details = found["details"]
+    both, peer = details["same_rows"]["rows"], details["rows"]
+    groups = [
+        (f"{peer['predicted']} of a random {peer['sample']} rows", details["errors_percent"]),
+        (f"the {both} rows that both predict", {name: details["same_rows"][name] for name in TOOLS}),
+        *((f"by {name}", part) for name, part in details["errors_by"].items()),
+    ]
+    lines: list[str] = []
+    for title, rows in groups:
+        lines += [f"| {title} | rows | first token | median | per token | median |", "|---|---|---|---|---|---|"]
+        lines += [_error_line(name, row) for name, row in rows.items()]
+        lines.append("")
+    refused = "; ".join(f"{count} x {why}" for why, count in details["refused"].items())
+    lines.append(f"Mean and median of the absolute error. Refused by thermocline: {refused}.")
+    lines.append(f"`thermocline bench planner`, {found['date']}, commit {found['machine']['commit']}.")
+    return "\n".join([*lines, ""])
+
+
+def _error_line(name: str, row: Mapping[str, Any]) -> str:
+    cells = (f"{row[which][kind]:.0f} %" for which in ("first", "between") for kind in ("mean", "median"))
+    return f"| {name} | {row['rows']} | {' | '.join(cells)} |"

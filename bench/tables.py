@@ -117,6 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "near_state": state.table,
     "peers": beside.peers,
     "planner_claims": claims_planner.table,
+    "planner_errors": claims_planner.errors,
     "tests": tests,
 }
 
