@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import inspect
 import json
 import random
+import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +28,11 @@ from tests.store.test_planted import DISK_BYTES, OTHER, SLOW_DISK, TTL_SECONDS, 
 from tests.store.test_receipts import joined, keys_of, serve, text
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.clock import ManualClock, SystemClock, until
+from thermocline.lens import doctor
 from thermocline.lens.diagnosis import HEALTHY, Condition, Diagnosis, render
 from thermocline.lens.doctor import ENOUGH, diagnose
 from thermocline.lens.observe import Ear, Kind, Watched, named, parse, watch
+from thermocline.lens.ps import Routed
 from thermocline.node import ask
 from thermocline.store.receipt import Missing, Reason, Receipt
 from thermocline.store.store import Store
@@ -630,6 +634,73 @@ def _mixed(scrape, draw):
     return dataclasses.replace(
         scrape, series={name: draw.sample(list(scrape.series[name]), len(scrape.series[name])) for name in names}
     )
+
+
+NAMES = sorted(
+    set(
+        re.findall(
+            r'"((?:vllm:)?[a-z_]+_(?:total|seconds|perc|sum|count|bucket|open|bytes|info|leases|running|waiting|flight|listening))"',
+            inspect.getsource(doctor),
+        )
+    )
+)
+LABELS = {
+    "tier": ["memory", "disk"],
+    "le": ["0.1", "1.0"],
+    "outcome": ["hit", "late"],
+    "instance": ["a", "b"],
+    "reason": ["evicted"],
+    "enable_prefix_caching": ["False"],
+    "route": ["/v1/completions"],
+    "status": ["200"],
+    "source": ["device"],
+    "stage": ["index"],
+}
+SERIES = st.tuples(
+    st.sampled_from(NAMES), st.tuples(*(st.sampled_from(LABELS[label]) for label in LABELS)), st.floats(-1e30, 1e30)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(Kind), st.lists(st.lists(SERIES, max_size=40), max_size=4))
+def test_any_figures_are_diagnosed(kind, scrapes):
+    """Whatever figures servers tell, however impossible, the diagnosis is made, and can be shown."""
+    texts = ["\n".join(_line(*each) for each in series) for series in scrapes]
+    instances = tuple(Routed(name, f"http://{name}", "up", 0, "EXACT") for name in ("a", "b"))
+    at = Watched(
+        kind=kind,
+        name="x",
+        scrapes=tuple(parse(text, float(at)) for at, text in enumerate(texts)),
+        instances=instances,
+        events=(),
+    )
+    assert "so: " in render(diagnose([at, dataclasses.replace(at, kind=Kind.SERVER, name="http://a")]))
+
+
+def _line(name, values, value):
+    labels = ",".join(f'{label}="{text}"' for label, text in zip(LABELS, values, strict=True))
+    return f"{name if name.startswith('vllm:') else 'thermocline_' + name}{{{labels}}} {value!r}"
+
+
+@pytest.mark.parametrize(("bad", "of", "found"), [(2, 20, False), (3, 20, True), (3, 59, True), (2, 60, False)])
+def test_what_is_rare_is_not_claimed(bad, of, found):
+    """A reason is claimed from three requests and 5 % of the tokens on."""
+    gap = (Missing(0, 62, Reason.EXPIRED), Missing(62, 63, Reason.TAIL))
+    cold = msgspec.structs.replace(SLOW, loaded_tokens=0, by_tier={}, missing=gap)
+    warm = msgspec.structs.replace(SLOW, load_seconds=0.001)
+    receipts = [
+        msgspec.structs.replace(cold if at < bad else warm, request=str(at), wall_seconds=at) for at in range(of)
+    ]
+    named = conditions(diagnose([Watched(kind=Kind.NODE, name="node", receipts=tuple(receipts))]))
+    assert named == ({Condition.TTL_TOO_SHORT} if found else set())
+
+
+def test_events_that_never_come():
+    """Where a server answers and no event is heard, that is found."""
+    (server, _) = recorded("healthy")
+    assert conditions(diagnose([server, Watched(kind=Kind.EVENTS, name="events", events=())])) == {
+        Condition.EVENTS_MISSING
+    }
 
 
 def test_every_condition_is_planted():

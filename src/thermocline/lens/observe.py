@@ -30,7 +30,7 @@ from thermocline.wire.messages import MessageError
 from thermocline.wire.status import NodeStatus
 
 VLLM = "vllm:"
-TEXT_BYTES_MAX, LINE_CHARACTERS_MAX, SAMPLES_MAX = 8 << 20, 16 << 10, 50_000
+TEXT_BYTES_MAX, LINE_CHARACTERS_MAX, SAMPLES_MAX, VALUE_MAX = 8 << 20, 16 << 10, 50_000, 1e30
 LOOKS = 8
 """How often gauges are read within the time: a queue is not told from a moment."""
 RECEIPTS_READ, DECISIONS_READ = 10_000, 1000
@@ -90,7 +90,7 @@ def parse(text: bytes | str, at_seconds: float = 0.0) -> Scrape:
             continue
         found = _LINE.match(name) if len(name) <= LINE_CHARACTERS_MAX and count < SAMPLES_MAX else None
         value = _number(found[3]) if found else math.nan
-        if found is None or not math.isfinite(value):
+        if found is None or not abs(value) <= VALUE_MAX:
             skipped += 1
             continue
         count += 1
