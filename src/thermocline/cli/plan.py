@@ -96,7 +96,7 @@ def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
 @app.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that is asked.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
-@click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 8,192.")
+@click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 7,000.")
 @click.option("--reuse", metavar="S,S,...", default="0,0.5,0.9", show_default=True, help="Shares asked before, 0 to 1.")
 @click.option("--concurrency", metavar="N,N,...", default="1,4", show_default=True, help="Clients at a time.")
 @click.option(
@@ -174,7 +174,7 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     help="NAME[=SIZE][@SPEED][:USD per GB and hour]. May be given again.",
 )
 @click.option("--kv-dtype", default="", metavar="DTYPE", help="Of the KV cache, where it is not the model's.")
-@click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="KV memory of an instance, as its log says it.")
+@click.option("--kv-tokens", type=click.IntRange(0), metavar="N", help="KV memory of an instance, as its log says it.")
 @click.option(
     "--price", type=click.FloatRange(0), metavar="USD", help="Per accelerator and hour. By default the table's."
 )
