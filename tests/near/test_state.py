@@ -146,8 +146,9 @@ def test_sessions(asks):
     assert ask(append) == 2
     assert ask(sessions.turns("s")) == (HI, HELLO)
     ask(append)
-    ask(sessions.append("s", HI))
-    assert ask(sessions.turns("s")) == (HI, HELLO, HI)
+    odd = Turn("\ud800", "\udfff")
+    ask(sessions.append("s", HI, odd))
+    assert ask(sessions.turns("s")) == (HI, HELLO, HI, odd)
     assert ask(Sessions(Space("umbra")).turns("s")) == ask(sessions.turns("t")) == ()
     assert ask(sessions.end("s")) is True
     assert ask(sessions.end("s")) is False
@@ -214,6 +215,8 @@ def test_similar_answers(asks):
     vector = np.asarray([1.0, 1.0, 0.0])
     ask(answers.put(scope, "enable 2FA", "so", vector))
     assert ask(answers.get(scope, " enable  2FA", vector)).similarity is None
+    ask(answers.put(scope, "\ud800", "\udfff"))
+    assert ask(answers.get(scope, "\ud800")).text == "\udfff"
     found = ask(answers.get(scope, "turn on 2FA", [1.0, 0.9, 0.1]))
     assert (found.text, found.query) == ("so", "enable 2FA")
     assert 0.8 <= found.similarity < 1

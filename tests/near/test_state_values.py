@@ -58,6 +58,13 @@ def test_normal_is_normal(text, fold_case, keep_spaces):
     assert normalised(once, fold_case=fold_case, keep_spaces=keep_spaces) == once
 
 
+def test_stores_that_differ_in_what_is_the_same_share_nothing():
+    """A store that folds case never leaves what it kept to one that does not, though the text is one: it was another."""
+    ways = [{"fold_case": fold, "keep_spaces": keep} for fold in (False, True) for keep in (False, True)]
+    assert len({Embeddings("m", **way).get("abc").commands for way in ways}) == 4
+    assert len({Answers(fold_case=fold).get(Scope("m"), "abc").commands for fold in (False, True)}) == 2
+
+
 @given(VECTORS)
 def test_an_embedding_comes_back(vector):
     """The same float32 numbers, which nobody can change."""
@@ -205,12 +212,14 @@ def test_weights_are_shares(weights):
 
 
 def test_what_is_refused_before_it_is_sent():
-    """A turn that is too large, no turn, half a surrogate, a session or an age without room: each with a hint."""
+    """A turn too large, no turn, a segment that is no text, a session or an age without room: each with a hint."""
     sessions = Sessions(turn_bytes_max=100, bytes_max=200)
-    for turns in [(), (Turn("user", "x" * 101),), (Turn("user", "\ud800"),)]:
+    for turns in [(), (Turn("user", "x" * 101),)]:
         with pytest.raises(NearError) as found:
             sessions.append("s", *turns)
         assert found.value.hint
+    with pytest.raises(NearError):
+        Routes().swap("chat", {"\ud800": {"a": 1}}, version=0)
     for wrong in (
         {"turns_max": 0},
         {"turn_bytes_max": 2 << 20},
