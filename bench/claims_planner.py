@@ -25,6 +25,7 @@ Figures = tuple[float, ...]
 GIB, GB = 1 << 30, 1e9
 LENGTHS = (2048, 8192, 32_768, 131_072)
 TOOLS = ("thermocline", "aiconfigurator")
+ABOUT_BYTES = {1, 2, 5, 6, 7, 13, 27, 28}
 STATEMENT = "a statement, no figure"
 LINK_SHARE = 0.8
 """Of a PCIe link's peak; assumed, as aiconfigurator 0.12 takes it for memory."""
@@ -74,12 +75,17 @@ class Claim:
     def line(self) -> str:
         """As a row of the table."""
         ours = self.told.format(*self.figures()) if self.figures else STATEMENT
-        return f"| {self.number} | {self.claimed} | {ours} | {self.correction} |"
+        return f"| {self.number} | {self.claimed} | {ours} | {self.correction} | {self.tested} |"
+
+    @property
+    def tested(self) -> str:
+        """Where the figure is derived anew: B for bytes, T for times and money, - for a statement."""
+        return "-" if self.figures is None else "B" if self.number in ABOUT_BYTES else "T"
 
 
 def table() -> str:
     """All thirty, as Markdown."""
-    lines = ["| # | claimed | computed here | what has to be said |", "|---|---|---|---|"]
+    lines = ["| # | claimed | computed here | what has to be said | test |", "|---|---|---|---|---|"]
     return "\n".join([*lines, *(claim.line() for claim in CLAIMS), ""])
 
 

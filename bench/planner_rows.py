@@ -4,7 +4,8 @@ Each row is a load test: so many users at a time on one server, prompts and answ
 to a first token and between tokens. Three readings of the file are ours, and said wherever its figures are shown:
 
 - Where `tp_size` is the square of `moe_tp_size` = `moe_ep_size` (64 for 8 and 8), it counts each rank twice; the names
-  of the rows say "tp8_ep8". The same for `attention_dp_size`, and where `tp_size` = `attention_dp_size` > 1.
+  of the rows say "tp8_ep8" (of four rows with 2 and 2 they say otherwise). The same for `attention_dp_size`, and where
+  `tp_size` = `attention_dp_size` > 1.
 - Users of one server are `batch_size` times `attention_dp_size`: where the named concurrency is a multiple of that, it
   is of several servers.
 - KV is taken to be kept in fp8 where weights are fp8 or fp4; no column says it.

@@ -71,7 +71,7 @@ def test_all_thirty_are_listed_once():
     assert [claim.number for claim in claims.CLAIMS] == list(range(1, 31))
     for claim in claims.CLAIMS:
         line = claim.line()
-        assert line.count(" | ") == 3
+        assert line.count(" | ") == 4
         assert claim.correction
         assert "nan" not in line
         assert "{" not in line
