@@ -59,7 +59,7 @@ def test_normal_is_normal(text, fold_case, keep_spaces):
 
 
 def test_stores_that_differ_in_what_is_the_same_share_nothing():
-    """A store that folds case never leaves what it kept to one that does not, though the text is one: it was another."""
+    """A store that folds case never leaves what it kept to one that does not, though the texts are one by then."""
     ways = [{"fold_case": fold, "keep_spaces": keep} for fold in (False, True) for keep in (False, True)]
     assert len({Embeddings("m", **way).get("abc").commands for way in ways}) == 4
     assert len({Answers(fold_case=fold).get(Scope("m"), "abc").commands for fold in (False, True)}) == 2
