@@ -301,10 +301,11 @@ def test_a_young_store_is_no_patient(memory_only):
 
 
 def test_a_node_that_does_not_answer(tmp_path):
-    """A node that was named and is not there is found; of a server, which may only have no metrics, it is unknown."""
-    sources = named(["http://127.0.0.1:1"], [str(tmp_path / "node.sock")], [], None, ask)
+    """A node or gateway that is not there is found; of a server, which may only have no metrics, it is unknown."""
+    sources = named(["http://127.0.0.1:1"], [str(tmp_path / "node.sock")], [str(tmp_path / "route.sock")], None, ask)
     found = diagnose(watch(sources, 0.0, CLOCK))
     assert conditions(found) == {Condition.INSTANCE_DOWN}
+    assert {each.where for each in found.findings} == {str(tmp_path / "node.sock"), str(tmp_path / "route.sock")}
     assert len(found.unknown) == len(sources)
     assert "healthy" not in render(diagnose(watch(sources[:1], 0.0, CLOCK)))
 
@@ -646,7 +647,7 @@ NAMES = sorted(
 )
 LABELS = {
     "tier": ["memory", "disk"],
-    "le": ["0.1", "1.0"],
+    "le": ["0.1", "x"],
     "outcome": ["hit", "late"],
     "instance": ["a", "b"],
     "reason": ["evicted"],

@@ -51,7 +51,7 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
         "nothing: a sum that differs is proof; only where the damage arose is open",
     ),
     Condition.INSTANCE_DOWN: (
-        "an instance or node does not answer, so nobody gets anything from it",
+        "an instance, node or gateway does not answer, so nobody gets anything from it",
         "read its log and start it again; engines and gateways take it back by themselves",
         "it answers others: `thermocline ps` on its machine, or GET /health from the gateway's",
     ),
@@ -98,7 +98,7 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
     Condition.LAYOUT_CHANGED: (
         "blocks are there, but for another model, engine version or block size",
         "nothing, after a change of model or engine; else give all engines that share a node the same settings",
-        "the share falls as new blocks are made",
+        "several models are asked the same on purpose, or the share falls as new blocks are made",
     ),
     Condition.NO_OFFLOAD: (
         "blocks are dropped for room, asked for again, and nothing colder keeps them",

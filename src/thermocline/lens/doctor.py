@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from thermocline.lens.diagnosis import NO_METRICS, Condition, Diagnosis, Finding, Hits, Number, Times, Unknown
-from thermocline.lens.observe import VLLM, Kind, Watched
+from thermocline.lens.observe import VLLM, Kind, Watched, number
 from thermocline.lens.summary import ReasonShare, Summary, summarise
 from thermocline.store.receipt import Reason, Receipt
 
@@ -109,7 +109,7 @@ def _tier_down(at: Watched, _: Sequence[Watched]) -> Said:
 
 
 def _silent(at: Watched, _: Sequence[Watched]) -> Said:
-    """A node that was named, or whose socket is there, and that does not answer."""
+    """A node or gateway that was named, or whose socket is there, and that does not answer."""
     for what, why in at.untold:
         if what == "metrics" and not at.scrapes:
             yield Finding(Condition.INSTANCE_DOWN, at.name, why, (Number("answers", 0.0),), 1.0)
@@ -164,8 +164,8 @@ _OF_REASON = {
     Reason.CORRUPT: Condition.CORRUPTION,
     Reason.TIER_DOWN: Condition.TIER_DOWN,
 }
-TOO_SLOW_TO_KEEP = "loading it would take"
-"""What the detail of NOT_ADMITTED says where a tier's cost was the cause, and not its room."""
+BY_COST = "would take"
+"""What a detail says where a tier's predicted cost was the cause, and not its room or the engine."""
 
 
 def _reasons(at: Watched, _: Sequence[Watched]) -> Said:
@@ -196,8 +196,10 @@ def _recent(at: Watched) -> list[Receipt]:
 def _condition(share: ReasonShare, tiers: set[str]) -> Condition | None:
     if share.reason is Reason.EVICTED and tiers and len(tiers) == 1:
         return Condition.NO_OFFLOAD
-    if share.reason is Reason.NOT_ADMITTED and TOO_SLOW_TO_KEEP in share.detail:
+    if share.reason is Reason.NOT_ADMITTED and BY_COST in share.detail:
         return Condition.TIER_TOO_SLOW
+    if share.reason is Reason.DECLINED and BY_COST not in share.detail:
+        return None  # the engine had its own reasons
     return _OF_REASON.get(share.reason)
 
 
@@ -305,7 +307,7 @@ def _residency(at: Watched, _: Sequence[Watched]) -> Said:
     returns, left = at.counted(f"{gaps}_count"), at.counted(f"{idle}_count")
     if returns >= ENOUGH and left >= ENOUGH:
         longest = min(
-            (float(le) for le in at.last.by(f"{gaps}_bucket", "le") if at.counted(f"{gaps}_bucket", le=le) == returns),
+            (number(le) for le in at.last.by(f"{gaps}_bucket", "le") if at.counted(f"{gaps}_bucket", le=le) == returns),
             default=math.inf,
         )
         mean = at.counted(f"{idle}_sum") / left
@@ -504,7 +506,7 @@ _OURS: tuple[Rule, ...] = (_corruption, _tier_down, _leak, _idle, _saves, _reaso
 RULES: dict[Kind, tuple[Rule, ...]] = {
     Kind.NODE: (_silent, *_OURS),
     Kind.SERVER: (*_OURS, _overload, _kv_memory, _prefix_cache_off, _residency, _not_wired, _vllm_misses),
-    Kind.GATEWAY: (_instances, _listening, _routed_away, _imbalance, _fleet_reuse),
+    Kind.GATEWAY: (_silent, _instances, _listening, _routed_away, _imbalance, _fleet_reuse),
     Kind.EVENTS: (_events,),
 }
 

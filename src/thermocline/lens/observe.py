@@ -89,7 +89,7 @@ def parse(text: bytes | str, at_seconds: float = 0.0) -> Scrape:
         if name == line and not line.startswith(VLLM):
             continue
         found = _LINE.match(name) if len(name) <= LINE_CHARACTERS_MAX and count < SAMPLES_MAX else None
-        value = _number(found[3]) if found else math.nan
+        value = number(found[3]) if found else math.nan
         if found is None or not abs(value) <= VALUE_MAX:
             skipped += 1
             continue
@@ -98,7 +98,8 @@ def parse(text: bytes | str, at_seconds: float = 0.0) -> Scrape:
     return Scrape(at_seconds, series, skipped)
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """NaN for what is no number."""
     try:
         return float(text)
     except ValueError:
