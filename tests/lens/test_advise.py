@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import http.server
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.gateway.fleet import Light
 from tests.lens.recordings import FOLDER, recorded
+from tests.store.making import BLOCK_BYTES, make_layout
 from thermocline import cli
-from thermocline.clock import SystemClock
+from thermocline.blocks.key import BlockKey
+from thermocline.clock import ManualClock, SystemClock
 from thermocline.costs import workload
+from thermocline.costs.study import Study, oracle_hit
 from thermocline.costs.trace import read
 from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
 from thermocline.lens import advise
 from thermocline.lens.advise import LOST, Asked, machine_of
 from thermocline.settings import DECLARED, Settings
 from thermocline.store.receipt import Reason
+from thermocline.store.store import Store
+from thermocline.tiers.memory import MemoryTier
 
 MODEL = "meta-llama/Meta-Llama-3.1-8B"
 H100 = Asked(model=MODEL, gpu="h100")
@@ -142,8 +150,6 @@ def test_lengths_alone_are_no_workload(tmp_path):
 @published
 def test_the_oracle_of_a_public_trace_is_the_published_one():
     """On Mooncake's synthetic trace, 4,392 blocks hit 26.7 % of the tokens by recency and 51.6 % by an oracle."""
-    from thermocline.costs.study import Study, oracle_hit
-
     trace = read(TRACES / "mooncake_synthetic.jsonl.xz")
     study = Study(trace, machine_of(H100, 4000))
     assert 100 * study.held(4392).sum() / trace.input_tokens.sum() == pytest.approx(26.7, abs=0.1)
@@ -225,6 +231,53 @@ def test_reasons_are_known_once_or_never():
         Reason.OTHER_LAYOUT,
         Reason.TAIL,
     }
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def replayed(trace, blocks):
+    """Leading blocks that each request of a trace finds in a real store with memory for so many."""
+    clock, size = ManualClock(), trace.tokens_per_block
+    memory = MemoryTier(blocks * BLOCK_BYTES, clock=clock)
+    memory.wait_ready()
+    layout, store, found = make_layout(tokens_per_block=size), Store(memory, (), clock=clock), []
+    names = [BlockKey(hashlib.sha256(str(block).encode()).digest()) for block in range(trace.distinct_blocks)]
+    content = np.zeros(BLOCK_BYTES, np.uint8)
+    for request in range(len(trace)):
+        clock.sleep(1.0)
+        keys = [names[block] for block in trace.path(request).tolist()]
+        plan = store.match([layout], keys, prompt_tokens=len(keys) * size + 1)
+        store.release(plan.lease)
+        found.append(plan.blocks)
+        store.save(layout, keys, [[content]] * (len(keys) - plan.blocks), start=plan.blocks).wait(10)
+    store.close(5.0)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_a_real_store_has_the_hits_that_were_promised(share):
+    """Replayed through the store, requests find what the study said: at the advised size all of it, below within 1 %."""
+    told = workload.Description(
+        sessions=40,
+        sessions_per_hour=3600,
+        turns=4,
+        think_seconds=20,
+        think_seconds_p90=90,
+        system_tokens=64,
+        prompt_tokens=48,
+        growth_tokens=80,
+        tokens_per_block=16,
+    )
+    trace = workload.synthesise(told).trace
+    slow = replace(machine_of(H100, 300), device_tokens=0, prefill=lambda tokens, _: 1e-3 * tokens)
+    study = Study(trace, slow)
+    ((_, advised),) = study.best(slow.offers[:1])
+    blocks = int(share * advised)
+    promised = study.held(blocks) // trace.tokens_per_block
+    found = replayed(trace, blocks)
+    assert sum(found) == pytest.approx(promised.sum(), rel=0 if share == 1.0 else 0.01)
+    assert all(hits <= most for hits, most in zip(found, promised.tolist(), strict=True))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
