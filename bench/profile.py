@@ -1,8 +1,8 @@
 """What `thermocline profile` measures of a server predicts first tokens of lengths and shares that it did not ask.
 
 Three servers with the same small model, one after the other: our own engine, vLLM with its own prefix cache, and vLLM
-whose cached tokens come out of a node's memory. Each is swept, what that measured is written and read back, and then
-other prompts are predicted before they are asked.
+that forgets between requests, so that cached tokens come out of a node's memory. Each is swept, what that measured is
+written and read back, and then other prompts, between those of the sweep, are predicted before they are asked.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from thermocline.costs.measured import Measured
 from thermocline.engines import tiny
 from thermocline.errors import BenchError
 from thermocline.lens.profile import plan, profile
-from thermocline.lens.sweep import Endpoint, Prompts
+from thermocline.lens.sweep import NEW_TOKENS, Answer, Endpoint, Prompt, Prompts
 
 MIB = 1 << 20
-CONTEXTS, SHARES = (256, 512, 1024, 2048), (0.5, 0.9)
-UNSEEN, UNSEEN_SHARES = (384, 700, 1400, 2560), (0.0, 0.3, 0.75)
-"""Between the lengths of the sweep, and one beyond; and shares that are not in it."""
-ASKED = 5
+CONTEXTS, SHARES = (300, 700, 1500, 3100), (0.5, 0.9)
 SEED = 7
+UNSEEN = tuple(sorted(random.Random(SEED).sample(range(CONTEXTS[0], CONTEXTS[-1]), 5)))  # noqa: S311  # any will do
+UNSEEN_SHARES = (0.0, 0.3, 0.75)
+"""Lengths and shares that are not in the sweep, but within its range."""
+ASKED = 5
 SECONDS_MAX = 120.0
-SAVED_SECONDS = 0.3
+SAVED_SECONDS = 0.1
 OFF_MAX = 15.0
 OURS, VLLM, NODE = "our engine", "vLLM", "vLLM, cached by a node"
 
@@ -45,8 +46,7 @@ def run(progress: Progress) -> Report:
     checks, details = [], {}
     for name, served in ((OURS, _ours), (VLLM, _vllm), (NODE, _vllm_with_node)):
         progress(f"{name}: starting")
-        with served() as url:
-            endpoint = Endpoint(url, None, CLOCK)
+        with served() as endpoint:
             progress(f"{name}: sweeping")
             known = _swept(endpoint)
             rows = list(_unseen(endpoint, known, progress, name))
@@ -57,7 +57,7 @@ def run(progress: Progress) -> Report:
         ]
         details[name] = {"weights": dict(known.weights()), "block_tokens": known.block_tokens, "unseen": rows}
     notes = [
-        f"Swept: {CONTEXTS} tokens, shares 0 and {SHARES} asked before, medians of three. Then asked: {UNSEEN} tokens,",
+        f"Swept: {CONTEXTS} tokens, shares 0 and {SHARES} asked before, medians of five. Then asked: {UNSEEN} tokens,",
         f"shares {UNSEEN_SHARES}, medians of {ASKED}; each predicted from its length and share alone.",
     ]
     return Report(checks, {"servers": details, "notes": notes})
@@ -85,7 +85,6 @@ def _unseen(endpoint: Endpoint, known: Measured, progress: Progress, name: str) 
         parents = {kind: prompts.fresh(kind[0]) for kind in kinds if kind[1]}
         for parent in parents.values():
             endpoint.ask(parent)
-        CLOCK.sleep(SAVED_SECONDS)
         for kind in kinds:
             length, share = kind
             answer = endpoint.ask(prompts.like(parents[kind], share) if share else prompts.fresh(length))
@@ -106,30 +105,41 @@ def _unseen(endpoint: Endpoint, known: Measured, progress: Progress, name: str) 
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
+class _Forgetting(Endpoint):
+    """A vLLM server whose own prefix cache is empty at every request."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.url, None, CLOCK)
+        self._server = server
+
+    def ask(self, prompt: Prompt, count: int = NEW_TOKENS) -> Answer:
+        CLOCK.sleep(SAVED_SECONDS)
+        self._server.forget()
+        return super().ask(prompt, count)
+
+
 @contextlib.contextmanager
-def _ours() -> Iterator[str]:
+def _ours() -> Iterator[Endpoint]:
     words = [sys.executable, "-m", "thermocline", "serve", "--port", "0", "--memory-bytes", "512MiB", "--json"]
     with subprocess.Popen([*words, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
-            yield msgspec.json.decode(process.stdout.readline())["url"]
+            yield Endpoint(msgspec.json.decode(process.stdout.readline())["url"], None, CLOCK)
         finally:
             process.terminate()
 
 
 @contextlib.contextmanager
-def _vllm() -> Iterator[str]:
+def _vllm() -> Iterator[Endpoint]:
     folder = tempfile.TemporaryDirectory(prefix="tcl-bench-")
     with folder as path, Server(vllm_python(), tiny.ensure(), Path(path)) as server:
-        yield server.wait().url
+        yield Endpoint(server.wait().url, None, CLOCK)
 
 
 @contextlib.contextmanager
-def _vllm_with_node() -> Iterator[str]:
-    """Without a prefix cache of its own, every cached token comes from the node."""
+def _vllm_with_node() -> Iterator[Endpoint]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tcl-bench-")))
         node = stack.enter_context(Node(folder, memory_bytes=768 * MIB))
-        more = ("--no-enable-prefix-caching",)
-        server = Server(vllm_python(), tiny.ensure(), folder, transfer=connector(node.socket), arguments=more)
-        yield stack.enter_context(server).wait().url
+        server = stack.enter_context(Server(vllm_python(), tiny.ensure(), folder, transfer=connector(node.socket)))
+        yield _Forgetting(server.wait())

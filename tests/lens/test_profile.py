@@ -244,7 +244,7 @@ def test_key(tmp_path):
 
 def test_plan():
     """Without lengths a plan goes as far as the model does; one client and no reuse are always part of it."""
-    assert plan(None, (), (0.0, 0.5), (4,)) == Plan((512, 1024, 2048, 4096, 8192), (0.5,), (1, 4))
+    assert plan(None, (), (0.0, 0.5), (4,)) == Plan((300, 700, 1500, 3100, 7000), (0.5,), (1, 4))
     assert plan(1024 + HELD_TOKENS, (), (), ()).contexts == (64, 128, 256, 512, 1024)
     assert plan(None, (300, 200, 300), (), ()).contexts == (200, 300)
     asked = Plan((10, 20), (0.5,), (1, 4), answers=5)
