@@ -90,9 +90,14 @@ def test_what_does_not_fit():
     assert size(asked("meta-llama/Meta-Llama-3.1-70B", contexts=(8192,), tp=2)).verdict == FITS
 
 
+def unknown():
+    geometry = find("google/gemma-3-27b-it")
+    return replace(geometry, parameters_total=None, parameters_active=None, weights_bytes=None)
+
+
 def test_what_is_not_known():
     """Without the number of parameters bytes of KV are told, and why nothing else is."""
-    found = size(asked("google/gemma-3-27b-it"))
+    found = size(Asked(geometry=unknown(), accelerator=accelerator("H100")))
     assert found.verdict == UNTOLD
     assert found.token.nbytes == 81_920
     assert found.room is None

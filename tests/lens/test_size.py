@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.costs.test_sizing import asked, profile
+from tests.costs.test_sizing import asked, profile, unknown
 from thermocline.cli.app import main
 from thermocline.costs import measured
 from thermocline.costs.geometry import Geometry
+from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
-from thermocline.costs.sizing import size
+from thermocline.costs.sizing import Asked, size
 from thermocline.errors import SettingsError
 from thermocline.lens.size import lengths, render, report, so, with_parameters
 
@@ -62,7 +63,6 @@ def test_the_guide():
     ("more", "word"),
     [
         ({"model": LLAMA}, "it fits on 2"),
-        ({"model": "google/gemma-3-27b-it"}, "not known"),
         ({"contexts": (8192,), "target_seconds": 0.01, "arrivals_per_second": 1.0}, "not with any number of instances"),
         ({"contexts": (8192,), "arrivals_per_second": 9.0}, "accelerators keep up"),
         ({"contexts": (8192,)}, "1,000 requests cost $"),
@@ -71,6 +71,13 @@ def test_the_guide():
 def test_what_follows(more, word):
     """What follows is said in a sentence: no room, unknown, late, enough, or what it costs."""
     assert any(word in line for line in so(size(asked(**more))))
+
+
+def test_what_is_not_known():
+    """Where it is not known whether a model fits, that is said, and why."""
+    said = so(size(Asked(geometry=unknown(), accelerator=accelerator("H100"))))
+    assert "not known" in said[0]
+    assert said[-1].startswith("Unknown: ")
 
 
 def test_side_by_side():
@@ -97,7 +104,7 @@ def test_the_page():
         ((QWEN, "--gpu", "a100-80"), 0),
         ((LLAMA, "--gpu", "a100-80"), 3),
         ((QWEN, "--gpu", "a100-80", "--slo-seconds", "0.01"), 4),
-        (("qwen3-next-80b-a3b", "--gpu", "h200", "--tp", "2", "--parameters", "80B:3B"), 5),
+        (("qwen3-next-80b-a3b", "--gpu", "h200", "--tp", "2"), 5),
         ((LLAMA, QWEN, "--gpu", "a100-80"), 0),
         (("nothing-like-it", "--gpu", "a100-80"), 1),
         ((QWEN, "--gpu", "a100-80", "--context", "none"), 2),
