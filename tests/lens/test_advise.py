@@ -257,7 +257,7 @@ def replayed(trace, blocks):
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_a_real_store_has_the_hits_that_were_promised(share):
-    """Replayed through the store, requests find what the study said: at the advised size all of it, below within 1 %."""
+    """Replayed through the store, requests find what was promised: at the advised size all of it, below within 1 %."""
     told = workload.Description(
         sessions=40,
         sessions_per_hour=3600,

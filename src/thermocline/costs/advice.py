@@ -28,7 +28,7 @@ POLICIES = ("predicted_ttft", "session_hash", "least_loaded", "round_robin")
 """Of the setting `policy`, the default first."""
 RATES = (0.5, 2.0)
 """Other paces of arrivals, at which it is seen whether another policy is sooner."""
-BISECTIONS = 40
+BISECTIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +235,8 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
     size = next((blocks for chosen, blocks in tiers if chosen is offer), 0)
     flips_to = "no" if size else "yes"
 
-    def gain(speed: float = offer.link.bytes_per_second, price: float = offer.usd_per_gb_hour) -> float:
-        changed = replace(offer, link=replace(offer.link, bytes_per_second=speed), usd_per_gb_hour=price)
+    def gain(speed: float) -> float:
+        changed = replace(offer, link=replace(offer.link, bytes_per_second=speed))
         return max(study.gains(changed, others).values(), default=0.0)
 
     gains = study.gains(offer, others)
@@ -245,15 +245,17 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
     with_it, without = study.use([*others, (offer, tried)]).hit, study.use(others).hit
     shortest, longest = _pays_from(study, offer), int(study.trace.input_tokens.max())
     never = "" if shortest else f" No prefix of up to {longest:,} tokens is loaded sooner than computed."
-    enough, quick = study.tier_bytes(most) / 1e9, flip(1e5, 1e14, lambda speed: gain(speed=speed) > 0)
+    enough, quick = study.tier_bytes(most) / 1e9, flip(1e5, 1e14, lambda speed: gain(speed) > 0)
     numbers = [
-        Number("seconds saved per hour, less what it costs", gain(), "s", 0.0, flips_to),
+        Number("seconds saved per hour, less what it costs", max(gains.values(), default=0.0), "s", 0.0, flips_to),
         Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", quick, flips_to),
         *([Number("prefix from which a load is quicker", shortest, "tokens")] if shortest else []),
         *([Number("room for nine tenths of those seconds", enough, "GB")] if size else []),
     ]
     if study.machine.usd_per_hour is not None:
-        dear = flip(1e-9, 1e6, lambda price: gain(price=price) > 0)
+        unit = {blocks: study.dollar_seconds((offer, blocks)) for blocks in gains}
+        free = {blocks: gained + offer.usd_per_gb_hour * unit[blocks] for blocks, gained in gains.items()}
+        dear = max((free[blocks] / unit[blocks] for blocks in gains if free[blocks] > 0 < unit[blocks]), default=None)
         numbers.append(Number("price of room", offer.usd_per_gb_hour, "USD/GB/h", dear, flips_to))
     return Leaf(
         f"Does {offer.tier} pay?",

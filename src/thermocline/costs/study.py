@@ -11,6 +11,7 @@ what the warmer ones hold. Sessions take turns over the instances, and stay wher
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class Study:
         self.homes = self._homes()
         self._local = _joined([runs_of(trace, home) for home in self.homes])
         self._shared = self._local if len(self.homes) == 1 else None
-        self._held: dict[tuple[float, bool], Ints] = {}
+        self._held: dict[tuple[float, bool], tuple[Ints, Floats]] = {}
 
     def _homes(self) -> list[list[int]]:
         homes: list[list[int]] = [[] for _ in range(self.machine.instances)]
@@ -127,20 +128,28 @@ class Study:
 
     def held(self, blocks: float, *, shared: bool = False) -> Ints:
         """Leading tokens of each request that a cache of so many blocks has."""
-        found = self._held.get((blocks, shared))
-        if found is None:
-            if shared and self._shared is None:
-                self._shared = runs_of(self.trace)
-            runs = self._shared if shared and self._shared is not None else self._local
+        return self._found(blocks, shared=shared)[0]
+
+    def _found(self, blocks: float, *, shared: bool) -> tuple[Ints, Floats]:
+        """What is held, and what that is worth."""
+        known = self._held.get((blocks, shared))
+        if known is None:
+            runs = self._runs(shared=shared)
             found = np.zeros(len(self.trace), np.int64)
             within = np.minimum(runs.stop - runs.start, np.maximum(0.0, blocks - runs.distance)).astype(np.int64)
             some = within > 0
             np.maximum.at(found, runs.request[some], (runs.start + within)[some])
             found = np.minimum(found * self.trace.tokens_per_block, self.trace.input_tokens)
+            known = found, self.worth_seconds(found)
             if len(self._held) * len(found) > HELD_MAX:
                 self._held.clear()
-            self._held[blocks, shared] = found
-        return found
+            self._held[blocks, shared] = known
+        return known
+
+    def _runs(self, *, shared: bool) -> Runs:
+        if shared and self._shared is None:
+            self._shared = runs_of(self.trace)
+        return self._shared if shared and self._shared is not None else self._local
 
     @property
     def device_blocks(self) -> int:
@@ -153,9 +162,9 @@ class Study:
 
     def sizes(self, offer: Offer) -> list[int]:
         """Sizes worth trying, in blocks: those at which more of the reuse comes within reach."""
-        self.held(0, shared=offer.shared)
-        runs = self._shared if offer.shared and self._shared is not None else self._local
-        ends = (runs.distance + runs.stop - runs.start)[runs.distance + runs.stop - runs.start > self.device_blocks]
+        runs = self._runs(shared=offer.shared)
+        ends = runs.distance + runs.stop - runs.start
+        ends = ends[ends > self.device_blocks]
         found = np.unique(np.quantile(ends, np.linspace(0, 1, GRID + 1), method="higher")) if len(ends) else ends
         most = math.inf if offer.capacity_bytes is None else offer.capacity_bytes / self.tier_bytes(1)
         fitting = [int(size) for size in found if size <= most]
@@ -171,7 +180,7 @@ class Study:
         """What it saves that each request finds so many tokens for nothing."""
         return self.per_hour(self.worth_seconds(held))
 
-    @property
+    @functools.cached_property
     def overhead(self) -> float:
         """What asking tiers costs at most."""
         return self.per_hour(np.maximum(self.machine.overhead_seconds, self.machine.overhead_share * self.cold))
@@ -182,34 +191,31 @@ class Study:
         return np.where(tokens > 0, seconds, 0.0)
 
     def use(self, tiers: Sequence[Sized]) -> Used:
-        """What comes of these tiers."""
-        held = self.held(self.device_blocks)
-        best, tokens = self.worth_seconds(held), held
+        """What comes of these tiers. A longer prefix is worth no less, so the worth of the longer is the larger one."""
+        held, worth = self._found(self.device_blocks, shared=False)
+        best, tokens = worth, held
         loads = taken = np.zeros(len(held))
         for offer, blocks in sorted(tiers, key=lambda sized: -sized[0].link.bytes_per_second):
-            more = np.maximum(held, self.held(blocks, shared=offer.shared))
+            there, worth_there = self._found(blocks, shared=offer.shared)
+            more, worth = np.maximum(held, there), np.maximum(worth, worth_there)
             loads = loads + self.load_seconds(offer, more - held)
-            value = self.worth_seconds(more) - loads
-            better = value > best
-            best, tokens, taken = (
-                np.where(better, value, best),
-                np.where(better, more, tokens),
-                np.where(better, loads, taken),
-            )
+            better = worth - loads > best
+            best = np.where(better, worth - loads, best)
+            tokens, taken = np.where(better, more, tokens), np.where(better, loads, taken)
             held = more
-        return Used(
-            self.per_hour(best), float(tokens.sum() / self.trace.input_tokens.sum()), float(taken.max(initial=0))
-        )
+        hit = float(tokens.sum() / self.trace.input_tokens.sum())
+        return Used(self.per_hour(best), hit, float(taken.max(initial=0)))
 
     def cost(self, tiers: Sequence[Sized]) -> float:
         """What these tiers cost, in seconds of an instance per hour."""
-        if not tiers:
-            return 0.0
-        usd = sum(
-            offer.usd_per_gb_hour * self.tier_bytes(blocks) / 1e9 * (1 if offer.shared else self.machine.instances)
-            for offer, blocks in tiers
-        )
-        return self.overhead + (usd / self.machine.usd_per_hour * 3600 if self.machine.usd_per_hour else 0.0)
+        room = math.fsum(offer.usd_per_gb_hour * self.dollar_seconds((offer, blocks)) for offer, blocks in tiers)
+        return self.overhead + room if tiers else 0.0
+
+    def dollar_seconds(self, sized: Sized) -> float:
+        """What a tier costs at a dollar per GB and hour."""
+        (offer, blocks), price = sized, self.machine.usd_per_hour
+        many = 1 if offer.shared else self.machine.instances
+        return many * self.tier_bytes(blocks) / 1e9 / price * 3600 if price else 0.0
 
     def net(self, tiers: Sequence[Sized]) -> float:
         """Seconds saved, less seconds spent."""
