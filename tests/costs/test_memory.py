@@ -217,13 +217,21 @@ def test_a_block_grows_to_hold_a_state():
     assert paging(hybrid, replace(VLLM_CPU, prefix_caching=False)).worst_pages(4096) == 16 + 3
 
 
+@pytest.mark.parametrize(
+    ("name", "gb"), [("deepseek-ai/DeepSeek-V3", 671.0), ("openai/gpt-oss-120b", 65.7), ("Qwen/Qwen3-8B", 16.4)]
+)
+def test_weights_as_published(name, gb):
+    """A model that is published with 8 or 4 bits takes these, not 16: DeepSeek-V3 671 GB, gpt-oss-120b 65.7."""
+    assert weights_bytes(find(name)) / 1e9 == pytest.approx(gb, abs=0.05)
+
+
 def test_weights_without_files():
     """Without files, weights are parameters times the width of their type; unknown parameters are no guess."""
     qwen = find("Qwen/Qwen3-8B")
     assert (weights_bytes(qwen), weights_bytes(qwen, "fp8"), weights_bytes(qwen, "fp4")) == (
         16_380_854_272,
         8_190_427_136,
-        4_095_213_568,
+        4_607_115_264,
     )
     with pytest.raises(ModelError, match="how many parameters") as refused:
         weights_bytes(find("moonshotai/Kimi-K3"))

@@ -19,7 +19,9 @@ from thermocline.costs.pages import KEPT, VLLM, Engine, Paging, layer_token_byte
 from thermocline.errors import ModelError, SettingsError
 
 STATE_BYTES_EACH, CONV_BYTES_EACH = 4, 2
-WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4}
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "fp4": 4.5}
+"""Of a weight with its share of a scale: formats of 4 bits have one of 8 or 16 bits for every 16 or 32 weights."""
+
 UTILISATION = 0.92
 """vLLM 0.32's `gpu_memory_utilization` (vllm/config/cache.py); it was 0.9 up to 0.19."""
 
@@ -97,7 +99,7 @@ def weights_bytes(geometry: Geometry, dtype: str = "") -> int:
             f"it is not known how many parameters {geometry.name} has",
             hint="give a folder with its safetensors files or their index, or the bytes of the weights",
         )
-    return geometry.parameters_total * WEIGHT_BITS[dtype] // 8
+    return int(geometry.parameters_total * WEIGHT_BITS[dtype] / 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,7 @@ def _of_row(name: str, row: dict[str, Any]) -> Geometry:
         context_tokens=row.get("max_position_tokens"),
         kv_dtype="bf16",
         source=f"the table of models ({row['src']})",
+        weights_dtype=row.get("weights_dtype", "bf16"),
     )
 
 
