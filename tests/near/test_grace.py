@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -13,7 +15,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.redis_server import RedisServer
 from thermocline.clock import ManualClock, until
 from thermocline.errors import SettingsError
-from thermocline.near.cache import Cache
+from thermocline.near.cache import REFRESHES_MAX, Cache
 from thermocline.near.coherence import Fetch, View
 from thermocline.near.options import Options, Under
 from thermocline.near.redis import Redis
@@ -174,6 +176,29 @@ def test_a_refresh_that_fails_fails_nobody(client, other):
     client.near.view.drop(["soft:k"])
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
         client.get("soft:k")
+
+
+def test_many_readers_of_old_values_start_few_refreshes(client, other):
+    """However many keys are old and read at once, eight fetches at most go on in the background, and no read fails."""
+    keys = [f"soft:{number}" for number in range(200)]
+    other.mset(dict.fromkeys(keys, "1"))
+    told(client)
+    assert set(client.mget(keys)) == {b"1"}
+    other.mset(dict.fromkeys(keys, "2"))
+    told(client)
+    most: list[int] = []
+
+    def read(key):
+        value = client.get(key)
+        most.append(sum(thread.name == "near-refresh" for thread in threading.enumerate()))
+        return value
+
+    with ThreadPoolExecutor(16) as threads:
+        seen = set(threads.map(read, keys * 5))
+    assert seen <= {b"1", b"2"}
+    assert max(most) <= 2 * REFRESHES_MAX  # one that has just ended is still a thread
+    eventually(lambda: {client.get(key) for key in keys} == {b"2"})
+    assert client.near.stats().refreshes_failed == 0
 
 
 def test_a_server_that_dies_takes_what_is_old_with_it(folder):

@@ -232,8 +232,8 @@ class View:
         """Whether a fetch in the background is under way, or may not be yet: one per key, and some at a time."""
         with self._filing:
             now = self.now()
-            if len(self._refreshes) >= REFRESHES_MAX:
-                self._refreshes = {key: until for key, until in self._refreshes.items() if until > now}
+            for key in [key for key, until in list(self._refreshes.items()) if until <= now]:
+                self._refreshes.pop(key, None)
             if self._refreshes.get(name, now) > now or len(self._refreshes) >= REFRESHES_MAX:
                 return True
             self._refreshes[name] = now + self.options.wait_seconds
