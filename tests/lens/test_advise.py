@@ -20,7 +20,8 @@ from tests.store.making import BLOCK_BYTES, make_layout
 from thermocline import cli
 from thermocline.blocks.key import BlockKey
 from thermocline.clock import ManualClock, SystemClock
-from thermocline.costs import workload
+from thermocline.costs import measured, workload
+from thermocline.costs.measured import Conditions, Measured, Row
 from thermocline.costs.study import Study, oracle_hit
 from thermocline.costs.trace import read
 from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
@@ -99,6 +100,7 @@ def test_tiers_are_named_in_words(text, speed, size, price, evidence):
         ({"tiers": ("tape",)}, SettingsError, "host, disk, redis"),
         ({"tiers": ("disk@quick",)}, SettingsError, "host, disk, redis"),
         ({"tiers": ("disk=4TB:cheap",)}, SettingsError, "host, disk, redis"),
+        ({"tiers": ("disk", "disk=4TB")}, SettingsError, "once"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_hint(changes, error, hint):
@@ -107,6 +109,36 @@ def test_what_cannot_be_is_refused_with_a_hint(changes, error, hint):
     with pytest.raises(error) as refused:
         machine_of(Asked(**fields), 4000)
     assert hint in refused.value.hint
+
+
+def test_a_profile_stands_in_for_the_gpu(tmp_path):
+    """With measured prefills and KV memory no GPU need be named; host memory is left out where no speed is known."""
+    conditions = Conditions(
+        date="2026-11-22", url="u", model="m", engine="e", machine="m", block_tokens=16, kv_blocks=1000
+    )
+    rows = (row(1000, 1.0), row(2000, 2.0))
+    measured.write(tmp_path / "p.json", Measured(version=measured.VERSION, conditions=conditions, rows=rows))
+    found = machine_of(Asked(model=MODEL, profile=tmp_path / "p.json"), 4000)
+    assert found.device_tokens == 16_000
+    assert found.prefill(1500, 0) == pytest.approx(1.5, rel=0.1)
+    assert [each.tier for each in found.offers] == ["disk"]
+    assert any("host@SPEED" in note for note in found.assumptions)
+    with pytest.raises(SettingsError):
+        machine_of(Asked(model=MODEL, profile=tmp_path / "p.json", tiers=("host",)), 4000)
+
+
+def row(tokens, seconds):
+    return Row(
+        prompt_tokens=tokens,
+        shared_tokens=0,
+        cached_tokens=0,
+        source="device",
+        concurrency=1,
+        requests=3,
+        first_token_seconds=seconds,
+        low_seconds=seconds,
+        high_seconds=seconds,
+    )
 
 
 # -- the workload ------------------------------------------------------------------------------------------------------

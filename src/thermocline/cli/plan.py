@@ -232,9 +232,9 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     elif describe:
         advice = lens.of_description(asked, workload.read(Path(describe)))
     answer = lens.beside(advice, use_case, asked)
+    click.echo(msgspec.json.encode(answer).decode() if as_json else lens.render(answer))
     if config_out:
         lens.write(Path(config_out), answer.advice)
-    click.echo(msgspec.json.encode(answer).decode() if as_json else lens.render(answer))
     return OK
 
 
@@ -295,6 +295,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.costs import trace as traces
     from thermocline.costs.hardware import accelerator
     from thermocline.costs.models import find
+    from thermocline.lens import html as page
     from thermocline.lens import size as lens
 
     asked = [
@@ -326,7 +327,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     if sys.stderr.isatty() and workload is not None:
         click.echo("\r\x1b[K", err=True, nl=False)
     if html:
-        Path(html).write_text(lens.report(found))
+        page.write(Path(html), lens.report(found))
     click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
     codes = {sizing.NO_CACHE: NO_CACHE, sizing.TOO_SLOW: TOO_SLOW, sizing.NO_ROOM: NO_ROOM}
     return min((codes.get(each.verdict, OK) for each in found), key=(OK, NO_CACHE, TOO_SLOW, NO_ROOM).index)

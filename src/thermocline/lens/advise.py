@@ -101,6 +101,8 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     usd = asked.usd_per_hour if asked.usd_per_hour is not None else price.typical if price else None
     local = host_link(device) if device else None
     offers = [_offer(text, local, asked.tp) for text in asked.tiers or (*(("host",) if local else ()), "disk")]
+    if len({each.tier for each in offers}) < len(offers):
+        raise SettingsError("a tier is named twice", hint="give each of host, disk and redis once")
     return Machine(
         prefill=prefill,
         token_bytes=asked.tp
@@ -114,6 +116,11 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
             room,
             speed,
             _price_note(asked.usd_per_hour, price),
+            *(
+                ()
+                if local or asked.tiers
+                else ("host: left out, as its bandwidth is not known; --tier host@SPEED has it",)
+            ),
             *(
                 f"{each.tier}: {_room(each)}; {each.link.name}, {each.link.evidence}: {each.link.source}"
                 for each in offers
@@ -134,7 +141,7 @@ def _device_tokens(
     room = capacity(geometry, device.memory_bytes, tp=asked.tp, kv_dtype=asked.kv_dtype) if device else None
     if room is None or not room.fits:
         raise SettingsError(f"{geometry.name} leaves no KV memory there", hint="raise --tp, or give --kv-tokens")
-    return room.tokens(prompt_tokens), f"KV memory: estimated ({'; '.join(room.assumed)})"
+    return room.tokens(max(1, prompt_tokens)), f"KV memory: estimated ({'; '.join(room.assumed)})"
 
 
 def _prefill(
