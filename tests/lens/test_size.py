@@ -108,6 +108,7 @@ def test_the_page():
         ((LLAMA, QWEN, "--gpu", "a100-80"), 0),
         (("nothing-like-it", "--gpu", "a100-80"), 1),
         ((QWEN, "--gpu", "a100-80", "--context", "none"), 2),
+        ((QWEN, "--gpu", "a100-80", "--html", "missing/size.html"), 2),
         ((QWEN, "--gpu", "a100-80", "--trace", "missing.jsonl"), 2),
     ],
 )
@@ -156,6 +157,6 @@ def test_parameters():
     assert given(None) is geometry
     assert (given("27B").parameters_total, given("27B").parameters_active) == (27 * 10**9, 27 * 10**9)
     assert (given("30.5B:3e9").parameters_total, given("30.5B:3e9").parameters_active) == (305 * 10**8, 3 * 10**9)
-    for bad in ("", "x", "1:2:3", "-1B"):
+    for bad in ("", "x", "1:2:3", "-1B", "0", "3B:30B"):
         with pytest.raises(SettingsError):
             given(bad)

@@ -451,8 +451,8 @@ class _Answer:
         link = max(self.links, key=lambda each: each.bytes_per_second)
         loads = np.array([self.bytes_of(held) / link.bytes_per_second if held else 0.0 for held in known.tolist()])
         rests = np.array([self.prefill(n - k, k) for n, k in zip(lengths.tolist(), known.tolist(), strict=True)])
-        told = f"{self.asked.hit:.0%} known, as given" if self.asked.hit is not None else "all known but the last 128"
-        name = f"{told}, from {link.name}"
+        told = "all but the last 128" if self.asked.hit is None else f"{100 * self.asked.hit:g} %"
+        name = f"with {told} known, from {link.name}"
         share = float(known[counts].sum() / max(1, lengths[counts].sum()))
         return cold, bill(name, demand, rests[counts], loads[counts], share)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
+from thermocline.errors import SettingsError
 from thermocline.lens.figures import Table
 
 _STYLE = """
@@ -69,6 +71,14 @@ def page(title: str, so: Sequence[str], sections: Sequence[Section], foot: str =
             f"<footer>{escape(foot)}</footer></main></body></html>\n",
         ]
     )
+
+
+def write(path: Path, text: str) -> None:
+    """Keep a page. Raises SettingsError where it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}", hint="name a file in a folder of yours") from None
 
 
 def _section(section: Section) -> str:

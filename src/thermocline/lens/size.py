@@ -49,6 +49,8 @@ def with_parameters(geometry: Geometry, text: str | None) -> Geometry:
     if not 1 <= len(parts) <= 2 or not all(parts):  # noqa: PLR2004  # total and active
         raise SettingsError(f"--parameters {text} is no number", hint="write --parameters 27B, or 30B:3B active")
     total, *active = (int(float(part[1]) * _POWERS[part[2].upper()]) for part in parts if part)
+    if not 0 < (active or [total])[0] <= total:
+        raise SettingsError(f"--parameters {text} cannot be", hint="write --parameters 27B, or 30B:3B active")
     return replace(geometry, parameters_total=total, parameters_active=(active or [total])[0], weights_bytes=None)
 
 
@@ -106,20 +108,19 @@ def _reuse(found: Sizing) -> str:
 def _money(found: Sizing) -> str:
     if not found.bills:
         return ""
-    cold, *warm = found.bills
+    cold = found.bills[0]
     best = min(found.bills, key=lambda each: each.seconds)
     parts = []
     if cold.usd_per_million_prompt_tokens is not None:
-        costs = [_or_unknown(dollars, each.usd_per_thousand_requests) for each in found.bills]
-        parts.append(f"1,000 requests cost {costs[0]}" + (f", and {costs[1]} with reuse" if warm else ""))
+        costs = [f"{_or_unknown(dollars, each.usd_per_thousand_requests)} {each.name}" for each in found.bills]
+        parts.append(f"1,000 requests cost {', and '.join(costs)}")
     if found.verdict == TOO_SLOW:
         target = seconds(found.target_seconds or 0.0)
         how = best.how or f"the prefill takes {seconds(best.prefill_seconds)}"
         parts.append(f"nine first tokens in ten within {target}: {how}")
     elif best.accelerators is not None:
-        need = f"{best.accelerators:,} accelerator{'s' if best.accelerators > 1 else ''} keep up" + (
-            " with reuse" if best is not cold else ""
-        )
+        keep = "accelerator keeps" if best.accelerators == 1 else "accelerators keep"
+        need = f"{best.accelerators:,} {keep} up" + (" with reuse" if best is not cold else "")
         parts.append(need + (f", without it {_needed(cold)}" if best is not cold else ""))
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "." if parts else ""
 
@@ -288,9 +289,10 @@ def _bill_table(found: Sizing) -> Table:
         ]
     note = ""
     if found.wasted is not None:
+        known = "could be" if found.workload is None else "was"
         hours = f"{hours_per_node_month(found.wasted):,.0f} accelerator-hours a month"
         note = (
-            f"Without reuse {percent(found.wasted)} of the time computes what was known: {hours} of a node of "
+            f"Without reuse {percent(found.wasted)} of the time computes what {known} known: {hours} of a node of "
             f"{NODE_ACCELERATORS} that is busy all {HOURS_PER_MONTH:g} hours. Output is never cached."
         )
     return Table("money", ("", *(each.name for each in bills)), rows, note)
