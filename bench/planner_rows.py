@@ -14,14 +14,11 @@ to a first token and between tokens. Three readings of the file are ours, and sa
 from __future__ import annotations
 
 import csv
-import dataclasses
-import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import accelerator, element_bytes
 from thermocline.costs.memory import Taken, capacity, sequence_bytes
 from thermocline.costs.models import find
@@ -50,12 +47,6 @@ MODELS = {
     "Qwen3.5-397B-A17B": "Qwen/Qwen3.5-397B-A17B",
     "gpt-oss-120b": "openai/gpt-oss-120b",
 }
-PARAMETERS = {
-    "openai/gpt-oss-120b": (116_830_000_000, 5_130_000_000),
-    "Qwen/Qwen3.5-397B-A17B": (397 * 10**9, 17 * 10**9),
-}
-"""Total and active, as the models' authors publish them, where our table does not have them."""
-
 ACCELERATORS = {
     "b200_sxm": "B200-SXM",
     "b300_sxm": "B300-SXM",
@@ -138,7 +129,7 @@ def _asked(raw: dict[str, str], model: str) -> tuple[Setup, Load] | str:
     if tp * dp > RANKS_MAX.get(raw["system"], 8):
         return "more ranks than one machine has: links between machines are not modelled"
     try:
-        geometry = _geometry(model)
+        geometry = find(model)
     except ThermoclineError as error:
         return error.message
     if geometry.query_heads % tp:
@@ -152,15 +143,6 @@ def _asked(raw: dict[str, str], model: str) -> tuple[Setup, Load] | str:
     if room < 1:
         return "the weights do not fit on the ranks that are named"
     return setup, Load(users, prompt, output, room)
-
-
-@functools.cache
-def _geometry(name: str) -> Geometry:
-    geometry = find(name)
-    if name in PARAMETERS:
-        total, active = PARAMETERS[name]
-        return dataclasses.replace(geometry, parameters_total=total, parameters_active=active)
-    return geometry
 
 
 def _room(setup: Setup, tokens: int) -> float:
