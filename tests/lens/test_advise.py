@@ -77,7 +77,7 @@ def test_a_machine_follows_from_its_names():
         ("disk=4TB@14GB/s:0.0001", 14e9, 4 * 10**12, 0.0001, "given"),
         ("disk@nvme-gen5", 14e9, None, 0.0, "unverified"),
         ("redis=64GiB@100gbe", 12.5e9, 64 << 30, 0.0, "unverified"),
-        ("redis:0.002", 1e9, None, 0.002, "measured"),
+        ("redis:2e-3", 1e9, None, 0.002, "measured"),
     ],
 )
 def test_tiers_are_named_in_words(text, speed, size, price, evidence):
@@ -100,6 +100,7 @@ def test_tiers_are_named_in_words(text, speed, size, price, evidence):
         ({"tiers": ("tape",)}, SettingsError, "host, disk, redis"),
         ({"tiers": ("disk@quick",)}, SettingsError, "host, disk, redis"),
         ({"tiers": ("disk=4TB:cheap",)}, SettingsError, "host, disk, redis"),
+        ({"tiers": ("disk:1.2.3",)}, SettingsError, "host, disk, redis"),
         ({"tiers": ("disk", "disk=4TB")}, SettingsError, "once"),
     ],
 )

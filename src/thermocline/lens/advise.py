@@ -36,7 +36,7 @@ _SIZE = Setting("size", Kind.SIZE, 1, "", 1, float("inf"), 1)
 TIERS = ("host", "disk", "redis")
 SHARED = {"redis"}
 _LINKS = {"disk": "nvme-gen4", "redis": "redis"}
-_TIER = re.compile(r"(?P<tier>\w+)(?:=(?P<size>[^@:]+))?(?:@(?P<speed>[^:]+))?(?::(?P<price>[\d.e-]+))?")
+_TIER = re.compile(r"(?P<tier>\w+)(?:=(?P<size>[^@:]+))?(?:@(?P<speed>[^:]+))?(?::(?P<price>\d+(?:\.\d+)?(?:e-\d+)?))?")
 _TIER_HINT = "write NAME[=SIZE][@SPEED][:USD per GB and hour], such as host=512GiB or disk=4TB@14GB/s:0.0001; names: "
 LOST = {
     Reason.EVICTED,
@@ -88,7 +88,7 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     """The machine that was named, for prompts of this length. Raises SettingsError or ModelError where it lacks."""
     profile = measured.read(asked.profile) if asked.profile else None
     if asked.model is None or (asked.gpu is None and profile is None):
-        hint = "such as `thermocline advise meta-llama/Llama-3.1-8B --gpu h100 --use-case chat`"
+        hint = "such as `thermocline advise meta-llama/Meta-Llama-3.1-8B --gpu h100 --use-case chat`"
         raise SettingsError("bytes and seconds follow from a model and a GPU", hint=hint)
     geometry, device = find(asked.model), accelerator(asked.gpu) if asked.gpu else None
     if geometry.state is not None:
@@ -99,7 +99,7 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     prefill, speed = _prefill(asked, profile, geometry, device)
     price = device.price if device else None
     usd = asked.usd_per_hour if asked.usd_per_hour is not None else price.typical if price else None
-    local = host_link(device) if device else None
+    local = host_link(device) if device and device.host_bytes_per_second else None
     offers = [_offer(text, local, asked.tp) for text in asked.tiers or (*(("host",) if local else ()), "disk")]
     if len({each.tier for each in offers}) < len(offers):
         raise SettingsError("a tier is named twice", hint="give each of host, disk and redis once")
@@ -241,7 +241,8 @@ def of_server(asked: Asked, url: str, api_key_file: Path | None, clock: Clock) -
     """Advice from what a running server has counted since it started. Raises SettingsError where that is nothing."""
     (watched,) = observe.watch([observe.of_url(url, api_key_file)], 0, clock)
     if not watched.scrapes:
-        raise UnreachableError(f"{url} tells no metrics: {dict(watched.untold)}", hint="is it vLLM's server, or ours?")
+        why = "; ".join(reason for _, reason in watched.untold)
+        raise UnreachableError(f"{url} tells no metrics: {why}", hint="is it vLLM's server, or ours?")
     found = observed_of(watched)
     if not found.requests or not found.prompt_tokens:
         raise SettingsError(f"{url} has answered no request yet", hint="ask again when it has, or use --describe")
