@@ -98,6 +98,14 @@ def test_near_names():
     assert "Qwen/Qwen2.5-32B-Instruct" in refused.value.hint
 
 
+@pytest.mark.parametrize("name", ["", "~nobody-is-called-so/m", "m" * 5000, "a/../b", "\0"])
+def test_names_of_any_kind(name, tmp_path, monkeypatch):
+    """A name that can be no path and no model is refused as any other one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError):
+        find(name)
+
+
 def test_the_table_is_in_the_package():
     """The table comes with the package, with where each row is from."""
     text = json.loads(resources.files("thermocline.costs").joinpath("data", "models.json").read_text())

@@ -37,8 +37,8 @@ def find(model: str) -> Geometry:
     Raises ModelError with the nearest names where there is none, for an architecture that is not known, and for files
     that cannot be read.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path = _on_disk(model)
+    if path is not None:
         return _of_folder(path.parent if path.is_file() else path, path if path.is_file() else None)
     cached = _in_hub_cache(model)
     if cached is not None:
@@ -65,6 +65,14 @@ def table() -> dict[str, dict[str, Any]]:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _on_disk(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return None
 
 
 def _in_hub_cache(model: str) -> Path | None:
