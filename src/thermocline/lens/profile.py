@@ -288,7 +288,8 @@ def _memories(measured: Measured) -> Table:
         )
         for each in measured.memory
     ]
-    note = "" if rows else "Not looked at."
+    told = any(each.share is not None for each in measured.memory)
+    note = "" if told else "The engine's metrics do not tell it." if rows else "Not looked at."
     return Table("KV memory while one request runs", ("context", "blocks", "of all", "so many at once"), rows, note)
 
 
