@@ -11,6 +11,7 @@ from thermocline.costs.money import (
     Arrivals,
     Demand,
     Price,
+    _late,
     bill,
     hours_per_node_month,
     share_of_gain,
@@ -41,16 +42,15 @@ def test_a_bill():
 
 def test_without_a_price():
     """Where no price is known, no dollars are told; how many accelerators are needed still is."""
-    found = billed(0.5, arrivals=Arrivals(4.0, 1.0, "given"))
+    found = billed(0.5, arrivals=Arrivals(4.0))
     assert found.usd_per_thousand_requests is found.usd_per_month is None
     assert found.accelerators == 2 * found.instances
 
 
-@given(st.floats(0.01, 50), st.floats(0.01, 5), st.floats(0.1, 4), st.floats(0.05, 20))
-def test_the_fewest_instances(rate, prefill, cv, target):
+@given(st.floats(0.01, 50), st.floats(0.01, 5), st.floats(0.05, 20))
+def test_the_fewest_instances(rate, prefill, target):
     """As many as are told keep up within the target, one fewer does not."""
-    arrivals = Arrivals(rate, cv, "given")
-    found = billed(prefill, arrivals=arrivals, target_seconds=target)
+    found = billed(prefill, arrivals=Arrivals(rate), target_seconds=target)
     if found.instances is None:
         assert prefill > target * (1 - 1e-6)
         return
@@ -60,24 +60,41 @@ def test_the_fewest_instances(rate, prefill, cv, target):
     busy = rate * found.seconds / fewer if fewer else 1.0
     assume(abs(busy - 1) > 1e-6)
     if busy < 1:
-        wait = waiting_seconds(rate, found.seconds, 0.0, cv, servers=fewer)
-        assert wait.seconds > found.waiting_seconds
+        assert waiting_seconds(rate, found.seconds, servers=fewer).seconds > found.waiting_seconds
+
+
+@pytest.mark.parametrize("servers", [1, 4, 16])
+@pytest.mark.parametrize("busy", [0.5, 0.8])
+def test_the_formula_is_the_replay(servers, busy):
+    """For Poisson arrivals the formula's nine in ten are those of a replay, to a tenth."""
+    random = np.random.default_rng(7)
+    firsts = random.lognormal(-1, 1, 100_000)
+    rate = busy * servers / float(firsts.mean() + 0.5)
+    at = np.cumsum(random.exponential(1 / rate, len(firsts)))
+    (_, told), (_, replayed) = (_late(each, demand(), firsts, servers) for each in (Arrivals(rate), Arrivals(rate, at)))
+    assert told == pytest.approx(replayed, rel=0.1)
 
 
 def test_one_in_ten():
     """On an idle fleet the first token that one in ten exceeds is that of the long prompts."""
     firsts = np.array([0.1] * 85 + [2.0] * 15)
-    slow = bill("some", demand(arrivals=Arrivals(1e-6, 1.0, "given")), firsts, np.zeros(100), 0.0)
+    slow = bill("some", demand(arrivals=Arrivals(1e-6)), firsts, np.zeros(100), 0.0)
     assert slow.first_token_late_seconds == pytest.approx(2.0, rel=1e-3)
-    quick = bill("some", demand(arrivals=Arrivals(1e-6, 1.0, "given")), np.sort(firsts)[:90], np.zeros(90), 0.0)
+    quick = bill("some", demand(arrivals=Arrivals(1e-6)), np.sort(firsts)[:90], np.zeros(90), 0.0)
     assert quick.first_token_late_seconds == pytest.approx(0.1, rel=1e-3)
 
 
-def test_queues_are_in_the_answer():
-    """Bursts need more instances than the same requests one after the other."""
-    even = billed(0.4, arrivals=Arrivals(10, 0.1, "given"), target_seconds=0.6)
-    burst = billed(0.4, arrivals=Arrivals(10, 3.0, "given"), target_seconds=0.6)
-    assert even.instances < burst.instances
+def test_bursts_are_in_the_answer():
+    """Requests that come ten at a time need more instances than the same ones spread out."""
+    even, bursts = np.arange(1000.0), np.arange(1000.0) // 10 * 10
+    firsts = np.full(1000, 0.4)
+
+    def needed(at):
+        wanted = demand(arrivals=Arrivals(1.0, at), target_seconds=0.6)
+        return bill("some", wanted, firsts, np.zeros(1000), 0.0).instances
+
+    assert needed(even) == 1
+    assert needed(bursts) == 9
 
 
 def test_output_is_never_cached():

@@ -10,7 +10,9 @@ since an instance that is always busy has an endless queue: how far below, the t
 
 from __future__ import annotations
 
+import heapq
 import math
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -20,10 +22,10 @@ from thermocline.costs.queueing import waiting_seconds
 from thermocline.errors import SettingsError
 
 HOURS_PER_MONTH, NODE_ACCELERATORS = 730.0, 8
+Floats = NDArray[np.float64]
 LATE = 0.1
 """The share of first tokens that may be later than the target."""
 INSTANCES_MAX = 100_000
-Floats = NDArray[np.float64]
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -33,12 +35,12 @@ class Price(msgspec.Struct, frozen=True):
     source: str
 
 
-class Arrivals(msgspec.Struct, frozen=True):
-    """Requests per second to the whole fleet, and how bursty: `cv` is 1 for Poisson arrivals."""
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Requests per second to the whole fleet, Poisson; or `at`, the very seconds at which each request came."""
 
     per_second: float
-    cv: float
-    source: str
+    at: Floats | None = None
 
 
 class Bill(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +72,8 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True):
         return self.prefill_seconds + self.load_seconds + self.decode_seconds
 
 
-class Demand(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
     """What is served: mean tokens, arrivals (None: not known), the target, and an instance's accelerators and price.
 
     An instance of several pipeline `stages` works on as many requests at once.
@@ -87,7 +90,10 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bill(name: str, demand: Demand, prefills: Floats, loads: Floats, hit: float) -> Bill:
-    """The bill of requests that take so many seconds each, for prefill and for loading. Pure."""
+    """The bill of requests that take so many seconds each, for prefill and for loading. Pure.
+
+    Where the demand has the seconds at which requests came, these are the same requests, in that order.
+    """
     prefill, load = float(prefills.mean()), float(loads.mean())
     found = Bill(
         name=name,
@@ -138,13 +144,16 @@ def _served(found: Bill, demand: Demand, arrivals: Arrivals, firsts: Floats) -> 
 def _late(arrivals: Arrivals, demand: Demand, firsts: Floats, instances: int) -> tuple[float | None, float | None]:
     """Mean wait, and the time to the first token that one in ten exceeds; None where the queue grows without end.
 
-    Those who wait at all wait an exponential time (Kingman, 1962, for heavy traffic), on top of their own prefill.
+    Known arrivals are replayed, in order, to whichever instance is free. Of others, those who wait at all wait an
+    exponential time (Kingman, 1962, for heavy traffic) with the mean of `queueing.py`, on top of their own prefill.
     """
     service, servers = firsts + demand.decode_seconds, instances * demand.stages
-    mean, variance = float(service.mean()), float(service.var())
-    found = waiting_seconds(arrivals.per_second, mean, variance, arrivals.cv, servers=servers)
+    found = waiting_seconds(arrivals.per_second, float(service.mean()), float(service.var()), servers=servers)
     if found.seconds is None:
         return None, None
+    if arrivals.at is not None:
+        waited = _replayed(arrivals.at, service, servers)
+        return float(waited.mean()), float(np.quantile(waited + firsts, 1 - LATE))
     waits = min(1.0, found.utilisation ** (math.sqrt(2 * (servers + 1)) - 1))
     scale = found.seconds / waits if waits > 0 else 0.0
 
@@ -159,6 +168,17 @@ def _late(arrivals: Arrivals, demand: Demand, firsts: Floats, instances: int) ->
         middle = (low + high) / 2
         low, high = (low, middle) if exceeded(middle) <= LATE else (middle, high)
     return found.seconds, high
+
+
+def _replayed(at: Floats, service: Floats, servers: int) -> Floats:
+    """How long each request waits for the first of the servers that is free."""
+    free = [0.0] * min(servers, len(at))
+    waited = []
+    for now, seconds in zip(at.tolist(), service.tolist(), strict=True):
+        start = max(free[0], now)
+        heapq.heapreplace(free, start + seconds)
+        waited.append(start - now)
+    return np.array(waited)
 
 
 # -- conversions that people get wrong ---------------------------------------------------------------------------------

@@ -428,14 +428,15 @@ class _Answer:
         return None, self._without_trace(demand, trace)
 
     def _arrivals(self, trace: Trace | None) -> Arrivals | None:
+        """The trace's own, at another rate where one is given; else Poisson arrivals at that rate, or none."""
         given = self.asked.arrivals_per_second
         if trace is not None and trace.arrivals_per_second:
-            rate = trace.arrivals_per_second if given is None else given
-            return Arrivals(rate, trace.arrival_cv, f"{trace.name}{'' if given is None else ', its rate as given'}")
-        if given is None:
-            return None
-        self.notes.append("arrivals: Poisson, assumed")
-        return Arrivals(given, 1.0, "as given, Poisson")
+            rate = given or trace.arrivals_per_second
+            self.notes.append("waiting: the requests of the trace are replayed, at the rate that is told")
+            return Arrivals(rate, trace.arrival_seconds * (trace.arrivals_per_second / rate))
+        if given is not None:
+            self.notes.append("waiting: arrivals are taken for Poisson; bursts wait longer, and a trace has them")
+        return None if given is None else Arrivals(given)
 
     def _without_trace(self, demand: Demand, trace: Trace | None) -> tuple[Bill, ...]:
         """Prompts of one length, or of the trace's; as many tokens known as was said, or as many as can be."""

@@ -27,7 +27,7 @@ p{max-width:75ch;margin:.5em 0}
 .so{font-size:1.1rem;font-weight:600;border-left:4px solid var(--strong);padding-left:12px}
 .charts,.tables{display:grid;gap:16px;margin:16px 0;align-items:start}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
-.tables{grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr))}
+.tables{grid-auto-flow:dense;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr))}
 .charts svg{width:100%;height:auto;max-width:520px;border:1px solid var(--line);border-radius:6px}
 .wide{grid-column:1/-1}
 .table{min-width:0;overflow-x:auto;background:var(--ground);border:1px solid var(--line);border-radius:6px}
