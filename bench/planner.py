@@ -39,7 +39,8 @@ def run(progress: Progress) -> Report:
     ours = _predicted(rows, table)
     formulas = _predicted(rows, planner_fit.replace_calibrations(table, {}))
     theirs = _asked_of_peer(python, [row for row in sample[:ASKED] if row.raw["mode"] == "agg"], progress)
-    unseen = _unseen(rows, [row for row in others if row.setup is not None], progress)
+    fitted = [row for row in others if row.setup is not None]
+    unseen = _unseen(rows, fitted, progress)
     both = [row for row in rows if isinstance(theirs.get(row.raw["id"]), tuple)]
     peer = {row.raw["id"]: answer for row in both if isinstance(answer := theirs[row.raw["id"]], tuple)}
     levels = {"calibrated": ours, "formulas alone": formulas, "formulas that never saw the model": unseen}
@@ -54,7 +55,7 @@ def run(progress: Progress) -> Report:
         ),
     ]
     details = {
-        "rows": {"sample": SAMPLE, "seed": SEED, "predicted": len(rows), "fitted_to": len(others)},
+        "rows": {"sample": SAMPLE, "seed": SEED, "predicted": len(rows), "fitted_to": len(fitted)},
         "refused": dict(Counter(row.refused for row in sample if row.refused).most_common()),
         "errors_percent": told,
         "same_rows": {"rows": len(both), **side},
