@@ -411,8 +411,8 @@ def test_sorting_changes_the_order_only(requests, instances):
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 
-def observed(engine=0.0, lost=None, *, never_full=False, **tiers):
-    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full)
+def observed(engine=0.0, lost=None, *, never_full=False, unsure=0.0, **tiers):
+    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full, unsure)
 
 
 @pytest.mark.parametrize(
@@ -425,11 +425,17 @@ def observed(engine=0.0, lost=None, *, never_full=False, **tiers):
         (observed(engine=50_000.0), "unknown"),
         (observed(lost={"EVICTED": 30_000.0}), "tiers"),
         (observed(host=20_000.0, lost={}), "tiers"),
+        (observed(lost={}, unsure=20_000.0), "unknown"),
+        (observed(lost={}, unsure=500.0), "no cache"),
+        (observed(engine=50_000.0, lost={}, unsure=20_000.0), "unknown"),
+        (observed(lost={"EVICTED": 30_000.0}, unsure=20_000.0), "tiers"),
     ],
-    ids=["nothing hit, nothing dropped", "nothing lost", "silent", "all fits", "hits, silent", "evicted", "tier hits"],
 )
 def test_counters_answer_what_they_can(seen, verdict):
-    """What was hit is a lower bound of reuse; the rest is known only if nothing was dropped, or reasons are told."""
+    """What was hit is a lower bound of reuse; the rest is known only if nothing was dropped, or reasons are told.
+
+    What may have been known once, too long ago to say, makes no "no" certain, unless it is too little to matter.
+    """
     assert judge(seen, machine(16_000, offer())).verdict == verdict
 
 

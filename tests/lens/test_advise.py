@@ -202,9 +202,14 @@ def test_a_use_case_is_confirmed_or_refuted(name):
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "never_full"), [("healthy", True), ("evicted", False)])
+@pytest.mark.parametrize(
+    ("name", "never_full"), [("healthy", True), ("evicted", False), ("no_prefix_cache", False), ("tiers", True)]
+)
 def test_vllm_tells_by_its_metrics(name, never_full):
-    """Of a recorded vLLM: prompts, hits, and whether all that it ever computed fits its memory."""
+    """Of a recorded vLLM: prompts, hits, and whether all that it ever computed fits its memory.
+
+    One whose prefix cache is off hits nothing whatever comes, so its counters are no sign that nothing repeats.
+    """
     (server, *_) = recorded(name)
     found = advise.observed_of(server)
     assert found.requests > 0

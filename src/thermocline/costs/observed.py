@@ -21,7 +21,7 @@ class Observed:
     """Tokens counted so far. `lost` were known once and not used, by reason; None where the server does not tell.
 
     `engine_tokens` were hit in the engine's own memory, `tier_tokens` in tiers. `never_full` is true where all that was
-    ever computed fits the engine's memory, so that nothing was pushed out of it.
+    ever computed fits the engine's memory, so that nothing was pushed out of it. `unsure_tokens` may have been known.
     """
 
     source: str
@@ -31,6 +31,7 @@ class Observed:
     tier_tokens: Mapping[str, float]
     lost: Mapping[str, float] | None
     never_full: bool
+    unsure_tokens: float = 0.0
 
     @property
     def hit_tokens(self) -> float:
@@ -55,6 +56,8 @@ def judge(observed: Observed, machine: Machine) -> Advice:
     asking = max(machine.overhead_seconds, machine.overhead_share * machine.prefill(max(1, int(mean)), 0))
     least, most = observed.hit_tokens / observed.prompt_tokens, observed.ideal
     reuse = _reused(worth(least * mean) > asking, None if most is None else worth(most * mean) > asking)
+    unsure = worth(observed.unsure_tokens / observed.requests) > asking
+    reuse = "unknown" if reuse == "no" and unsure else reuse
     flips = flip(1e-6, 1.0, lambda share: worth(share * mean) > asking)
     shares = (
         Number("hit rate now", 100 * least, "%", flips and 100 * flips, "no" if reuse == "yes" else "yes"),
@@ -69,7 +72,7 @@ def judge(observed: Observed, machine: Machine) -> Advice:
     paying: tuple[str, ...] = ()
     if reuse == "yes":
         gap = None if most is None else worth(most * mean) - worth(observed.engine_tokens / observed.requests)
-        verdict, leaf = _lost(observed, gap, asking)
+        verdict, leaf = _lost(observed, None if gap is not None and gap <= asking and unsure else gap, asking)
         leaves.append(leaf)
     if verdict == "tiers" and most is not None:
         each = {offer.tier: _per_use(offer, machine, most * mean, worth(most * mean)) for offer in machine.offers}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -257,7 +258,8 @@ def observed_of(watched: observe.Watched) -> Observed:
         lost = {share.reason.name: float(share.tokens) for share in told.by_reason if share.reason in LOST}
         source = f"the last {told.requests:,} receipts of {watched.name}"
         own = tiers.pop("device", 0.0)
-        return Observed(source, told.requests, told.prompt_tokens, own, tiers, lost, never_full=False)
+        unsure = float(sum(share.tokens for share in told.by_reason if share.reason is Reason.UNKNOWN))
+        return Observed(source, told.requests, told.prompt_tokens, own, tiers, lost, False, unsure)  # noqa: FBT003  # a value
     source, value = f"what {watched.name} has counted", watched.counted
     if not watched.is_vllm:
         tiers = watched.counted_by("cached_tokens_total", "tier")
@@ -265,16 +267,21 @@ def observed_of(watched: observe.Watched) -> Observed:
         requests = sum(count for route, count in routes.items() if route.endswith("completions"))
         own = tiers.pop("device", 0.0)
         return Observed(source, requests, value("prompt_tokens_total"), own, tiers, None, never_full=False)
-    room = sum(
-        float(dict(labels).get("num_gpu_blocks") or 0) * float(dict(labels).get("block_size") or 0)
-        for labels, _ in watched.last.series.get("vllm:cache_config_info", ())
-    )
+    room = sum(_room_told(dict(labels)) for labels, _ in watched.last.series.get("vllm:cache_config_info", ()))
     prompts, own = value("vllm:prompt_tokens_total"), value("vllm:prefix_cache_hits_total")
     other = value("vllm:external_prefix_cache_hits_total")
     computed = prompts - own - other + value("vllm:generation_tokens_total")
     tiers = {"external": other} if other else {}
     requests = value("vllm:request_success_total")
     return Observed(source, requests, prompts, own, tiers, None, never_full=computed <= room)
+
+
+def _room_told(labels: Mapping[str, str]) -> float:
+    """KV memory in tokens, as vLLM tells it. None to speak of where it keeps no prefixes: then no hit says nothing."""
+    if labels.get("enable_prefix_caching") == "False":
+        return 0.0
+    blocks, tokens = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+    return float(blocks) * float(tokens) if blocks.isdigit() and tokens.isdigit() else 0.0
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
