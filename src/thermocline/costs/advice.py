@@ -110,6 +110,8 @@ _NOTES = (
     "links carry nothing else; a tier also holds what the warmer ones hold",
 )
 
+_MANY = "tiers are judged with sessions where they began; routing by overlap finds more itself, and leaves them less"
+
 
 def advise(
     trace: Trace, machine: Machine, spread: Spread, *, hours: float | None = None, reorderable: bool = False
@@ -147,7 +149,7 @@ def advise(
         tuple(leaves),
         tuple(_lines(study, reuse, tiers, policy, min(needed, study.device_blocks))),
         _inputs(study, reuse),
-        (*study.trace.notes, *machine.assumptions, *_NOTES),
+        (*study.trace.notes, *machine.assumptions, *_NOTES, *([_MANY] if machine.instances > 1 else [])),
     )
 
 

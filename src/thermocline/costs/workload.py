@@ -140,7 +140,8 @@ def _trace(told: Description, count: int) -> Trace:
         starts=np.concatenate([[0], np.cumsum([len(path) for path in paths])]),
         distinct_blocks=len(names),
         notes=(
-            f"synthesised, seed {told.seed}: {count:,} sessions; {told.active:,.0f} are active at a time",
+            f"synthesised, seed {told.seed}: {count:,} sessions",
+            *((f"{told.active:,.0f} of them are active at a time, in the long run",) if told.turns > 1 else ()),
             "all sessions have prompts of the same lengths; they differ by their pauses",
             *(few if count < told.active else ()),
         ),
