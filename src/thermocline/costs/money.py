@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thermocline.costs.queueing import waiting_seconds
-from thermocline.errors import SettingsError
 
 HOURS_PER_MONTH, NODE_ACCELERATORS = 730.0, 8
 Floats = NDArray[np.float64]
@@ -181,28 +180,11 @@ def _replayed(at: Floats, service: Floats, servers: int) -> Floats:
     return np.array(waited)
 
 
-# -- conversions that people get wrong ---------------------------------------------------------------------------------
-
-
 def wasted_share(without: Bill, with_reuse: Bill) -> float:
     """The share of the instances' time that computes what had been computed before; below 0 where reuse costs more."""
     return 1 - with_reuse.seconds / without.seconds if without.seconds else 0.0
 
 
-def share_of_gain(gain: float) -> float:
-    """The waste that a gain in throughput implies: +22.3 % is 18.2 %."""
-    if gain <= -1:
-        raise SettingsError(f"a throughput cannot change by {gain:.0%}", hint="write 0.223 for +22.3 %")
-    return gain / (1 + gain)
-
-
 def hours_per_node_month(share: float, accelerators: int = NODE_ACCELERATORS) -> float:
     """Accelerator-hours that such a share is, of a node that runs all month."""
     return share * accelerators * HOURS_PER_MONTH
-
-
-def token_dollars(
-    prompt_tokens: float, output_tokens: float, usd_per_million_prompt: float, usd_per_million_output: float, hit: float
-) -> float:
-    """A bill by the token, where cached prompt tokens cost nothing. Output is never cached."""
-    return (prompt_tokens * (1 - hit) * usd_per_million_prompt + output_tokens * usd_per_million_output) / 1e6

@@ -124,11 +124,12 @@ class Chosen(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """KV that is used within a time window, on average and at most."""
+    """What it takes to keep all KV for so long after its last use, on average and at most; and the share then hit."""
 
     seconds: float
     mean_bytes: float
     max_bytes: float
+    hit: float
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -530,7 +531,8 @@ class _Answer:
             curve=tuple((float(blocks * each), reuse.hit(blocks)) for blocks in sizes),
             steps=tuple((part, float(n * each), reuse.hit(n)) for part, n in steps),
             windows=tuple(
-                Window(w.seconds, w.mean_blocks * each, float(w.max_blocks * each)) for w in reuse.working_sets
+                Window(w.seconds, w.mean_blocks * each, float(w.max_blocks * each), reuse.hit_within(w.seconds))
+                for w in reuse.working_sets
             ),
             waits={f"p{share}": reuse.wait(share / 100) for share in (50, 90, 99)},
             chosen=tuple(

@@ -246,8 +246,8 @@ def _workload_table(found: Sizing) -> Table:
         ("  of it used before in the same session", share(work.within)),
         ("  of it by other sessions only", share(work.across)),
         (f"hit by the engine's memory ({nbytes(work.device_bytes)})", share(work.device_hit)),
-        ("KV between its first and last use, at most", nbytes(work.live_bytes)),
-        *((f"KV used within {seconds(w.seconds)}, mean", nbytes(w.mean_bytes)) for w in work.windows),
+        ("KV that will be used again, at most", nbytes(work.live_bytes)),
+        *((f"all KV kept for {seconds(w.seconds)}", f"{nbytes(w.mean_bytes)}, {share(w.hit)}") for w in work.windows),
         ("hits come after, median", seconds(work.waits["p50"])),
         ("  nine in ten within", seconds(work.waits["p90"])),
     ]
