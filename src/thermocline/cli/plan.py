@@ -317,6 +317,8 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         for geometry in map(find, models)
         for device in map(accelerator, gpus)
     ]
+    if trace and sys.stderr.isatty():
+        click.echo(f"reading {trace}", err=True, nl=False)
     workload = traces.read(Path(trace)) if trace else None
     profile = profiles.read(Path(measured)) if measured else None
     found = []

@@ -57,6 +57,7 @@ class Mix:
 
     Conversations are drawn with `seed` and start at random, every `start_seconds` on average; pauses are cut to
     `pause_seconds_max`; blocks are coarsened to `tokens_per_block`; equal tools and system prompts are shared.
+    Requests of sub-agents, whose clocks begin with them, stay where the file has them, as in the published tables.
     """
 
     conversations: int = 150
