@@ -104,6 +104,17 @@ def test_what_is_not_known():
     assert "parameters" in found.why[0]
 
 
+def test_known_weights_of_unknown_parameters():
+    """A checkpoint whose files tell bytes and no parameters has sessions, and no seconds: also beside a profile."""
+    for told in (None, profile()):
+        geometry = replace(unknown(), weights_bytes=30 * 10**9)
+        found = size(Asked(geometry=geometry, accelerator=accelerator("H100"), profile=told))
+        assert found.verdict == FITS
+        assert found.contexts[0].steady > 0
+        assert found.contexts[0].prefill_seconds is None
+        assert "parameters" in found.why[0]
+
+
 def test_seconds(qwen):
     """Computing is the roofline's time; from a tier it is the load and the last 128 tokens; decoding reads memory."""
     for each in qwen.contexts:

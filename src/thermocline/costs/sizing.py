@@ -333,13 +333,13 @@ class _Answer:
 
     def _prefill(self) -> Prefill:
         element_bytes(self.weights_dtype)
+        self._decode(1, 1)  # decoding is never measured for all batches: it needs the parameters in any case
         if self.asked.profile is not None:
             told = self.asked.profile.conditions
             longest = self.asked.profile.tokens_max
             self.notes.append(f"prefills: measured on {told.machine}, {told.date}, up to {longest:,} tokens")
             return functools.cache(self.asked.profile.prefill_seconds)
         setup = Setup(self.geometry, self.device, self.asked.tp, self.weights_dtype, self.kv_dtype)
-        self._decode(1, 1)
         self.notes.append(f"times: roofline; shares of the peaks: {setup.running.source}")
         if self.asked.pp > 1:
             self.notes.append("pipeline stages add room and prompts at once: one prompt runs through them in turn")
