@@ -94,7 +94,9 @@ def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
 
 
 @app.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server that is asked.")
+@click.option(
+    "--url", metavar="URL", default="http://127.0.0.1:8000", show_default=True, help="The server that is asked."
+)
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 7,000.")
 @click.option("--reuse", metavar="S,S,...", default="0,0.5,0.9", show_default=True, help="Shares asked before, 0 to 1.")

@@ -163,6 +163,8 @@ class Endpoint:
                         last = self._clock.now()
                         first = first or last
                     usage = event.usage or usage
+                    if self._clock.now() - stream.started > ANSWER_SECONDS:
+                        return Answer(trouble=f"no whole answer within {ANSWER_SECONDS:.0f} s")
             except _ENDED as error:
                 return Answer(trouble=_named(error))
         return _answer(first - stream.started, last - first, usage) if first else Answer(trouble=stream.trouble)
