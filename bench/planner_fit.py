@@ -158,11 +158,17 @@ def calibrations(rows: Sequence[Row], table: Measurements) -> dict[str, Calibrat
         places[row.place].append(at)
     out = {}
     for place, mine in sorted(places.items()):
-        terms = np.array([served.terms(rows[at].setup, rows[at].load) for at in mine])  # type: ignore[arg-type]
+        terms = np.array([_terms(rows[at]) for at in mine])
         first, between = (_ridge(terms, left[mine, each]) for each in (0, 1))
         low, high = terms.min(axis=0), terms.max(axis=0)
         out[place] = Calibration(len(mine), *(tuple(each.tolist()) for each in (low, high, first, between)))
     return out
+
+
+def _terms(row: Row) -> tuple[float, ...]:
+    assert row.setup is not None
+    assert row.load is not None
+    return served.terms(row.setup, row.load)
 
 
 def replace_calibrations(table: Measurements, found: dict[str, Calibration]) -> Measurements:
