@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.costs.test_measured import sweep, truth
 from tests.faults.redis_server import RedisServer
 from tests.store.making import LAYOUT, ask, chain, save
 from thermocline.build import store_from
 from thermocline.clock import ManualClock
+from thermocline.costs import measured
 from thermocline.errors import DiskFormatError, DiskInUseError, SettingsError, TierError
 from thermocline.settings import Settings
 from thermocline.tiers.memory import MemoryTier
@@ -166,3 +169,14 @@ def test_close_leaves_no_thread_behind(tmp_path):
     assert store.prefetch([LAYOUT], chain("prompt", 4), 1e12).wait(30)
     store.close()
     assert set(threading.enumerate()) <= before
+
+
+def test_costs_begin_with_a_profile(tmp_path):
+    """With `measured_path`, prefills are believed to take what a profile measured; a bad file is refused."""
+    path = tmp_path / "profile.json"
+    settings = small(tmp_path / "disk", measured_path=path)
+    with pytest.raises(SettingsError, match="No such file"):
+        store_from(settings)
+    measured.write(path, sweep())  # and now the disk is not in use
+    with contextlib.closing(store_from(settings)) as store:
+        assert store.costs.recompute(2048, 0, "any") == pytest.approx(truth(2048, 0), rel=0.05)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from thermocline.clock import Clock, SystemClock
 from thermocline.costs import measured
-from thermocline.costs.model import LearnedCosts
+from thermocline.costs.model import FitState, LearnedCosts
 from thermocline.costs.saved import SavedCosts
 from thermocline.errors import SettingsError
 from thermocline.settings import Settings, read_key
@@ -29,10 +29,11 @@ def store_from(settings: Settings, *, clock: Clock | None = None, costs: Learned
     Without `costs`, they are those saved in `costs_path`; of tiers that they say nothing of, loads are measured now.
 
     Raises TierError (DiskInUseError, DiskFormatError) where the disk path cannot be used or Redis refuses us, and
-    SettingsError where there is not as much memory. Then nothing is left open.
+    SettingsError where there is not as much memory, or no profile at `measured_path`. Then nothing is left open.
     """
     clock = clock or SystemClock()
     _check_memory(settings.memory_bytes)
+    known = None if settings.measured_path is None else measured.read(settings.measured_path).prefills()
     with ExitStack() as opened:
         cold = list(_colder(settings, clock, opened))
         try:
@@ -40,7 +41,7 @@ def store_from(settings: Settings, *, clock: Clock | None = None, costs: Learned
         except OSError as error:
             raise _too_much_memory(settings.memory_bytes, error.strerror) from error
         opened.pop_all()
-    costs = costs or _costs(settings)
+    costs = costs or _costs(settings, known)
     calibrate([warm, *cold], costs, clock)
     store = Store(
         warm,
@@ -57,8 +58,7 @@ def store_from(settings: Settings, *, clock: Clock | None = None, costs: Learned
     return store
 
 
-def _costs(settings: Settings) -> LearnedCosts:
-    known = None if settings.measured_path is None else measured.read(settings.measured_path).prefills()
+def _costs(settings: Settings, known: FitState | None) -> LearnedCosts:
     if settings.costs_path is None:
         return LearnedCosts(measured=known)
     return SavedCosts(settings.costs_path, measured=known)

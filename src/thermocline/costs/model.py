@@ -244,7 +244,7 @@ class LearnedCosts:
         """`before` is what was learned here. Models of which that says nothing begin with what was `measured`."""
         self._before, self._measured = before or CostsState(), measured
         self._model = ""
-        self._prefill = _new_prefill()
+        self._prefill = self._begun("")
         self._prefills: dict[str, Fit] = {}
         self._transfers: dict[str, Fit] = {}
         for tier, state in self._before.transfers.items():
@@ -310,13 +310,18 @@ class LearnedCosts:
         """The fit of a model, from what was known before at first."""
         fit = self._prefills.pop(model, None)
         if fit is None:
-            fit = _new_prefill()
-            state = self._before.prefills.get(model) or self._measured
-            if state is not None:
-                fit.restore(state)
+            fit = self._begun(model)
         self._prefills[model] = fit  # the last one used is the last one dropped
         while len(self._prefills) > MODELS_KEPT:
             del self._prefills[next(iter(self._prefills))]
+        return fit
+
+    def _begun(self, model: str) -> Fit:
+        """A fit as it was left, or as it was measured of some model."""
+        fit = _new_prefill()
+        state = self._before.prefills.get(model) or self._measured
+        if state is not None:
+            fit.restore(state)
         return fit
 
     def _transfer(self, tier: str) -> Fit:
