@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib import resources
 
@@ -144,6 +145,7 @@ def test_quantisation_beside(tmp_path):
         tmp_path / "m", hf_quant_config={"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
     )
     assert (find(str(path)).kv_dtype, find(str(path)).weights_dtype) == ("fp8", "fp4")
+    assert find(str(folder(tmp_path / "n", hf_quant_config=[]))).weights_dtype == "bf16"
 
 
 def test_weights_from_headers(tmp_path):
@@ -174,7 +176,20 @@ def test_the_index_alone(tmp_path):
         weights_bytes(found, "fp8")
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little"), b"\x02" + bytes(7) + b"[]"])
+def headed(header):
+    """A safetensors file with this header and nothing else."""
+    return len(header).to_bytes(8, "little") + header
+
+
+BACKWARDS = b'{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [9, 1]}}'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little"), headed(b"[]"), headed(b"[" * 100_000), headed(BACKWARDS)]
+    + [headed(BACKWARDS.replace(b"[9, 1]", each)) for each in (b'["a", 1]', b"[1]", b"[0, 1e99]")]
+    + [headed(BACKWARDS.replace(b'"BF16"', b"[]")), headed(BACKWARDS.replace(b"[1]", b'["x"]'))],
+)
 def test_damaged_weights(tmp_path, damage):
     """A file that is no safetensors file says nothing: sizes are unknown, and nothing large is read."""
     path = folder(tmp_path / "m")
@@ -182,7 +197,28 @@ def test_damaged_weights(tmp_path, damage):
     assert find(str(path)).weights_bytes is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[1, 2]"])
+@pytest.mark.parametrize(
+    "index", [[], {"weight_map": {"a": 5}}, {"weight_map": {"a": "x"}, "metadata": {"total_size": "many"}}]
+)
+def test_damaged_index(tmp_path, index):
+    """An index of weights that is none says nothing."""
+    assert find(str(folder(tmp_path / "m", **{"model.safetensors.index": index}))).weights_bytes is None
+
+
+def test_damaged_names(tmp_path):
+    """Names of weights that can be no file are passed over; nothing is read that is not in the folder."""
+    path = folder(tmp_path / "m", **{"model.safetensors.index": {"weight_map": {"a": "x\0", "b": ".."}}})
+    assert find(str(path)).weights_bytes is None
+
+
+@pytest.mark.parametrize("experts", ["many", [8], {}])
+def test_damaged_experts(tmp_path, experts):
+    """A number of experts that is none is refused with the path, or there are none."""
+    with contextlib.suppress(ModelError):
+        assert find(str(folder(tmp_path / "m", MIXED | {"num_experts": experts}))).parameters_total is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[1, 2]", '{"a":' * 9000])
 def test_damaged_config(tmp_path, text):
     """A config.json that is none is refused with its path."""
     (tmp_path / "config.json").write_text(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from typing import Any
 
 from thermocline.costs.architectures import ARCHITECTURES, INNER, LAYER_WORDS, PATTERN_WORDS, Architecture
@@ -30,7 +31,7 @@ KV_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 INDEX_SCALE_ELEMENTS, SCALE_BYTES = 128, 4
 """The keys of a sparse indexer are one byte an element, with an fp32 scale for every 128 (DeepSeek-V3.2)."""
 
-LAYERS_MAX = 10_000
+LAYERS_MAX, SIZE_MAX = 10_000, 1 << 40
 FOUR_BITS = {4, "nvfp4", "mxfp4", "awq", "gptq"}
 
 
@@ -144,12 +145,25 @@ def geometry_of(config: Mapping[str, Any], name: str) -> Geometry:
     guessed. `source` says only that a config.json was read; `models.find` says which.
     """
     try:
-        return _read(config, name)
+        return _sound(_read(config, name))
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(
             f"the config.json of {name} has a field that cannot be read: {error}",
             hint="give the checkpoint's own config.json",
         ) from None
+
+
+def _sound(found: Geometry) -> Geometry:
+    """The same, where all of its sizes are whole numbers that a model can have; else ValueError."""
+    sizes: list[tuple[str, Any]] = [
+        (each, getattr(found, each)) for each in ("query_heads", "query_head_dim", "context_tokens")
+    ]
+    for part in (*found.attention, *((found.state,) if found.state else ())):
+        sizes += [(each.name, getattr(part, each.name)) for each in fields_of(part) if each.name != "dtype"]
+    for field, size in sizes:
+        if size is not None and not (isinstance(size, int) and 0 <= size < SIZE_MAX):
+            raise ValueError(f"{field} is {size!r}")
+    return found
 
 
 def _read(config: Mapping[str, Any], name: str) -> Geometry:

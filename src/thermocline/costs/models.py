@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -27,6 +27,27 @@ HEADER_BYTES_MAX = 100 << 20
 """Of a safetensors file, as its own library bounds it."""
 
 WEIGHTS_FILES_MAX = 4096
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What fields raise that are not what their names say; msgspec's errors are of the second kind."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    total_size: Annotated[float, msgspec.Meta(gt=0, le=1 << 60)] | None = None
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+    metadata: _Metadata = _Metadata()
+
+
 WHOLE = {"F64", "F32", "F16", "BF16"}
 """Types with one parameter per element. Where there are others, elements may hold several, and are not counted."""
 
@@ -95,10 +116,16 @@ def _of_folder(folder: Path, config: Path | None) -> Geometry:
         raise ModelError(f"{path} is no configuration of a model", hint="give a checkpoint's folder or its config.json")
     beside = folder / "hf_quant_config.json"  # where ModelOpt writes what others put into the config.json
     if "quantization_config" not in fields and beside.is_file():
-        fields = {**fields, "quantization_config": _json(beside).get("quantization")}
+        told = _json(beside)
+        fields = {**fields, "quantization_config": told.get("quantization") if isinstance(told, Mapping) else None}
     found = geometry_of(fields, path.resolve().parent.name)
     weights, total, experts = _weights(folder)
-    chosen, routed = (_first(fields, names) for names in (EXPERTS_CHOSEN, EXPERTS))
+    try:
+        chosen, routed = (_first(fields, names) for names in (EXPERTS_CHOSEN, EXPERTS))
+    except UNREADABLE as error:
+        raise ModelError(
+            f"{path} has a number of experts that cannot be read: {error}", hint="give the checkpoint's own config.json"
+        ) from None
     idle = int(experts * (1 - chosen / routed)) if experts and chosen and routed else 0
     return replace(
         found,
@@ -122,7 +149,7 @@ def _json(path: Path) -> Any:  # noqa: ANN401  # whatever JSON holds
     try:
         with path.open("rb") as file:
             return msgspec.json.decode(file.read(CONFIG_BYTES_MAX))
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", hint="give a folder with config.json, or its path"
         ) from None
@@ -135,9 +162,9 @@ def _weights(folder: Path) -> tuple[int | None, int | None, int]:
     not known.
     """
     try:
-        index = _json(folder / "model.safetensors.index.json")
-        named, said = set(index["weight_map"].values()), index.get("metadata", {}).get("total_size")
-    except (ModelError, KeyError, AttributeError, TypeError):
+        index = msgspec.convert(_json(folder / "model.safetensors.index.json"), _Index)
+        named, said = set(index.weight_map.values()), index.metadata.total_size
+    except (ModelError, msgspec.ValidationError):
         named, said = {path.name for path in folder.glob("model*.safetensors")}, None
     total = parameters = experts = 0
     whole = True
@@ -160,13 +187,16 @@ def _header(path: Path) -> dict[str, tuple[str, int, int]] | None:
             length = int.from_bytes(file.read(8), "little")
             if length > min(HEADER_BYTES_MAX, path.stat().st_size):
                 return None
-            told = msgspec.json.decode(file.read(length))
+            told = msgspec.json.decode(file.read(length), type=dict[str, Any])
+        told.pop("__metadata__", None)
+        tensors = msgspec.convert(told, dict[str, _Tensor])
+        if any(each.data_offsets[1] < each.data_offsets[0] for each in tensors.values()):
+            return None
         return {
-            name: (each["dtype"], math.prod(each["shape"]), each["data_offsets"][1] - each["data_offsets"][0])
-            for name, each in told.items()
-            if name != "__metadata__"
+            name: (each.dtype, math.prod(each.shape), each.data_offsets[1] - each.data_offsets[0])
+            for name, each in tensors.items()
         }
-    except (OSError, msgspec.DecodeError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
