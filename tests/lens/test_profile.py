@@ -139,7 +139,7 @@ def test_in_words(light):
 def test_command(light, tmp_path, capsys):
     """`profile` prints one JSON object, and writes a file for other verbs and a page."""
     path, where = tmp_path / "profile.json", tmp_path / "page.html"
-    words = ["profile", "--url", light, "--contexts", "64,256", "--reuse", "0.5", "--concurrency", "1"]
+    words = ["profile", "--url", light, "--context", "64,256", "--reuse", "0.5", "--concurrency", "1"]
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--write", str(path), "--html", str(where), "--json"])
     assert ended.value.code == cli.OK
@@ -154,7 +154,7 @@ def test_ctrl_c(folder, tmp_path):
     """Ctrl-C ends it with what there is: the file is written, the text says so, and the exit code is 130."""
     path = tmp_path / "profile.json"
     with Light(folder, "a", f"tcp://127.0.0.1:{free_port()}", 4096, token_seconds=5e-4) as instance:
-        words = ["profile", "--url", instance.url, "--contexts", "64,1024", "--write", str(path)]
+        words = ["profile", "--url", instance.url, "--context", "64,1024", "--write", str(path)]
         process = subprocess.Popen(
             [sys.executable, "-m", "thermocline", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"},
@@ -256,12 +256,12 @@ def test_plan():
     ("contexts", "shares", "clients", "words"),
     [
         ((4096,), (), (), "4,096 are too many"),
-        ((2,), (), (), "--contexts"),
+        ((2,), (), (), "--context"),
         ((512,), (1.5,), (), "--reuse"),
         ((512,), (-0.5,), (), "--reuse"),
         ((512,), (), (65,), "--concurrency"),
         ((512,), (), (0,), "--concurrency"),
-        (tuple(range(16, 96)), (), (), "--contexts"),
+        (tuple(range(16, 96)), (), (), "--context"),
         (tuple(range(1000, 1064)), tuple(at / 64 for at in range(64)), (64,), "are the most"),
     ],
 )

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 @click.option(
     "--events", metavar="ENDPOINT", help="Listen for KV events there: tcp://127.0.0.1:5557, or >ENDPOINT to connect."
 )
-@click.option("--seconds", type=click.FloatRange(0, 3600), default=5.0, show_default=True, help="How long to look.")
+@click.option(
+    "--seconds", metavar="N", type=click.FloatRange(0, 3600), default=5.0, show_default=True, help="How long to look."
+)
 @click.option("--checklist", is_flag=True, help="Also check what should be true in production, item by item.")
 @click.option("--measured", metavar="FILE", help="For the checklist: what `profile` wrote.")
 @click.option("--api-key-file", metavar="FILE", help="The servers' key, where they have one.")
@@ -98,7 +100,7 @@ def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
     "--url", metavar="URL", default="http://127.0.0.1:8000", show_default=True, help="The server that is asked."
 )
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
-@click.option("--contexts", metavar="N,N,...", default="", help="Prompt lengths in tokens; by default up to 7,000.")
+@click.option("--context", "contexts", multiple=True, metavar="TOKENS", help="Lengths: 4k,32k. By default up to 7,000.")
 @click.option("--reuse", metavar="S,S,...", default="0,0.5,0.9", show_default=True, help="Shares asked before, 0 to 1.")
 @click.option("--concurrency", metavar="N,N,...", default="1,4", show_default=True, help="Clients at a time.")
 @click.option(
@@ -115,7 +117,7 @@ def _listening(stack: contextlib.ExitStack, endpoint: str, clock: Clock) -> Ear:
 def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     url: str,
     api_key_file: str | None,
-    contexts: str,
+    contexts: tuple[str, ...],
     reuse: str,
     concurrency: str,
     seconds_max: int,
@@ -134,11 +136,12 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 
     from thermocline.clock import SystemClock
     from thermocline.costs import measured, saved
+    from thermocline.lens import figures
     from thermocline.lens import profile as lens
     from thermocline.lens.sweep import Endpoint
 
     wanted = (
-        lens.numbers("--contexts", contexts),
+        figures.lengths(contexts),
         lens.numbers("--reuse", reuse),
         lens.numbers("--concurrency", concurrency),
     )
@@ -162,8 +165,12 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @app.command()
 @click.argument("model", required=False)
 @click.option("--gpu", metavar="NAME", help="The accelerator, such as h100 or a100-80-sxm.")
-@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Accelerators of an instance.")
-@click.option("--instances", type=click.IntRange(1, 1024), default=1, show_default=True, help="Engines side by side.")
+@click.option(
+    "--tp", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Accelerators of an instance."
+)
+@click.option(
+    "--instances", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Engines side by side."
+)
 @click.option("--trace", metavar="FILE", help="Read the workload from a trace of requests.")
 @click.option("--url", metavar="URL", help="Read it from what a running server has counted.")
 @click.option("--describe", metavar="FILE", help="Synthesise it from a description.")
@@ -243,8 +250,10 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @app.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--gpu", "gpus", multiple=True, required=True, metavar="NAME", help="An accelerator. May be given again.")
-@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Tensor-parallel ranks.")
-@click.option("--pp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Pipeline stages.")
+@click.option(
+    "--tp", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Tensor-parallel ranks."
+)
+@click.option("--pp", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Pipeline stages.")
 @click.option(
     "--context", "contexts", multiple=True, metavar="TOKENS", help="Lengths: 4k,32k. By default four usual ones."
 )
@@ -253,15 +262,35 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--weights-dtype", default="", metavar="NAME", help="Of the weights: bf16, fp8, fp4. By default as above."
 )
 @click.option("--parameters", metavar="COUNT", help="Of the model, where they are not known: 27B, or 30B:3B active.")
-@click.option("--utilisation", type=click.FloatRange(0.1, 1), help="Of the memory; by default vLLM's.")
+@click.option("--utilisation", metavar="SHARE", type=click.FloatRange(0.1, 1), help="Of the memory; by default vLLM's.")
 @click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
-@click.option("--hit", type=click.FloatRange(0, 1), help="Share of a prompt that is known; where no trace says it.")
 @click.option(
-    "--arrivals", type=click.FloatRange(0, min_open=True), help="Requests per second. By default the trace's."
+    "--hit",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1),
+    help="Share of a prompt that is known; where no trace says it.",
 )
-@click.option("--output-tokens", type=click.IntRange(1), help="Of an answer. By default the trace's, else 256.")
-@click.option("--slo-seconds", type=click.FloatRange(0, min_open=True), help="Nine first tokens in ten within this.")
-@click.option("--price", type=click.FloatRange(0), help="US dollars per accelerator and hour. By default the table's.")
+@click.option(
+    "--arrivals",
+    metavar="RATE",
+    type=click.FloatRange(0, min_open=True),
+    help="Requests per second. By default the trace's.",
+)
+@click.option(
+    "--output-tokens", metavar="N", type=click.IntRange(1), help="Of an answer. By default the trace's, else 256."
+)
+@click.option(
+    "--slo-seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    help="Nine first tokens in ten within this.",
+)
+@click.option(
+    "--price",
+    metavar="USD",
+    type=click.FloatRange(0),
+    help="US dollars per accelerator and hour. By default the table's.",
+)
 @click.option("--measured", metavar="FILE", help="What `profile --write` wrote: prefills as they were measured.")
 @click.option("--html", metavar="FILE", help="Write a page with charts.")
 @json_flag
@@ -297,6 +326,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.costs import trace as traces
     from thermocline.costs.hardware import accelerator
     from thermocline.costs.models import find
+    from thermocline.lens import figures
     from thermocline.lens import html as page
     from thermocline.lens import size as lens
 
@@ -306,7 +336,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             accelerator=device,
             tp=tp,
             pp=pp,
-            contexts=lens.lengths(contexts),
+            contexts=figures.lengths(contexts),
             kv_dtype=kv_dtype,
             weights_dtype=weights_dtype,
             utilisation=utilisation,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thermocline.errors import SettingsError
+
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SECONDS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+_LENGTH = re.compile(r"[1-9][0-9]{0,8}k?")
 _LONG_SECONDS, _WHOLE_DOLLARS = 120.0, 100
 
 
@@ -59,6 +63,14 @@ def dollars(value: float) -> str:
 def percent(value: float) -> str:
     """37 %, for an axis."""
     return f"{100 * value:.0f} %"
+
+
+def lengths(words: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of tokens: 4096, or 4k for 1,024 each; several between commas. Raises SettingsError for anything else."""
+    each = [part.strip().lower() for word in words for part in word.split(",") if part.strip()]
+    if not all(_LENGTH.fullmatch(part) for part in each):
+        raise SettingsError(f"--context {','.join(words)}: not a number of tokens", hint="write it as --context 4k,32k")
+    return tuple(int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in each)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ ALIKE = 16
 """Answers are of one row where their cached tokens differ by less than this part of the prompt."""
 BY_HAND = "by Ctrl-C"
 _HEADER = ("prompt", "shared", "cached", "from", "clients", "first token", "fastest", "slowest", "per token", "fit")
-_FEWER = "ask for fewer --contexts, shares of --reuse, or clients of --concurrency"
+_FEWER = "ask for fewer --context, shares of --reuse, or clients of --concurrency"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,10 +67,10 @@ def plan(
     lengths = sorted({*map(int, contexts)}) or (CONTEXTS if longest >= CONTEXTS[-1] else _up_to(int(longest)))
     if lengths[-1] > longest:
         text = f"the model takes {context_tokens:,} tokens, and {HELD_TOKENS} are left for answers"
-        raise SettingsError(f"{text}: {lengths[-1]:,} are too many", hint=f"ask for at most {longest} in --contexts")
+        raise SettingsError(f"{text}: {lengths[-1]:,} are too many", hint=f"ask for at most {longest} in --context")
     found = Plan(tuple(lengths), tuple(sorted({*shares} - {0.0})), tuple(sorted({1, *map(int, concurrency)})))
     for name, values, low, high in (
-        ("--contexts", found.contexts, LENGTH_MIN, TOKENS_MAX),
+        ("--context", found.contexts, LENGTH_MIN, TOKENS_MAX),
         ("--reuse", found.shares, 0, 1),
         ("--concurrency", found.concurrency, 1, CLIENTS_MAX),
     ):

@@ -16,7 +16,6 @@ from thermocline.lens.html import Section, page
 
 UNKNOWN = "unknown"
 NEVER = "never"
-_LENGTH = re.compile(r"[1-9][0-9]{0,8}k?")
 _PARAMETERS = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kmbtKMBT]?)")
 _POWERS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FOOT = "thermocline size. GB are 10^9 bytes. Every figure follows from the assumptions listed with it."
@@ -31,14 +30,6 @@ def _whole(value: float) -> str:
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
-
-
-def lengths(words: Sequence[str]) -> tuple[int, ...]:
-    """Numbers of tokens: 4096, or 4k for 1,024 each; several between commas. Raises SettingsError for anything else."""
-    each = [part.strip().lower() for word in words for part in word.split(",") if part.strip()]
-    if not all(_LENGTH.fullmatch(part) for part in each):
-        raise SettingsError(f"--context {','.join(words)} are no lengths", hint="write --context 4k,32k")
-    return tuple(int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in each)
 
 
 def with_parameters(geometry: Geometry, text: str | None) -> Geometry:
