@@ -17,7 +17,8 @@ from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
 from thermocline.costs.sizing import Asked, size
 from thermocline.errors import SettingsError
-from thermocline.lens.size import lengths, render, report, so, with_parameters
+from thermocline.lens.figures import lengths
+from thermocline.lens.size import render, report, so, with_parameters
 
 ROOT = Path(__file__).parents[2]
 QWEN = "qwen2.5-32b-instruct"

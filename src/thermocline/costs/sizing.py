@@ -337,7 +337,8 @@ class _Answer:
         if self.asked.profile is not None:
             told = self.asked.profile.conditions
             longest = self.asked.profile.tokens_max
-            self.notes.append(f"prefills: measured on {told.machine}, {told.date}, up to {longest:,} tokens")
+            where = f"of {told.model} on {told.machine}, {told.date}"
+            self.notes.append(f"prefills: measured {where}, up to {longest:,} tokens")
             return functools.cache(self.asked.profile.prefill_seconds)
         setup = Setup(self.geometry, self.device, self.asked.tp, self.weights_dtype, self.kv_dtype)
         self.notes.append(f"times: roofline; shares of the peaks: {setup.running.source}")

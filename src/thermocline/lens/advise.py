@@ -152,7 +152,7 @@ def _prefill(
         told = profile.conditions
         return (
             profile.prefill_seconds,
-            f"prefills: measured at {told.url}, {told.date}, up to {profile.tokens_max:,} tokens",
+            f"prefills: measured of {told.model} at {told.url}, {told.date}, up to {profile.tokens_max:,} tokens",
         )
     assert device is not None, "one of both was asked for"
     setup = Setup(geometry, device, asked.tp, geometry.weights_dtype, asked.kv_dtype or geometry.kv_dtype)
