@@ -28,7 +28,7 @@ from thermocline.tokens.tokenizer import load_tokenizer
 
 OURS, ROUND_ROBIN, LEAST, SESSION = "predicted_ttft", "round_robin", "least_loaded", "session_hash"
 POLICIES = (OURS, ROUND_ROBIN, LEAST, SESSION)
-ROUNDS, FRESH_ROUNDS, FRESH_REQUESTS = 3, 3, 32
+ROUNDS, FRESH_ROUNDS, FRESH_REQUESTS = 5, 3, 32
 NAMES = ("a", "b")
 BLOCKS = 192
 REST_SECONDS = 1.0
