@@ -107,6 +107,7 @@ def _changed(change) -> bytes:
         b"",
         b"[]",
         b"\xff\xfe",
+        b'{"x":' + b"[" * 100_000,
         b" " * (measured.FILE_BYTES_MAX + 1),
         _changed(lambda told: told.update(version=measured.VERSION + 1)),
         _changed(lambda told: told.update(rows=[])),

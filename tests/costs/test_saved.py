@@ -106,7 +106,18 @@ def test_another_machine_measures_anew(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b"null", b'{"version": "1"}', b"[" * 100_000, b" " * 2**21],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"version": 1}',
+        b"\xff\xfe",
+        b"null",
+        b'{"version": "1"}',
+        b"[" * 100_000,
+        b'{"x":' + b"[" * 100_000,
+        b" " * 2**21,
+    ],
 )
 def test_a_damaged_file_is_ignored_with_a_warning(tmp_path, caplog, body):
     """A file that is no saved costs is not used, one warning says so, and the next save replaces it."""

@@ -127,6 +127,20 @@ def test_seconds(qwen):
     assert "read" in qwen.contexts[0].decode_by
 
 
+@pytest.mark.parametrize("model", ["deepseek-ai/DeepSeek-V3", "openai/gpt-oss-120b", QWEN])
+def test_the_bound_is_one(model):
+    """No time per token is below what the bandwidth allows: of a mixture of experts only those chosen are read."""
+    found = size(asked(model, "H200-SXM", tp=8))
+    assert all(0 < each.decode_bound_seconds <= each.decode_seconds for each in found.contexts)
+
+
+def test_copies_of_latent_vectors():
+    """Every rank keeps a copy of a latent vector, and each is stored and loaded: that is said."""
+    found = size(asked("deepseek-ai/DeepSeek-V3", "H200-SXM", tp=8, contexts=(1024,)))
+    assert found.contexts[0].nbytes == 8 * 1024 * 70_272
+    assert any("each of 8 ranks" in note for note in found.assumptions)
+
+
 def test_break_even(qwen):
     """A tier pays from some length on if its bandwidth is above break-even there: Redis at 1 GB/s for long ones."""
     pays = {tier.name: tier.from_tokens for tier in qwen.tiers}

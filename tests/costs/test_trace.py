@@ -178,6 +178,16 @@ def test_whatever_a_file_holds(mark, lines):
             assert found.starts[-1] == len(found.blocks)
 
 
+def test_deep(tmp_path):
+    """A line that is nested without end is passed over like any other that cannot be read."""
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"x":' + "[" * 9000 + "\n" + json.dumps(hashed(0, 512, [0])) + "\n")
+    with pytest.raises(TraceError):
+        read(path)
+    path.write_text(json.dumps(hashed(0, 512, [0])) + '\n{"x":' + "[" * 9000 + "\n")
+    assert (len(read(path)), read(path).skipped) == (1, 1)
+
+
 def test_damaged(tmp_path):
     """A packed file that ends early is an error."""
     path = tmp_path / "some.jsonl.xz"

@@ -115,7 +115,7 @@ def test_a_description_is_read_from_toml(tmp_path):
     assert workload.read(path) == Description(name="chat", turns=8, think_seconds=60.0)
 
 
-@pytest.mark.parametrize("text", ["turn = 8", "turns = 0", "turns = ", 'turns = "8"', "\xff"])
+@pytest.mark.parametrize("text", ["turn = 8", "turns = 0", "turns = ", 'turns = "8"', "\xff", "turns = " + "[" * 9000])
 def test_a_description_that_is_wrong_says_why(tmp_path, text):
     """A field that does not exist, or cannot be so, is named; the hint lists what there is."""
     path = tmp_path / "wrong.toml"

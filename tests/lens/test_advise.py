@@ -355,6 +355,20 @@ def test_one_workload_is_named(run, words):
     assert "hint:" in err
 
 
+@pytest.mark.parametrize("text", ["host=0", "disk@0", "redis@0GB/s", "host=99999999999999999TB"])
+def test_tiers_that_cannot_be(text):
+    """A tier of no size or speed, or of an endless one, is an error with a hint."""
+    with pytest.raises(SettingsError) as refused:
+        machine_of(replace(H100, tiers=(text,)), 100)
+    assert refused.value.hint
+
+
+def test_free_time_buys_no_tier():
+    """Where an hour costs nothing, no tier that costs something can pay: the question is refused."""
+    with pytest.raises(SettingsError, match="costs none"):
+        machine_of(replace(H100, tiers=("host:0.1",), usd_per_hour=0.0), 100)
+
+
 def test_no_configuration_from_counters(run, tmp_path):
     """Counters do not tell sizes, so there is no file to write; the text says what would."""
     found = advise.judge(advise.observed_of(recorded("evicted")[0]), machine_of(H100, 100))

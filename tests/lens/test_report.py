@@ -109,7 +109,7 @@ def test_read():
     """A receipt read from JSON is the one that was written; anything else is an error with a hint."""
     receipt = _receipt(Missing(64, 65, Reason.TAIL))
     assert report.read(msgspec.json.encode(receipt)) == ExcerptedReceipt(**msgspec.structs.asdict(receipt))
-    for body in (b"", b"{}", b"[1]", b"\xff", b"<html>"):
+    for body in (b"", b"{}", b"[1]", b"\xff", b"<html>", b'{"x":' + b"[" * 9000):
         with pytest.raises(UnreachableError, match="not a receipt") as caught:
             report.read(body)
         assert caught.value.hint

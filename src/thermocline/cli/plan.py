@@ -17,6 +17,7 @@ from thermocline.cli.app import (
     NO_ROOM,
     OK,
     TOO_SLOW,
+    Figure,
     MistakeError,
     app,
     json_flag,
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--events", metavar="ENDPOINT", help="Listen for KV events there: tcp://127.0.0.1:5557, or >ENDPOINT to connect."
 )
-@click.option(
-    "--seconds", metavar="N", type=click.FloatRange(0, 3600), default=5.0, show_default=True, help="How long to look."
-)
+@click.option("--seconds", metavar="N", type=Figure(0, 3600), default=5.0, show_default=True, help="How long to look.")
 @click.option("--checklist", is_flag=True, help="Also check what should be true in production, item by item.")
 @click.option("--measured", metavar="FILE", help="For the checklist: what `profile` wrote.")
 @click.option("--api-key-file", metavar="FILE", help="The servers' key, where they have one.")
@@ -183,10 +182,10 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     help="NAME[=SIZE][@SPEED][:USD per GB and hour]. May be given again.",
 )
 @click.option("--kv-dtype", default="", metavar="DTYPE", help="Of the KV cache, where it is not the model's.")
-@click.option("--kv-tokens", type=click.IntRange(0), metavar="N", help="KV memory of an instance, as its log says it.")
 @click.option(
-    "--price", type=click.FloatRange(0), metavar="USD", help="Per accelerator and hour. By default the table's."
+    "--kv-tokens", type=click.IntRange(0, 1 << 40), metavar="N", help="KV memory of an instance, as its log says it."
 )
+@click.option("--price", type=Figure(0), metavar="USD", help="Per accelerator and hour. By default the table's.")
 @click.option("--measured", metavar="FILE", help="Prefill times as `profile` wrote them.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--config-out", metavar="FILE", help="Write the configuration.")
@@ -262,18 +261,18 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--weights-dtype", default="", metavar="NAME", help="Of the weights: bf16, fp8, fp4. By default as above."
 )
 @click.option("--parameters", metavar="COUNT", help="Of the model, where they are not known: 27B, or 30B:3B active.")
-@click.option("--utilisation", metavar="SHARE", type=click.FloatRange(0.1, 1), help="Of the memory; by default vLLM's.")
+@click.option("--utilisation", metavar="SHARE", type=Figure(0.1, 1), help="Of the memory; by default vLLM's.")
 @click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
 @click.option(
     "--hit",
     metavar="SHARE",
-    type=click.FloatRange(0, 1),
+    type=Figure(0, 1),
     help="Share of a prompt that is known; where no trace says it.",
 )
 @click.option(
     "--arrivals",
     metavar="RATE",
-    type=click.FloatRange(0, min_open=True),
+    type=Figure(0, min_open=True),
     help="Requests per second. By default the trace's.",
 )
 @click.option(
@@ -282,13 +281,13 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @click.option(
     "--slo-seconds",
     metavar="SECONDS",
-    type=click.FloatRange(0, min_open=True),
+    type=Figure(0, min_open=True),
     help="Nine first tokens in ten within this.",
 )
 @click.option(
     "--price",
     metavar="USD",
-    type=click.FloatRange(0),
+    type=Figure(0),
     help="US dollars per accelerator and hour. By default the table's.",
 )
 @click.option("--measured", metavar="FILE", help="What `profile --write` wrote: prefills as they were measured.")

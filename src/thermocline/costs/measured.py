@@ -200,7 +200,7 @@ def read(path: Path) -> Measured:
         found = msgspec.json.decode(body, type=Measured)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}", hint=_HINT) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not what a profile writes: {error}", hint=_HINT) from None
     if found.version != VERSION:
         raise SettingsError(f"{path} is of version {found.version}, and this one reads {VERSION}", hint=_HINT)

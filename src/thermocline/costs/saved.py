@@ -48,7 +48,7 @@ def read(path: Path) -> CostsState:
         found = _decoded(path)
     except FileNotFoundError:
         return CostsState()
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         LOG.warning("the costs saved in %s are not used: %s", path, error)
         return CostsState()
     if (found.version, found.machine) != (VERSION, machine()):

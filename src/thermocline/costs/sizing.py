@@ -22,7 +22,7 @@ from thermocline.costs.memory import Capacity, Taken, capacity, sequence_bytes, 
 from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share
 from thermocline.costs.pages import DTYPE_BYTES, layer_token_bytes
 from thermocline.costs.reuse import Reuse, analyse
-from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of
+from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of, weights_read
 from thermocline.costs.study import Machine, Offer, Sized, Study
 from thermocline.costs.trace import Trace
 from thermocline.costs.transfer import LINKS, TAIL_TOKENS, Link, breakeven_bytes_per_second, host_link, pays_from
@@ -290,6 +290,10 @@ class _Answer:
             kv_tokens=room.tokens(self.contexts[0]),
         )
 
+    def _read_share(self) -> float:
+        """Of the weights, what one token reads: of a mixture of experts, not those that it does not choose."""
+        return weights_read(self.geometry, 1) / (self.geometry.parameters_total or 1)
+
     def bytes_of(self, tokens: int) -> int:
         """KV of a sequence, on all ranks together."""
         return sequence_bytes(self.geometry, tokens, self.kv_dtype, tp=self.asked.tp) * self.asked.tp
@@ -314,7 +318,7 @@ class _Answer:
             found,
             prefill_seconds=self.prefill(tokens, 0),
             decode_seconds=alone.seconds,
-            decode_bound_seconds=(weights + found.nbytes) / peak,
+            decode_bound_seconds=(weights * self._read_share() + found.nbytes) / peak,
             decode_by=max(alone.parts, key=lambda part: part.seconds).name,
             batch=batch or None,
             batch_seconds=self._decode(batch, tokens).seconds if batch else None,
@@ -367,6 +371,8 @@ class _Answer:
             ways = []
         if self.asked.tp > 1:
             self.notes.append("every accelerator loads over its own link; the host's memory is taken to be as quick")
+            if any(each.latent_elements for each in self.geometry.attention):
+                self.notes.append(f"latent vectors are kept, stored and loaded by each of {self.asked.tp} ranks")
         return [*ways, *(LINKS[name] for name in SHOWN_LINKS)]
 
     def _tiers(self) -> Sequence[Tier]:

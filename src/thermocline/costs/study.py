@@ -203,7 +203,7 @@ class Study:
             best = np.where(better, worth - loads, best)
             tokens, taken = np.where(better, more, tokens), np.where(better, loads, taken)
             held = more
-        hit = float(tokens.sum() / self.trace.input_tokens.sum())
+        hit = float(tokens.sum() / max(1, self.trace.input_tokens.sum()))
         return Used(self.per_hour(best), hit, float(taken.max(initial=0)))
 
     def cost(self, tiers: Sequence[Sized]) -> float:
@@ -283,7 +283,7 @@ def oracle_hit(study: Study, blocks: int) -> float | None:
     if len(trace.blocks) > ORACLE_BLOCKS_MAX:
         return None
     found = sum(_oracle_tokens(_picked(trace, home), blocks) for home in study.homes if home)
-    return found / int(trace.input_tokens.sum())
+    return found / max(1, int(trace.input_tokens.sum()))
 
 
 def _oracle_tokens(trace: Trace, blocks: int) -> int:

@@ -235,7 +235,7 @@ def _decoded(lines: Iterator[bytes], rows: _Rows, shape: Any) -> Iterator[Any]: 
     for line in lines:
         try:
             yield decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             rows.skipped += 1
 
 

@@ -206,6 +206,6 @@ def read(path: Path) -> Description:
         raise SettingsError(
             f"cannot read {path}: {error.strerror}", hint="name a TOML file that describes a workload"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, RecursionError) as error:
         fields = ", ".join(Description.__struct_fields__)
         raise SettingsError(f"{path} describes no workload: {error}", hint=f"what it may say: {fields}") from None

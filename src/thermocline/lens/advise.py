@@ -33,7 +33,7 @@ from thermocline.settings import Kind, Setting
 from thermocline.store.receipt import Reason
 
 WIDTH = 100
-_SIZE = Setting("size", Kind.SIZE, 1, "", 1, float("inf"), 1)
+_SIZE = Setting("size", Kind.SIZE, 1, "", 1, 1 << 60, 1)
 TIERS = ("host", "disk", "redis")
 SHARED = {"redis"}
 _LINKS = {"disk": "nvme-gen4", "redis": "redis"}
@@ -104,6 +104,8 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     offers = [_offer(text, local, asked.tp) for text in asked.tiers or (*(("host",) if local else ()), "disk")]
     if len({each.tier for each in offers}) < len(offers):
         raise SettingsError("a tier is named twice", hint="give each of host, disk and redis once")
+    if usd == 0 and any(each.usd_per_gb_hour for each in offers):
+        raise SettingsError("no tier is worth money where time costs none", hint="give a --price above 0")
     return Machine(
         prefill=prefill,
         token_bytes=asked.tp

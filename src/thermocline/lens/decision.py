@@ -104,7 +104,7 @@ def read(body: bytes) -> Decided:
     """A record from the JSON that a gateway sends. Raises UnreachableError if it is something else."""
     try:
         return msgspec.json.decode(body, type=Decided)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         hint = "is it a gateway of this version?"
         raise UnreachableError(f"the gateway's answer is no decision: {error}", hint=hint) from None
 

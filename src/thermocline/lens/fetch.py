@@ -70,7 +70,7 @@ def receipts_in(path: Path, last: int) -> Found:
                 for line in _lines(file):
                     try:
                         kept.append(msgspec.json.decode(line, type=Receipt))
-                    except (msgspec.DecodeError, UnicodeDecodeError):
+                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                         skipped += 1
         except FileNotFoundError:
             continue

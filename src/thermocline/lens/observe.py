@@ -264,7 +264,7 @@ class _Seen:
             return None
         try:
             return self.source.receipts()
-        except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.untold["receipts", getattr(error, "message", str(error))] = None
             return None
 
@@ -274,7 +274,7 @@ def _routed(admin: Path) -> tuple[tuple[ps.Routed, ...], tuple[decision.Decided,
     try:
         status, body = decision.ask(admin, f"/decisions?limit={DECISIONS_READ}")
         decided = msgspec.json.decode(body, type=tuple[decision.Decided, ...]) if status == HTTPStatus.OK else ()
-    except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError):
+    except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         decided = ()
     return found.instances if found else (), decided
 

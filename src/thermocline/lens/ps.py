@@ -95,7 +95,7 @@ def gateway(socket: Path) -> GatewayStatus | None:
     try:
         status, body = decision.ask(socket, "/instances")
         return GatewayStatus(str(socket), msgspec.json.decode(body, type=tuple[Routed, ...])) if status == OK else None
-    except (UnreachableError, msgspec.DecodeError, UnicodeDecodeError):
+    except (UnreachableError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

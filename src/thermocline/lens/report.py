@@ -74,7 +74,7 @@ def read_list(body: bytes) -> ReceiptList:
 def _read(body: bytes, kind: type[T], what: str) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         hint = "is it a thermocline server of this version?"
         raise UnreachableError(f"the server's answer is not {what}: {error}", hint=hint) from None
 

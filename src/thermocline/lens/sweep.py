@@ -35,7 +35,7 @@ NEW_TOKENS, HELD_TOKENS, LOOKS = 8, 32, 4
 PROBE_TOKENS, IDS = 32, (10, 4000)
 EXCERPT_BYTES = 300
 _HINT = "name an OpenAI-compatible server with --url, such as `thermocline serve` or `vllm serve` starts"
-_ENDED = (OSError, ValueError, http.client.HTTPException)
+_ENDED = (OSError, ValueError, RecursionError, http.client.HTTPException)
 """What reading an answer that is none, or that breaks off, raises. DecodeError of msgspec is a ValueError."""
 Prompt = list[int | str]
 
@@ -139,11 +139,11 @@ class Endpoint:
         self._open: set[http.client.HTTPConnection] = set()
         try:
             self._card = msgspec.json.decode(self._get("/v1/models"), type=_Cards).data[0]
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise UnreachableError(f"{url} does not say which model it serves", hint=_HINT) from None
         self.context_tokens = self._card.max_model_len
         version = ""
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             version = msgspec.json.decode(self._get("/version"), type=_Version).version
         self.engine = _plain(f"{self._card.owned_by} {version}".strip())
 
