@@ -91,7 +91,8 @@ Flights = dict[tuple[Any, ...], Flight]
 class View:
     """The memory of all clients of this process that are set up alike. Any thread.
 
-    `ask` sends a command over the tracking link and gives the future of its reply.
+    `ask` sends a command over the tracking link and gives the future of its reply. `encoding` and `errors` are the
+    clients'.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class View:
         clock: Clock,
         ask: Callable[..., Future[Any]],
         *,
-        encoding: str,
+        encoding: str = "utf-8",
+        errors: str = "strict",
         decodes: bool,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -117,7 +119,8 @@ class View:
         self._refreshes: dict[Name, float] = {}  # of which keys, and until when no other one begins
         self._old_until = -math.inf  # what was old by then is not served
         self._ask = ask
-        self.encoding = encoding
+        self._codec = encoding, errors
+        self.plain_text = self._codec == ("utf-8", "strict")
         self.decodes = decodes
         self._prefixes = tuple(prefix.encode() for prefix in options.prefixes)
         self._filing = threading.Lock()
@@ -129,7 +132,7 @@ class View:
         encoded = self._encoded(key)
         if encoded is None or not encoded.startswith(self._prefixes or b""):
             return None
-        return key if isinstance(key, str) and self.encoding == "utf-8" else encoded
+        return key if type(key) is str and self.plain_text else encoded  # another class may have another hash
 
     def drop(self, keys: Iterable[object]) -> None:
         """Forget keys under every name they may be kept as."""
@@ -167,6 +170,10 @@ class View:
     def _names(self, key: object) -> list[Name]:
         encoded = self._encoded(key)
         names: list[Name] = [] if encoded is None else [encoded]
+        if encoded is None and isinstance(key, str):
+            for codec in (self._codec, ("utf-8", "strict")):
+                with contextlib.suppress(UnicodeEncodeError):
+                    names.append(key.encode(*codec))
         with contextlib.suppress(UnicodeDecodeError):
             names += [] if encoded is None else [encoded.decode()]
         return names
@@ -176,8 +183,10 @@ class View:
             return key
         if isinstance(key, str):
             with contextlib.suppress(UnicodeEncodeError):
-                return key.encode(self.encoding)
-            return None
+                encoded = key.encode()
+                if self.plain_text or (key.isascii() and encoded == key.encode(*self._codec)):
+                    return encoded
+            return None  # hiredis sends UTF-8, redis-py's own code what the client is set to
         if isinstance(key, memoryview | bytearray):
             return bytes(key)
         return repr(key).encode() if isinstance(key, int | float) and not isinstance(key, bool) else None
@@ -188,7 +197,7 @@ class View:
         if encoded is None or not self.decodes:
             return encoded
         with contextlib.suppress(UnicodeDecodeError):
-            return encoded.decode(self.encoding)
+            return encoded.decode(*self._codec)
         return None
 
     # -- reading -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ class Kind(enum.Enum):
     ELSEWHERE = "from here on this client's keys may be other keys: nothing is served from memory any more"
 
 
+WRITING = {Kind.KEYS, Kind.ALL, Kind.UNKNOWN, Kind.RELEASE}
+"""Kinds of what may change a key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """A kind, and for KEYS the places of keys as the server counts them: first, last (negative: from the end), step."""

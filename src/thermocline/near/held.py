@@ -108,7 +108,7 @@ def _characters(view: View, held: Held) -> Reply:
     if not held.exists:
         return "" if view.decodes else b""
     plain = isinstance(held.text, bytes) or (isinstance(held.text, str) and held.text.isascii())
-    return held.text if plain and view.encoding == "utf-8" else NOT_HERE
+    return held.text if plain and view.plain_text else NOT_HERE
 
 
 def _strlen(view: View, held: Held, args: Args) -> Reply:

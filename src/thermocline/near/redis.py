@@ -18,14 +18,13 @@ import redis.client
 
 from thermocline.clock import SystemClock
 from thermocline.near.coherence import Background, Fetch, Flights, Lease, Steps, Wait
-from thermocline.near.commands import EFFECTS, Args, Kind, effect
+from thermocline.near.commands import EFFECTS, WRITING, Args, Kind, effect
 from thermocline.near.held import Reply
 from thermocline.near.options import Options
 from thermocline.near.together import together
 from thermocline.near.tracking import Near, near_of
 
 NOW = SystemClock.now
-WRITING = {Kind.KEYS, Kind.ALL, Kind.UNKNOWN, Kind.RELEASE}
 UNSERVED = Lease()
 PlainRedis = redis.Redis
 """redis-py's own client, for what compares the two."""
@@ -75,7 +74,7 @@ class Kept:
 
     def near_attach(self, options: Options | None) -> None:
         """Use the memory of all clients set up like this one."""
-        self.near = near_of(self.connection_pool.connection_kwargs, options or Options())
+        self.near = near_of(self.connection_pool, options or Options())
         self._near_held = self._near_off = False
         self.near_bind()
 

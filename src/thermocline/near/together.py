@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from thermocline.near.coherence import PLAIN, Fetch, Flight, Flights, Plain, Step, Steps, View, Wait
-from thermocline.near.commands import Args
+from thermocline.near.commands import WRITING, Args, Kind, effect
 from thermocline.near.held import Reply
 
 
@@ -16,7 +16,7 @@ def together(view: View, commands: Sequence[Args], flights: Flights, *, local: b
     Not `local`: memory may not be used now, and all of them are fetched. A read that others fetch already is waited for
     only when what it takes for ours has come: two that want the same keys in another order never wait for each other.
     """
-    reads = _Reads([view.read(args, flights) if local else _plainly() for args in commands])
+    reads = _Reads([_steps(view, args, flights, local=local) for args in commands])
     try:
         for at in range(len(commands)):
             reads.go_on(at, None)
@@ -79,6 +79,14 @@ def _fetched(fetches: dict[int, Fetch | Plain], commands: Sequence[Args]) -> Gen
         mine, came = came[: len(words[at])], came[len(words[at]) :]
         replies[at] = mine if isinstance(step, Fetch) else mine[0]
     return replies
+
+
+def _steps(view: View, args: Args, flights: Flights, *, local: bool) -> Steps:
+    """A read that memory may serve; anything else goes to the server as it is, and what it writes is forgotten."""
+    found = effect(args)
+    if found.kind in WRITING:
+        return view.write([(found, args)])
+    return view.read(args, flights) if local and found.kind is Kind.LOCAL else _plainly()
 
 
 def _plainly() -> Steps:

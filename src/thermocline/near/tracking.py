@@ -25,6 +25,7 @@ from redis.connection import Connection, SSLConnection, UnixDomainSocketConnecti
 from redis.exceptions import RedisError
 
 from thermocline.clock import Clock, SystemClock
+from thermocline.errors import NearError
 from thermocline.near.coherence import View
 from thermocline.near.options import Options
 from thermocline.near.recorder import Recorder
@@ -40,6 +41,8 @@ ASKED_MAX = 10_000
 """Questions that may wait for the link; one more is answered at once: not told."""
 OF_CONNECTIONS = ("host", "port", "path", "db", "username", "password", "credential_provider", "socket_keepalive")
 """What the link's connection shares with those of the clients, beside all about TLS."""
+KINDS = {kind.__name__: kind for kind in (Connection, SSLConnection, UnixDomainSocketConnection)}
+"""Of connections that the link can be one of, by their name in both colours."""
 
 
 @dataclass(slots=True)
@@ -123,7 +126,7 @@ class Link:
                 self._connect()
                 pause = RETRY_SECONDS_MIN
                 self._listen()
-            except (RedisError, OSError, ValueError, TypeError) as error:
+            except (RedisError, NearError, OSError, ValueError, TypeError) as error:
                 self._lost(None if self._closing.is_set() else error)  # a server that ends after its clients is no news
             self._closing.wait(pause)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
@@ -200,10 +203,10 @@ class Link:
         if error is not None and self._clock.now() > self._quiet_until:
             self._quiet_until = self._clock.now() + TELL_SECONDS
             LOG.warning(
-                "near: no tracking link (%s: %s); all reads go to the server until there is one. "
-                "hint: it takes Redis 6 or newer, and a user who may do CLIENT TRACKING",
+                "near: no tracking link (%s: %s); all reads go to the server until there is one. hint: %s",
                 type(error).__name__,
                 error,
+                getattr(error, "hint", None) or "it takes Redis 6 or newer, and a user who may do CLIENT TRACKING",
             )
 
 
@@ -227,14 +230,24 @@ def _dropper(view: View) -> Any:  # noqa: ANN401  # a method that does not keep 
 
 
 def _connection(arguments: Mapping[str, Any], stale_seconds_max: float) -> Any:  # noqa: ANN401  # of one of three classes
+    kind = arguments["kind"]
+    if kind not in KINDS:
+        hint = "connect to one server by host, port or path, without Sentinel or a class of your own"
+        raise NearError("connections of this class may lead anywhere", hint=hint)
     chosen = {name: arguments[name] for name in OF_CONNECTIONS if arguments.get(name) is not None}
     tls = {name: value for name, value in arguments.items() if name.startswith("ssl_") and value is not None}
-    kind: Any = UnixDomainSocketConnection if "path" in chosen else SSLConnection if tls else Connection
-    if "path" in chosen:
+    if KINDS[kind] is UnixDomainSocketConnection:
         chosen = {name: value for name, value in chosen.items() if name not in {"host", "port", "socket_keepalive"}}
     else:
         chosen["socket_connect_timeout"] = CONNECT_SECONDS_MAX
-    return kind(protocol=3, socket_timeout=min(stale_seconds_max, CONNECT_SECONDS_MAX), **chosen, **tls)
+    made: Any = KINDS[kind]
+    return made(protocol=3, socket_timeout=min(stale_seconds_max, CONNECT_SECONDS_MAX), **chosen, **tls)
+
+
+def _kind(connections: type) -> str:
+    """A name of KINDS, or one that is not there: nobody knows where another class connects to."""
+    ours = connections.__module__ in {"redis.connection", "redis.asyncio.connection"}
+    return connections.__name__ if ours else f"{connections.__module__}.{connections.__name__}"
 
 
 # -- one for all clients of a process that are set up alike -----------------------------------------------------------
@@ -256,9 +269,9 @@ class Near:
         clock = SystemClock()
         self.link = Link(self._arguments, self.options, clock)
         encoding = str(self._arguments.get("encoding", "utf-8")).lower().replace("utf8", "utf-8")
-        plain = encoding == "utf-8" and self._arguments.get("encoding_errors", "strict") == "strict"
+        errors = str(self._arguments.get("encoding_errors", "strict"))
         decodes = bool(self._arguments.get("decode_responses"))
-        self.view = View(self.options, clock, self.link.ask, encoding=encoding if plain else "", decodes=decodes)
+        self.view = View(self.options, clock, self.link.ask, encoding=encoding, errors=errors, decodes=decodes)
         self._end = weakref.finalize(self, self.link.close)
 
     def join(self, client: object) -> None:
@@ -295,9 +308,10 @@ class Near:
         self._begin()
 
 
-def near_of(arguments: Mapping[str, Any], options: Options) -> Near:
-    """That of all clients with these arguments of connections and these options."""
-    names = (*OF_CONNECTIONS, "encoding", "encoding_errors", "decode_responses", "ssl_ca_certs", "ssl_certfile")
+def near_of(pool: Any, options: Options) -> Near:  # noqa: ANN401  # of either colour
+    """That of all clients whose pools make such connections, with these options."""
+    arguments = {**pool.connection_kwargs, "kind": _kind(pool.connection_class)}
+    names = ("kind", *OF_CONNECTIONS, "encoding", "encoding_errors", "decode_responses", "ssl_ca_certs", "ssl_certfile")
     identity = (options, *(_identity(arguments.get(name)) for name in names))
     with _LOCK:
         held = _VIEWS.get(identity)
