@@ -63,6 +63,14 @@ def test_what_runs_here_is_found(runtime, capsys, started):
     assert node.socket.exists()
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[::1", "nowhere"])
+def test_servers_that_do_not_answer(runtime, capsys, url):
+    """Where no server that was named answers, that is an error and no all-clear."""
+    status, out, err = _run(capsys, "--url", url, "--checklist")
+    assert (status, out) == (1, "")
+    assert "hint:" in err
+
+
 def test_a_finding_is_the_exit_code(runtime, capsys):
     """A finding ends with 1, and its action is the last line."""
     status, out, _ = _run(capsys, "--node", str(runtime / "node.sock"))

@@ -96,7 +96,9 @@ def test_plain_http_stays_here(url):
         fetch.receipt(url, "last")
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://127.0.0.1:port"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://127.0.0.1:port", "http://[::1"]
+)
 def test_not_an_address(url):
     """Something that is not the address of a server is refused with an example of one."""
     with pytest.raises(SettingsError, match="not the address") as caught:

@@ -76,6 +76,7 @@ def doctor(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         watched = observe.watch(sources, seconds, clock)
         if ear is not None:
             watched = (*watched, ear.watched(events or ""))
+    observe.answered(watched)
     found, items = diagnose(watched), production.check(watched, profile) if checklist else ()
     if as_json:
         click.echo(msgspec.json.encode({"diagnosis": found, "checklist": items}).decode())

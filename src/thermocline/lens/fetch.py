@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import msgspec
 
@@ -30,7 +30,7 @@ def receipt(url: str, request_id: str, api_key_file: Path | None = None, *, exce
     used and no redirect followed. Raises SettingsError for a URL or key file that cannot be used, UnreachableError
     when there is no such server or it does not have the receipt.
     """
-    if excerpt and not is_loopback(urlsplit(url).hostname or ""):
+    if excerpt and not is_loopback(_parts(url)[0].hostname or ""):
         raise SettingsError(f"{url} is another machine, and text of prompts stays on its own", hint=_EXCERPT_HINT)
     path = f"/receipts/{quote(request_id, safe='')}{'?excerpt=1' if excerpt else ''}"
     return _get(url, path, api_key_file, f"no receipt of {request_id}")
@@ -117,11 +117,7 @@ def connect(
     `carried` names what may not cross the network readable, over plain HTTP; empty where nothing is. Raises
     SettingsError for a URL that is none, or would send it so.
     """
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = -1
+    parts, port = _parts(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
         raise SettingsError(f"{url} is not the address of a server", hint="write it as http://127.0.0.1:8000")
     path = parts.path.rstrip("/")
@@ -147,3 +143,13 @@ def _refuse_failure(status: int, url: str, missing: str) -> None:
     if status == HTTPStatus.FORBIDDEN:
         raise UnreachableError(f"{url} refuses to tell that", hint=_EXCERPT_HINT)
     raise UnreachableError(f"{url} answered with status {status}", hint="is it a thermocline server?")
+
+
+def _parts(url: str) -> tuple[SplitResult, int | None]:
+    """The URL taken apart, and its port. No scheme and -1 where it cannot be taken apart."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a port that is no number, or half of an IPv6 address
+        return urlsplit(""), -1
+    return parts, port
