@@ -10,6 +10,7 @@ import redis.sentinel
 
 from tests.faults.redis_server import RedisServer
 from thermocline.clock import until
+from thermocline.near.options import Options
 from thermocline.near.redis import Redis
 
 TLS_HANDSHAKE = b"\x16"
@@ -115,3 +116,27 @@ def test_any_command_goes_along_with_reads(redis_server, other):
         assert client.near_read([("APPEND", "k", "2"), ("EVAL", "return redis.call('incr', 'n')", 0)]) == [2, 1]
         assert client.get("k") == b"12"
         assert client.get("n") == b"1"
+
+
+def test_a_read_that_writes_is_a_write(redis_server, other):
+    """PFCOUNT notes its count in the key, so the key's bytes are read anew after it."""
+    with Redis(port=redis_server.port) as client:
+        assert client.near.wait()
+        for turn in range(20):
+            client.pfadd(f"visitors{turn}", "a")
+            assert client.near.link.ask("PING").result(5)
+            before = client.get(f"visitors{turn}")
+            assert client.pfcount(f"visitors{turn}") == 1
+            assert client.get(f"visitors{turn}") == other.get(f"visitors{turn}") != before
+
+
+def test_a_client_with_options_holds_no_memory_without(redis_server, other):
+    """A client made from a URL with options does not keep the link of clients without options alive."""
+    plain = Redis.from_url(redis_server.url)
+    with Redis.from_url(redis_server.url, near=Options(bytes_max=1 << 20)) as stays:
+        assert plain.near is not stays.near
+        assert plain.near.wait()
+        link = plain.near.link._thread
+        plain.close()
+        link.join(10)
+        assert not link.is_alive()

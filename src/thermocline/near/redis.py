@@ -74,6 +74,8 @@ class Kept:
 
     def near_attach(self, options: Options | None) -> None:
         """Use the memory of all clients set up like this one."""
+        if hasattr(self, "near"):  # `from_url` has made one without options first
+            self.near.leave(self)
         self.near = near_of(self.connection_pool, options or Options())
         self._near_held = self._near_off = False
         self.near_bind()
