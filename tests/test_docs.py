@@ -98,13 +98,13 @@ def test_python_in_documents(path):
 
 
 def test_doors():
-    """The twelve doors of reading-the-source exist: each file, and each function in it."""
+    """The seventeen doors of reading-the-source exist: each file, and each function in it."""
     rows = re.findall(
         r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|",
         (ROOT / "docs/internals/reading-the-source.md").read_text(),
         re.MULTILINE,
     )
-    assert len(rows) == 12
+    assert len(rows) == 17
     for file, name in rows:
         scope: ast.AST = ast.parse((ROOT / "src" / "thermocline" / file).read_text())
         for part in name.split("."):
