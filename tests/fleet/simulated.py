@@ -224,6 +224,20 @@ class Batched(World):
         self.begin(slot)
 
 
+class Noisy(Batched):
+    """Batching instances that share a machine: each slows the others down, and a step in twenty takes three times."""
+
+    contention, odd_share, odd = 0.8, 0.05, 3.0
+
+    def at(self, seconds, call, *arguments):
+        if call == self.stepped:
+            others = (sum(self.stepping) - 1) / (self.slots - 1)
+            slower = (1 + self.contention * others) * self.random.uniform(0.7, 1.5)
+            slower *= self.odd if self.random.random() < self.odd_share else 1.0
+            seconds = self.now + (seconds - self.now) * slower
+        super().at(seconds, call, *arguments)
+
+
 def seeded(seed: int) -> Random:
     return Random(seed)  # noqa: S311  # the same requests in every run
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fleet.simulated import Batched, MultiTurn, Request, World, mooncake, seeded
+from tests.fleet.simulated import Batched, MultiTurn, Noisy, Request, World, mooncake, seeded
 from thermocline.demo import locality
 from thermocline.errors import SettingsError
 from thermocline.fleet.books import Fleet
@@ -169,6 +169,20 @@ def test_affinity_that_cannot_pay_gives_way_to_load():
     assert not ours.fleet.regime().affinity
     assert ours.mean_seconds <= 1.05 * least.mean_seconds
     assert any(Why.LOAD_REGIME in each.reasons for each in ours.served)
+
+
+def test_noise_is_no_reason_to_prefer():
+    """Of two equal servers with noisy steps, conversations do not gather at the one that happened to be quicker."""
+    busier, ideal = [], []
+    for seed in range(40):
+        world = Noisy(slots=2, cache_blocks=192, block_tokens=128, policy=BEST, costs=(0.02, 3.5e-4, 2e-9))
+        world.random = seeded(seed)
+        conversations = MultiTurn(world, seed)
+        world.run()
+        busier.append(max(world.shares))
+        ideal.append(conversations.of_ideal)
+    assert sum(share > 0.6 for share in busier) <= 2
+    assert sum(ideal) / len(ideal) >= 0.97
 
 
 @pytest.mark.slow
