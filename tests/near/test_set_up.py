@@ -12,6 +12,7 @@ from tests.faults.redis_server import RedisServer
 from thermocline.clock import until
 from thermocline.near.options import Options
 from thermocline.near.redis import Redis
+from thermocline.wire.resp_server import url_of
 
 TLS_HANDSHAKE = b"\x16"
 
@@ -140,3 +141,12 @@ def test_a_client_with_options_holds_no_memory_without(redis_server, other):
         plain.close()
         link.join(10)
         assert not link.is_alive()
+
+
+def test_a_socket_in_this_folder_has_a_url(tmp_path, monkeypatch):
+    """A server on a relative path says a URL that redis-py connects to."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("near.sock")
+        with redis.Redis.from_url(url_of(sock)) as client:
+            assert client.connection_pool.connection_kwargs["path"] == str(tmp_path / "near.sock")

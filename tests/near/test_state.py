@@ -328,7 +328,7 @@ def test_prefetch_is_one_round_trip(redis_server, other):
 
 
 def test_prefetch_asks_for_the_sessions_blocks(asks, client):
-    """The callable for KV blocks is given the session; what it raises is counted, and the rest is fetched."""
+    """The callable for KV blocks is given the session; what it or `reads` raises is counted, the rest fetched."""
     began = []
     state = State(client, blocks=lambda session: began.append(session) or "job")
     assert state.prefetch("s 7", Chunks(ACME).get("a")).blocks == "job"
@@ -341,6 +341,9 @@ def test_prefetch_asks_for_the_sessions_blocks(asks, client):
     done = state.prefetch("s", Chunks(ACME).get("a", "b"), Chunks(ACME).put({"a": "b"}))
     assert (done.commands, done.failed, done.blocks) == (1, 0, None)
     assert state.stats().blocks_failed == 1
+    state = State(client, reads=broken)
+    assert state.prefetch("s", Chunks(ACME).get("a")).commands == 1
+    assert state.stats().failed == 1
     _, prefetch = asks
     assert prefetch("s").commands == 0
     assert prefetch("s", Chunks(ACME).get("a")).failed == 0

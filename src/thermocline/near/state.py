@@ -36,7 +36,7 @@ Blocks = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class StateStats:
-    """Counts since the start. `failed`: no answer from the server. `damaged`: bytes that could not be read.
+    """Counts since the start. `failed`: no answer from the server or from `reads`. `damaged`: unreadable bytes.
 
     Both count what `ask` answered with `otherwise` and what `prefetch` and `watch` passed over, not what they raised.
     """
@@ -89,7 +89,11 @@ class _Counts:
             blocks = self._blocks(session) if self._blocks else None
         except Exception:  # noqa: BLE001  # counted; what is not prefetched is loaded when it is needed
             self._count("blocks_failed")
-        questions = [*(self._reads(session) if self._reads else ()), *more]
+        questions = list(more)
+        try:
+            questions[:0] = self._reads(session) if self._reads else ()
+        except Exception:  # noqa: BLE001  # as above
+            self._count("failed")
         return [words for question in questions if not question.writes for words in question.commands], blocks
 
     def _done(self, replies: Replies, blocks: object) -> Prefetched:

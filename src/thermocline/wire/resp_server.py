@@ -379,6 +379,6 @@ async def _until_signal(server: RespServer, sock: socket.socket, ready: Callable
 def url_of(sock: socket.socket) -> str:
     """Where a bound socket is reached, as Redis' clients take it."""
     if sock.family == socket.AF_UNIX:
-        return f"unix://{sock.getsockname()}"
+        return f"unix://{Path(sock.getsockname()).absolute()}"
     host, port = sock.getsockname()[:2]
     return f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
