@@ -662,6 +662,19 @@ SERIES = st.tuples(
 )
 
 
+@pytest.mark.parametrize("figures", [(5.0, -5.0, 1.0), (100.0, 1.0, -101.0), (1.0, -2.0, 1.0)])
+def test_figures_below_nothing(figures):
+    """A counter below nothing is none: it is passed over, and no share of a whole is taken that adds up to nothing."""
+    names = [f"vllm:request_{part}_time_seconds_sum" for part in ("queue", "prefill", "decode")]
+    text = "\n".join(f"{name} {value}" for name, value in zip(names, figures, strict=True))
+    text += '\nvllm:prompt_tokens_total 1e-308\nvllm:request_success_total{finished_reason="stop"} 100'
+    text += '\nvllm:prompt_tokens_cached_by_source_total{source="device"} 5'
+    said = render(diagnose([Watched(kind=Kind.SERVER, name="x", scrapes=(parse(text),))]))
+    assert "so: " in said
+    assert "inf" not in said
+    assert "-" not in said.splitlines()[0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(Kind), st.lists(st.lists(SERIES, max_size=40), max_size=4))
 def test_any_figures_are_diagnosed(kind, scrapes):

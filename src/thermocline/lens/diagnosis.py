@@ -338,7 +338,7 @@ def _hit_lines(hits: Hits) -> list[str]:
 
 def _parts(parts: Sequence[tuple[str, float]]) -> str:
     whole = math.fsum(value for _, value in parts)
-    return ", ".join(f"{value / whole:.0%} {name}" for name, value in parts if value)
+    return ", ".join(f"{value / whole:.0%} {name}" for name, value in parts if value and whole) or "none"
 
 
 def shown(number: Number) -> str:

@@ -518,14 +518,14 @@ def _hits(at: Watched) -> Hits | None:
     if at.is_vllm:
         sources = at.counted_by("vllm:prompt_tokens_cached_by_source_total", "source")
         tokens = at.counted("vllm:prompt_tokens_total")
-        return Hits(at.name, tokens, tuple(sources.items())) if tokens else None
+        return Hits(at.name, tokens, tuple(sources.items())) if tokens >= 1 else None
     if at.receipts:
         summary = summarise(_recent(at))
         reasons = tuple((share.reason.name, float(share.tokens)) for share in summary.by_reason if share.tokens)
         sources = {tier: float(tokens) for tier, tokens in sorted(summary.by_tier.items())}
         return Hits(at.name, summary.prompt_tokens, tuple(sources.items()), reasons, summary.requests)
     tokens = at.counted("prompt_tokens_total")
-    if not tokens:
+    if tokens < 1:
         return None
     found = at.counted("routed_cached_tokens_total")
     sources = at.counted_by("cached_tokens_total", "tier")

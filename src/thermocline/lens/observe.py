@@ -90,7 +90,7 @@ def parse(text: bytes | str, at_seconds: float = 0.0) -> Scrape:
             continue
         found = _LINE.match(name) if len(name) <= LINE_CHARACTERS_MAX and count < SAMPLES_MAX else None
         value = number(found[3]) if found else math.nan
-        if found is None or not abs(value) <= VALUE_MAX:
+        if found is None or not 0 <= value <= VALUE_MAX:  # nothing that we count is below nothing
             skipped += 1
             continue
         count += 1
