@@ -134,6 +134,16 @@ def test_the_bound_is_one(model):
     assert all(0 < each.decode_bound_seconds <= each.decode_seconds for each in found.contexts)
 
 
+def test_prompts_of_nothing(tmp_path):
+    """A trace whose prompts have no tokens hits nothing; no share of nothing is taken."""
+    path = tmp_path / "some.jsonl"
+    row = {"timestamp": 0, "input_length": 0, "output_length": 0, "hash_ids": []}
+    path.write_text("".join(f"{msgspec.json.encode(row).decode()}\n" for _ in range(3)))
+    found = size(asked(trace=read(path)))
+    assert found.workload is not None
+    assert (found.workload.ideal, found.workload.device_hit, found.workload.chosen) == (0, 0, ())
+
+
 def test_copies_of_latent_vectors():
     """Every rank keeps a copy of a latent vector, and each is stored and loaded: that is said."""
     found = size(asked("deepseek-ai/DeepSeek-V3", "H200-SXM", tp=8, contexts=(1024,)))
