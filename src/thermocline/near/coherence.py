@@ -207,12 +207,8 @@ class View:
         command = str(args[0])
         keys = args[1:] if command in {"MGET", "EXISTS"} else args[1:2]
         names = [name for name in map(self.name, keys) if name is not None]
-        if not names or len(names) < len(keys):
-            return (yield PLAIN)
-        if not self.serving():
-            reply = yield PLAIN
-            self.cache.drop(names)
-            return reply
+        if not names or len(names) < len(keys) or not self.serving():
+            return (yield from self._ahead(names))
         if command == "MGET":
             return (yield from self._read_many(names))
         many = len(names) > 1
@@ -222,10 +218,14 @@ class View:
         if answer is not NOT_HERE:
             return answer
         if many or command in {"STRLEN", "GETRANGE"} or (command == "LRANGE" and args[2:] != (0, -1)):
-            reply = yield PLAIN
-            self._forget_old(names)
-            return reply
+            return (yield from self._ahead(names))
         return (yield from self._read_one(args, names[0], flights))
+
+    def _ahead(self, names: Sequence[Name]) -> Steps:
+        """Plainly. The reply may be newer than what is kept, or is being fetched: so that is forgotten."""
+        reply = yield PLAIN
+        self.drop(names)
+        return reply
 
     def _old(self, args: Args, name: Name) -> Steps:
         """From an entry that is old, within its grace, or will be soon; it is fetched anew beside that."""
@@ -279,9 +279,7 @@ class View:
                 flights[key] = mine
                 return (yield from self._lead(args, name, mine, flights, key))
             if not (yield Wait(other, self.options.wait_seconds)):
-                reply = yield PLAIN
-                self.cache.drop((name,))
-                return reply
+                return (yield from self._ahead((name,)))
             if not other.cancelled():  # a leader that was cancelled leaves the lead to whoever comes first
                 return _own(other.result())
 
@@ -465,7 +463,7 @@ class View:
             if name is None:
                 continue
             entry = self.cache.entries.get(name)
-            if ("GET", name) in self.flights or (entry is not None and entry.value.text != reply):
+            if entry is None or entry.value.text != reply:  # what is being fetched may be older, too
                 self.cache.drop((name,))
 
 
