@@ -72,3 +72,15 @@ def test_a_command_without_a_key_goes_to_the_server(view):
     steps = view.read(("GET",), view.flights)
     next(steps)
     assert ended(steps, "refused") == "refused"
+
+
+@pytest.mark.parametrize(("first", "then"), [("k", b"k"), (b"k", "k")])
+def test_a_key_as_text_and_as_bytes_is_one_key(view, first, then):
+    """A key read as text is not followed by an older value read as bytes, nor the other way round."""
+    assert ended(fetching(view, first), [-1, b"old"]) == b"old"
+    assert ended(fetching(view, then), [-1, b"new"]) == b"new"
+    assert ended(fetching(view, first), [-1, b"new"]) == b"new"
+    assert ended(fetching(view, then), [-1, b"new"]) == b"new"
+    with pytest.raises(StopIteration) as end:
+        next(view.read(("GET", first), view.flights))
+    assert end.value.value == b"new"

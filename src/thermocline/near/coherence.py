@@ -387,6 +387,9 @@ class View:
                 elif entry is not seen:  # stored while we fetched: which of the two is newer, nobody knows
                     self.cache.drop((name,))
                     return False
+            if self._differs_elsewhere(name, held, now):
+                self.drop((name,))
+                return False
             under = self.under(name) if self._under else PLAIN_UNDER
             negative = under.negative_seconds or self.options.negative_seconds
             ours = min(math.inf if held.exists else negative, self.options.max_age_seconds)
@@ -402,6 +405,11 @@ class View:
                 generation=generation,
                 stale_seconds=ends - age + grace,
             )
+
+    def _differs_elsewhere(self, name: Name, held: Held, now: float) -> bool:
+        """Whether the same key is kept as bytes where this is text, or the other way round, with another value."""
+        others = (self.cache.entries.get(other) for other in self._names(name) if type(other) is not type(name))
+        return any(other is not None and other.deadline > now and held.differs(other.value) for other in others)
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
