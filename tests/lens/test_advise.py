@@ -236,7 +236,7 @@ def test_a_running_vllm_is_asked():
         url = f"http://127.0.0.1:{server.server_port}"
         asked = partial(advise.of_server, H100, url, None, SystemClock())
         assert asked().leaves[0].answer == "yes"
-        pages["/metrics"] = b""
+        pages["/metrics"] = b"vllm:num_requests_running 0"
         with pytest.raises(SettingsError):
             asked()
         pages.clear()

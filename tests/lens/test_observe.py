@@ -55,6 +55,16 @@ def test_what_our_own_metrics_write_is_read():
     assert found.at_seconds == 5.0
 
 
+@pytest.mark.parametrize("page", ["", "<html>", "up 1\n"])
+def test_a_page_without_metrics(page):
+    """A server whose page has no metric that we know is as one that does not answer, and never called healthy."""
+    source = Source(Kind.SERVER, "http://a", lambda: page, None)
+    watched = watch([source], 0.0, ManualClock(0.0))
+    assert watched[0].scrapes == ()
+    with pytest.raises(UnreachableError, match="no metrics of vLLM"):
+        observe.answered(watched)
+
+
 def test_broken_lines_are_counted():
     """Lines that are no samples, numbers that are none, and lines of any length are skipped and counted."""
     lines = [

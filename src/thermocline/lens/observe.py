@@ -241,9 +241,14 @@ class _Seen:
 
     def look(self, clock: Clock) -> None:
         try:
-            self.scrapes.append(parse(self.source.metrics(), clock.now()))
+            told = parse(self.source.metrics(), clock.now())
         except ThermoclineError as error:
             self.untold["metrics", error.message] = None
+            return
+        if told.series:
+            self.scrapes.append(told)
+        else:
+            self.untold["metrics", f"what {self.source.name} answers are no metrics of vLLM or thermocline"] = None
 
     def watched(self) -> Watched:
         kind, name = self.source.kind, self.source.name

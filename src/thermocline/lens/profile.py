@@ -67,7 +67,9 @@ def plan(
     lengths = sorted({*map(int, contexts)}) or (CONTEXTS if longest >= CONTEXTS[-1] else _up_to(int(longest)))
     if lengths[-1] > longest:
         text = f"the model takes {context_tokens:,} tokens, and {HELD_TOKENS} are left for answers"
-        raise SettingsError(f"{text}: {lengths[-1]:,} are too many", hint=f"ask for at most {max(0, int(longest))} in --context")
+        raise SettingsError(
+            f"{text}: {lengths[-1]:,} are too many", hint=f"ask for at most {max(0, int(longest))} in --context"
+        )
     found = Plan(tuple(lengths), tuple(sorted({*shares} - {0.0})), tuple(sorted({1, *map(int, concurrency)})))
     for name, values, low, high in (
         ("--context", found.contexts, LENGTH_MIN, TOKENS_MAX),
