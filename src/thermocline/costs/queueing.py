@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ROUNDS = 64
+ROUNDS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,20 @@ def waiting_seconds(
         how = f"{arrivals_per_second:g}/s x {service_seconds:.4g} s / {servers} = {least:.2f}: it never catches up"
         return Waiting(None, least, how, ())
     squared = service_variance / service_seconds**2 if service_seconds > 0 else 0.0
-    together, queue, rho = 1.0, 0.0, least
-    for _ in range(ROUNDS if shared_seconds else 1):
+
+    def waited(guess: float) -> tuple[float, float]:
+        """The wait, and the utilisation, where as many are computed together as come during `guess`."""
+        together = 1 + arrivals_per_second * guess / servers
         service = service_seconds - shared_seconds * (1 - 1 / together)
-        rho = arrivals_per_second * service / servers
-        rho = min(rho, 1 - 1e-6)  # while few are together; it falls as more come
+        rho = min(arrivals_per_second * service / servers, 1 - 1e-6)  # it falls as more come
         crowd = rho ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - rho))
-        queue = (arrival_cv**2 + squared) / 2 * crowd * service
-        together = (together + 1 + arrivals_per_second * queue / servers) / 2
+        return (arrival_cv**2 + squared) / 2 * crowd * service, rho
+
+    low, (queue, rho) = 0.0, waited(0.0)
+    for _ in range(ROUNDS if shared_seconds else 0):  # the longer the guess, the shorter the wait: they meet once
+        middle = (low + queue) / 2
+        low, queue = (middle, queue) if waited(middle)[0] > middle else (low, middle)
+    rho = waited(queue)[1] if shared_seconds else rho
     spread = f"({arrival_cv:g}^2 + {math.sqrt(squared):.2g}^2) / 2"
     how = f"{spread} at {rho:.0%} of {servers} x {service_seconds:.4g} s, and half a step of {step_seconds:.3g} s"
     assumptions = (
