@@ -316,7 +316,7 @@ def _invalidations(facade: Any, url: str) -> list[float]:  # noqa: ANN401  # a c
         count = plain_drop(keys)
         if count:
             dropped.append(time.perf_counter())
-        return count  # type: ignore[no-any-return]
+        return count  # type: ignore[no-any-return]  # a client of another package
 
     facade.set("near:watched", b"first")
     cache.drop = drop

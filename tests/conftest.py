@@ -14,12 +14,28 @@ import pytest
 
 from tests.faults import matrix
 from tests.faults.redis_server import RedisServer
+from thermocline import cli
+from thermocline.settings import DECLARED
 
 HERE = Path(__file__).parent
 
 # A slow machine is no failure, and a failing example prints the line that replays it.
 hypothesis.settings.register_profile("thermocline", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("thermocline")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command in this process; gives its exit code, stdout and stderr."""
+    for setting in DECLARED.values():
+        monkeypatch.delenv(setting.variable, raising=False)
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

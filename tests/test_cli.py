@@ -24,20 +24,6 @@ from thermocline.store.receipts_file import ReceiptsFile
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command in this process; gives its exit code, stdout and stderr."""
-    for setting in DECLARED.values():
-        monkeypatch.delenv(setting.variable, raising=False)
-
-    def run(*argv):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(argv)
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
-
-
 def test_version(run):
     """`--version` prints the package's version."""
     assert run("--version") == (0, f"thermocline {thermocline.__version__}\n", "")

@@ -283,7 +283,8 @@ def test_wrong_copies_are_not_mended():
 def test_k_equal_to_v_is_kept_twice():
     """Gemma 4 says that K equals V, and still keeps both."""
     found = read(model_type="gemma4_text", num_hidden_layers=6, attention_k_eq_v=True, num_global_key_value_heads=2)
-    assert found.attention[0].token_elements == 2 * (512 + 512)
+    full = found.attention[0]
+    assert (full.kv_heads, full.head_dim_k, full.head_dim_v, full.latent_elements) == (2, 512, 512, 0)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import pytest
 from tests.gateway.fleet import Light
 from tests.lens.recordings import FOLDER, recorded
 from tests.store.making import BLOCK_BYTES, make_layout
-from thermocline import cli
 from thermocline.blocks.key import BlockKey
 from thermocline.clock import ManualClock, SystemClock
 from thermocline.costs import measured, workload
@@ -27,7 +26,7 @@ from thermocline.costs.trace import read
 from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
 from thermocline.lens import advise
 from thermocline.lens.advise import LOST, Asked, machine_of
-from thermocline.settings import DECLARED, Settings
+from thermocline.settings import Settings
 from thermocline.store.receipt import Reason
 from thermocline.store.store import Store
 from thermocline.tiers.memory import MemoryTier
@@ -36,20 +35,6 @@ MODEL = "meta-llama/Meta-Llama-3.1-8B"
 H100 = Asked(model=MODEL, gpu="h100")
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 published = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command in this process; gives its exit code, stdout and stderr."""
-    for setting in DECLARED.values():
-        monkeypatch.delenv(setting.variable, raising=False)
-
-    def run(*argv):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(argv)
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------

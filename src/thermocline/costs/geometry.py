@@ -55,11 +55,6 @@ class Attention:
     index_bytes: int = 0
     """Of a sparse indexer (DeepSeek-V3.2), per token and layer; its own format, whatever the cache's data type is."""
 
-    @property
-    def token_elements(self) -> int:
-        """Elements of one token in one layer, on one rank that holds all heads."""
-        return self.latent_elements or self.kv_heads * (self.head_dim_k + self.head_dim_v)
-
 
 @dataclass(frozen=True, slots=True)
 class State:

@@ -162,7 +162,7 @@ class Redis(Kept, redis.Redis):
             return plain(*args, **options)  # type: ignore[no-untyped-call]  # as above
         return drive(self.near_steps(kind, args, self.near.view.flights), self, plain, *args, **options)
 
-    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:  # noqa: ANN401, FBT001, FBT002
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:  # noqa: ANN401, FBT001, FBT002  # redis-py's signature
         """As in redis-py."""
         pipeline = Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.near = self.near
@@ -173,13 +173,13 @@ class Redis(Kept, redis.Redis):
 
         Each reads as by itself, `("LRANGE", key, 0, -1)` and MGET too. Errors are among the replies.
         """
-        return drive(self.near_together(commands, self.near.view.flights), self, None)  # type: ignore[no-any-return]
+        return drive(self.near_together(commands, self.near.view.flights), self, None)  # type: ignore[no-any-return]  # whatever the commands answer
 
     def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""
         if self.connection is not None:  # a pipeline would take another connection
             return [self._near_tried(command) for command in commands]
-        with redis.client.Pipeline(self.connection_pool, self.response_callbacks, False, None) as batch:  # noqa: FBT003
+        with redis.client.Pipeline(self.connection_pool, self.response_callbacks, False, None) as batch:  # noqa: FBT003  # redis-py's constructor
             for command in commands:
                 batch.execute_command(*command)  # type: ignore[no-untyped-call]  # as above
             return batch.execute(raise_on_error=False)

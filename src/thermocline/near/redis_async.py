@@ -67,7 +67,7 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
             return await plain(*args, **options)  # type: ignore[no-untyped-call]  # redis-py has half of its types
         return await drive(self.near_steps(kind, args, self._near_flights), self, plain, *args, **options)
 
-    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> AsyncPipeline:  # noqa: ANN401, FBT001, FBT002
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> AsyncPipeline:  # noqa: ANN401, FBT001, FBT002  # redis-py's signature
         """As in redis-py."""
         pipeline = AsyncPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.near = self.near
@@ -75,14 +75,14 @@ class AsyncRedis(Kept, redis.asyncio.Redis):  # type: ignore[misc]  # redis-py's
 
     async def near_read(self, commands: Sequence[Args]) -> list[Reply]:
         """See `Redis.near_read`."""
-        return await drive(self.near_together(commands, self._near_flights), self, None)  # type: ignore[no-any-return]
+        return await drive(self.near_together(commands, self._near_flights), self, None)  # type: ignore[no-any-return]  # whatever the commands answer
 
     async def near_fetch(self, commands: tuple[Args, ...]) -> list[Reply]:
         """Several commands in one round trip; errors are among the replies."""
         if self.connection is not None or self.single_connection_client:  # a pipeline would take another connection
             return [await self._near_tried(command) for command in commands]
         plain = redis.asyncio.client.Pipeline
-        async with plain(self.connection_pool, self.response_callbacks, False, None) as batch:  # noqa: FBT003
+        async with plain(self.connection_pool, self.response_callbacks, False, None) as batch:  # noqa: FBT003  # redis-py's constructor
             for command in commands:
                 batch.execute_command(*command)
             return await batch.execute(raise_on_error=False)
