@@ -411,8 +411,8 @@ def test_sorting_changes_the_order_only(requests, instances):
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 
-def observed(engine=0.0, lost=None, *, never_full=False, unsure=0.0, **tiers):
-    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full, unsure)
+def observed(engine=0.0, lost=None, *, never_full=False, unsure=0.0, computed=50_000.0, **tiers):
+    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full, computed, unsure)
 
 
 @pytest.mark.parametrize(
@@ -447,3 +447,41 @@ def test_a_link_pays_per_use_above_its_break_even(side, tiers):
     flips = number(advice, "Does host", "bandwidth").flips_at
     assert flips == pytest.approx(1e9)
     assert judge(seen, machine(16_000, offer(speed=flips * side))).tiers == tiers
+
+
+LOST = {"EVICTED": 30_000.0}
+
+
+@pytest.mark.parametrize(
+    ("seen", "capacity", "value", "words"),
+    [
+        (observed(lost=LOST, computed=50_000.0), None, "1GiB", "--tier host=SIZE"),
+        (observed(lost=LOST, computed=50_000.0), 8 << 30, "8192MiB", "as large as was offered"),
+        (observed(lost=LOST, computed=50_000.0), 100_000_000_000, "47684MiB", "more was of no use"),
+        (observed(lost=LOST, computed=500.0), None, "477MiB", "more was of no use"),
+        (observed(engine=50_000.0, never_full=True), None, "1MiB", "no tier pays"),
+        (observed(lost={}), None, "1MiB", "no tier pays"),
+    ],
+)
+def test_counters_give_a_configuration(seen, capacity, value, words):
+    """A tier is as large as was offered, or as the default; and no larger than all that was computed, a MB a token."""
+    advice = judge(seen, machine(16_000, offer(capacity=capacity)))
+    (line,) = [each for each in advice.lines if each.setting == "memory_bytes"]
+    assert line.value == value
+    assert words in line.reason
+    assert ("ttl_seconds" in {each.setting for each in advice.lines}) == bool(advice.tiers)
+
+
+def test_what_is_unknown_has_no_configuration():
+    """Where counters do not tell whether tiers pay there is no line; the answer names what would tell."""
+    advice = judge(observed(engine=50_000.0), machine(16_000, offer()))
+    assert advice.lines == ()
+    assert "--node" in advice.so
+
+
+def test_counters_choose_no_policy():
+    """With several instances the default is named as what it is."""
+    several = replace(machine(16_000, offer()), instances=3)
+    advice = judge(observed(lost=LOST), several)
+    (line,) = [each for each in advice.lines if each.setting == "policy"]
+    assert "default" in line.reason

@@ -23,11 +23,12 @@ import pytest
 
 from tests.engines.api_server import ApiServer
 from tests.engines.eager import eager_store
+from thermocline.clock import SystemClock
 from thermocline.engines import api
 from thermocline.engines.models import Model
 from thermocline.engines.transformers import Engine
 from thermocline.errors import SettingsError, ThermoclineError
-from thermocline.lens import fetch, report
+from thermocline.lens import advise, fetch, observe, report
 from thermocline.lens.summary import summarise
 from thermocline.settings import Settings
 
@@ -229,6 +230,21 @@ def test_receipts_can_be_fetched(client: Client) -> None:
     listed = client.get("/receipts")["data"]
     assert [entry["request"] for entry in listed[:2]] == [answers[1]["id"], answers[0]["id"]]
     assert "receipted" not in json.dumps(listed)
+
+
+def test_the_last_requests_are_a_trace(client: Client, engine: Engine) -> None:
+    """Two requests of one text are two lines with the same numbers; `advise` reads them, and no text is told."""
+    for _ in range(2):
+        client.post("/v1/completions", prompt="traced " * 200, max_tokens=1)
+    status, headers, body = client.send("GET", "/trace")
+    assert (status, headers["content-type"]) == (200, "application/jsonl")
+    rows = [json.loads(line) for line in body.splitlines()]
+    assert len(rows) > 1
+    assert rows[-1]["hash_ids"] == rows[-2]["hash_ids"]
+    assert "traced" not in body.decode()
+    asked = advise.Asked(model="meta-llama/Meta-Llama-3.1-8B", gpu="h100")
+    found = advise.of_server(asked, observe.of_url(client.url.geturl()), SystemClock())
+    assert next(each.value for each in found.inputs if each.name == "requests") == len(rows)
 
 
 def test_as_many_receipts_as_asked_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,8 @@ def _said(script: bytes) -> Iterator[say.FromClient]:
             say.Declare(b, msgspec.msgpack.encode(GIANT if c % 2 else LAYOUT)),
             say.Status(a),
             say.Metrics(a),
-        )[what % 14]
+            say.Trace(a),
+        )[what % 15]
 
 
 class _Link:

@@ -16,18 +16,20 @@ import pytest
 
 from tests.gateway.fleet import Light
 from tests.lens.recordings import FOLDER, recorded
+from tests.node.making import Host, until
 from tests.store.making import BLOCK_BYTES, make_layout
-from thermocline.blocks.key import BlockKey
+from thermocline.blocks.key import BlockKey, root_key
+from thermocline.cli.app import NO_CACHE
 from thermocline.clock import ManualClock, SystemClock
 from thermocline.costs import measured, workload
 from thermocline.costs.measured import Conditions, Measured, Row
 from thermocline.costs.study import Study, oracle_hit
 from thermocline.costs.trace import read
 from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
-from thermocline.lens import advise
+from thermocline.lens import advise, observe
 from thermocline.lens.advise import LOST, Asked, machine_of
 from thermocline.settings import Settings
-from thermocline.store.receipt import Reason
+from thermocline.store.receipt import Reason, Receipt
 from thermocline.store.store import Store
 from thermocline.tiers.memory import MemoryTier
 
@@ -219,7 +221,7 @@ def test_a_running_vllm_is_asked():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        asked = partial(advise.of_server, H100, url, None, SystemClock())
+        asked = partial(advise.of_server, H100, observe.of_url(url), SystemClock())
         assert asked().leaves[0].answer == "yes"
         pages["/metrics"] = b"vllm:num_requests_running 0"
         with pytest.raises(SettingsError):
@@ -239,7 +241,7 @@ def test_an_instance_of_ours_is_asked(folder):
             link.request("POST", "/v1/completions", json.dumps({"model": "light", "prompt": prompt, "max_tokens": 1}))
             assert link.getresponse().read()
             link.close()
-        found = advise.of_server(H100, light.url, None, SystemClock())
+        found = advise.of_server(H100, observe.of_url(light.url), SystemClock())
     hit = next(number for number in found.leaves[0].numbers if number.name == "hit rate now")
     assert hit.value == pytest.approx(100 * 9 * 640 / (10 * 641))
     assert found.verdict == "unknown"
@@ -354,10 +356,62 @@ def test_free_time_buys_no_tier():
         machine_of(replace(H100, tiers=("host:0.1",), usd_per_hour=0.0), 100)
 
 
-def test_no_configuration_from_counters(run, tmp_path):
-    """Counters do not tell sizes, so there is no file to write; the text says what would."""
+def test_no_configuration_from_what_is_unknown(run, tmp_path):
+    """Where counters do not tell whether tiers pay, there is no file to write; the text says what would tell."""
     found = advise.judge(advise.observed_of(recorded("evicted")[0]), machine_of(H100, 100))
     assert found.lines == ()
     with pytest.raises(SettingsError):
         advise.write(tmp_path / "none.toml", found)
     assert "--trace" in advise.render(advise.Answer(found))
+
+
+def leave_receipts(client, prompts, clock):
+    """Have a node keep the receipts of these prompts, a second apart."""
+    for number, tokens in enumerate(prompts):
+        receipt = Receipt(
+            request=str(number), prompt_tokens=len(tokens), tokens_per_block=16, loaded_tokens=0,
+            computed_tokens=len(tokens), by_tier={}, missing=(), match_seconds=0.0, load_seconds=0.0,
+            prefill_seconds=0.1, planned_load_seconds=0.0, planned_recompute_seconds=0.0, planned_cold_seconds=0.1,
+        )  # fmt: skip
+        client.record(receipt, np.asarray(tokens, np.uint32), root_key())
+        clock.sleep(1.0)
+
+
+def test_a_node_is_asked_for_its_requests(run, folder):
+    """A node's last requests are a trace: it is answered as that one is, with sizes, and can be kept for `size`."""
+    clock = ManualClock(0.0)
+    rng = np.random.default_rng(1)
+    sessions = [rng.integers(0, 30_000, 6000) for _ in range(40)]
+    with Host(folder, clock=clock) as host:
+        client = host.client()
+        leave_receipts(client, [tokens[: 2000 * turn] for turn in (1, 2, 3) for tokens in sessions], clock)
+        until(lambda: host.store.receipts.recent.lines().count(b"\n") == 120, "all receipts")
+        kept, path = folder / "kept.jsonl", folder / "thermocline.toml"
+        words = ("advise", MODEL, "--gpu", "h100", "--kv-tokens", "16000")
+        told = (*words, "--node", str(host.socket), "--trace-out", str(kept), "--config-out", str(path), "--json")
+        code, out, err = run(*told)
+        assert code == 0, err
+        code, again, _ = run(*words, "--trace", str(kept), "--json")
+    found, again = json.loads(out)["advice"], json.loads(again)["advice"]
+    assert found["verdict"] == "tiers"
+    assert found["leaves"] == again["leaves"]
+    assert found["lines"] == again["lines"]
+    assert Settings.load(path, environ={}).memory_bytes == int(str(found["lines"][0]["value"])[:-3]) << 20
+    assert any("120 requests" in note for note in found["notes"])
+    code, out, err = run("size", MODEL, "--gpu", "h100", "--trace", str(kept), "--json")
+    assert code in {0, NO_CACHE}, err
+    assert json.loads(out)[0]["workload"]["requests"] == 120
+
+
+def test_a_server_without_requests_has_no_trace(run, folder):
+    """A node that nobody asked yet has nothing to advise from, and nothing to keep: both are errors with a hint."""
+    with Host(folder) as host:
+        host.client()
+        words = ("advise", MODEL, "--gpu", "h100", "--node", str(host.socket))
+        for more in ((), ("--trace-out", str(folder / "kept.jsonl"))):
+            code, _, err = run(*words, *more)
+            assert code == 2
+            assert "hint:" in err
+    code, _, err = run("advise", MODEL, "--gpu", "h100", "--use-case", "chat", "--trace-out", "kept")
+    assert code == 2
+    assert "--url or --node" in err

@@ -14,6 +14,8 @@ from thermocline.clock import ManualClock
 from thermocline.costs.measured import Conditions, Measured, Memory, Row
 from thermocline.lens import checklist
 from thermocline.lens.checklist import State, check, render
+from thermocline.lens.diagnosis import Condition
+from thermocline.lens.doctor import diagnose
 from thermocline.lens.observe import Kind, Watched, parse
 from thermocline.store.store import Store
 from thermocline.tiers.memory import MemoryTier
@@ -74,9 +76,28 @@ def test_a_vllm_without_tiers(node):
 def test_a_node_in_use(node):
     """A node with a time to live, loads and prefills passes by its own figures; who monitors it is unknown."""
     assert _states([node(600.0)], _measured(1024, 4096, 16384)) == [P, P, P, U, P, P, P]
-    assert _states([node(None)], _measured(1024)) == [F, P, P, U, P, F, P]
+    assert _states([node(None)], _measured(1024)) == [F, P, P, U, P, P, P]
     assert _states([node(None)], _measured())[0] is F
     assert _states([node(None, load_seconds=0.0)])[4] is U
+
+
+@pytest.mark.parametrize(("pause_seconds", "returns", "state"), [(60.0, 60, F), (60.0, 5, P), (0.0, 60, P)])
+def test_idle_sessions_want_an_age_limit(pause_seconds, returns, state):
+    """Without a limit the item fails where memory is full of what nobody comes back to, as the doctor has it."""
+    clock = ManualClock(1000.0)
+    warm = MemoryTier(256 * BLOCK_BYTES, clock=clock)
+    warm.wait_ready()
+    with closing(Store(warm, [], clock=clock)) as store:
+        receipts = []
+        for at in range(returns):
+            receipts += [serve(store, f"{at} {again}", text(at, 200)) for again in range(2)]
+            clock.sleep(pause_seconds)
+        store.measure()
+        scrape = parse(store.metrics.text())
+        seen = Watched(kind=Kind.NODE, name="node", scrapes=(scrape,), receipts=tuple(receipts))
+    assert _states([seen])[5] is state
+    found = {each.condition for each in diagnose([seen]).findings}
+    assert (Condition.IDLE_SESSIONS in found) == (state is F)
 
 
 @pytest.mark.parametrize(("others", "seconds", "state"), [(0, 5.0, U), (0, 120.0, F), (2, 5.0, P)])

@@ -177,6 +177,7 @@ MEANT = st.one_of(
     st.builds(say.Prefetch, small, numbers, keys_of_some, st.floats()),
     st.builds(say.Computed, small, small, st.floats(), st.text(max_size=3)),
     st.builds(say.Receipts, small, st.text(max_size=3), st.integers(-5, 5)),
+    st.builds(say.Trace, small),
     st.builds(say.Declare, small, st.sampled_from([LAYOUT, GIANT]).map(msgspec.msgpack.encode)),
 )  # fmt: skip
 

@@ -172,7 +172,8 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--instances", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Engines side by side."
 )
 @click.option("--trace", metavar="FILE", help="Read the workload from a trace of requests.")
-@click.option("--url", metavar="URL", help="Read it from what a running server has counted.")
+@click.option("--url", metavar="URL", help="Read it from a running server: its last requests, or what it has counted.")
+@click.option("--node", metavar="PATH", help="Read it from a node's last requests, by its socket.")
 @click.option("--describe", metavar="FILE", help="Synthesise it from a description.")
 @click.option("--use-case", metavar="NAME", help="Compare with what is usual, and without other workload take its own.")
 @click.option(
@@ -190,6 +191,7 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @click.option("--measured", metavar="FILE", help="Prefill times as `profile` wrote them.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--config-out", metavar="FILE", help="Write the configuration.")
+@click.option("--trace-out", metavar="FILE", help="Keep the requests that were read with --url or --node, as a trace.")
 @json_flag
 def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     model: str | None,
@@ -198,6 +200,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     instances: int,
     trace: str | None,
     url: str | None,
+    node: str | None,
     describe: str | None,
     use_case: str | None,
     tiers: tuple[str, ...],
@@ -207,6 +210,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     measured: str | None,
     api_key_file: str | None,
     config_out: str | None,
+    trace_out: str | None,
     as_json: bool,
 ) -> int:
     """Say which tiers a workload needs, how large, kept how long and routed how, or that it needs none, and why.
@@ -219,9 +223,14 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.clock import SystemClock
     from thermocline.costs import workload
     from thermocline.lens import advise as lens
+    from thermocline.lens import observe
+    from thermocline.node import ask
 
-    if sum(map(bool, (trace, url, describe))) != 1 and not (use_case and not (trace or url or describe)):
-        raise MistakeError("one workload, please", "give one of --trace, --url, --describe, or a --use-case")
+    given = sum(map(bool, (trace, url, node, describe)))
+    if given > 1 or not (given or use_case):
+        raise MistakeError("one workload, please", "give one of --trace, --url, --node, --describe, or a --use-case")
+    if trace_out and not (url or node):
+        raise MistakeError("there are no requests to keep", "give --url or --node with --trace-out")
     asked = lens.Asked(
         model=model,
         gpu=gpu,
@@ -236,8 +245,10 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     advice = None
     if trace:
         advice = lens.of_trace(asked, Path(trace), use_case)
-    elif url:
-        advice = lens.of_server(asked, url, Path(api_key_file) if api_key_file else None, SystemClock())
+    elif url or node:
+        key = Path(api_key_file) if api_key_file else None
+        source = observe.of_url(url, key) if url else observe.of_node(Path(node or ""), ask)
+        advice = lens.of_server(asked, source, SystemClock(), use_case, Path(trace_out) if trace_out else None)
     elif describe:
         advice = lens.of_description(asked, workload.read(Path(describe)))
     answer = lens.beside(advice, use_case, asked)

@@ -360,11 +360,11 @@ def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | Non
     yield _memory_line(room, each, study.tier_bytes(needed))
     if "disk" in room:
         yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
-        yield Line("disk_bytes", _size("disk_bytes", room["disk"]), f"the size at which disk gained most{each}")
+        yield size_line("disk_bytes", room["disk"], f"the size at which disk gained most{each}")
     if "redis" in room:
         longest = max(16, int(study.held(math.inf, shared=True).max(initial=0)))
         yield Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
-        yield Line("redis_bytes", _size("redis_bytes", room["redis"]), "the size at which a shared tier gained most")
+        yield size_line("redis_bytes", room["redis"], "the size at which a shared tier gained most")
         yield Line("redis_ttl_seconds", math.ceil(max(1.0, reuse.wait(1.0))), "no prompt came back later than this")
         yield Line("redis_prefix_tokens", longest, "the longest prefix that comes back")
         yield Line("redis_gain_min", 1, "takes all that is loaded sooner than computed, as was assumed here")
@@ -382,13 +382,15 @@ def _memory_line(room: dict[str, float], each: str, needed_bytes: float) -> Line
     name = "memory_bytes"
     if not room:
         why = "what is reused, for our own engine" if needed_bytes else "the least there is"
-        return Line(name, _size(name, needed_bytes), f"{why}; vLLM needs no connector, as no tier pays{each}")
+        return size_line(name, needed_bytes, f"{why}; vLLM needs no connector, as no tier pays{each}")
     if "host" in room:
-        return Line(name, _size(name, room["host"]), f"the size at which host memory gained most{each}")
-    default = DECLARED[name]
-    return Line(name, default.show(default.default), "host memory does not pay; loads and saves pass through it")
+        return size_line(name, room["host"], f"the size at which host memory gained most{each}")
+    return size_line(name, None, "host memory does not pay; loads and saves pass through it")
 
 
-def _size(name: str, nbytes: float) -> str:
-    least = DECLARED[name].least
-    return f"{math.ceil(max(least, nbytes) / (1 << 20))}MiB"
+def size_line(setting: str, nbytes: float | None, reason: str) -> Line:
+    """A setting that is a size, in whole MiB and no less than the setting takes; None is its default."""
+    declared = DECLARED[setting]
+    if nbytes is None:
+        return Line(setting, declared.show(declared.default), reason)
+    return Line(setting, f"{math.ceil(max(declared.least, nbytes) / (1 << 20))}MiB", reason)

@@ -1,19 +1,21 @@
 """The same questions asked of counters: what a running server tells of its workload, and what that answers.
 
 Counters know how much was hit, and ours also why the rest was not. They know no distances: so which tier pays per use
-is answered, how large it should be is not. What they cannot say is "unknown".
+is answered, and of its size only how much was computed, beyond which no room was of use so far. What they cannot say is
+"unknown".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from thermocline.costs.advice import SO, Advice, Leaf, Number, flip
+from thermocline.costs.advice import SO, Advice, Leaf, Line, Number, flip, size_line
 from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import TAIL_TOKENS
+from thermocline.settings import DECLARED
 
-RECORD = "record a trace of requests and ask again with --trace, or describe the workload with --describe"
+RECORD = "ask a node of ours beside it (--node), or give a trace (--trace) or a description (--describe)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Observed:
 
     `engine_tokens` were hit in the engine's own memory, `tier_tokens` in tiers. `never_full` is true where all that was
     ever computed fits the engine's memory, so that nothing was pushed out of it. `unsure_tokens` may have been known.
+    `computed_tokens` are all whose KV came to be, of prompts and answers.
     """
 
     source: str
@@ -31,6 +34,7 @@ class Observed:
     tier_tokens: Mapping[str, float]
     lost: Mapping[str, float] | None
     never_full: bool
+    computed_tokens: float
     unsure_tokens: float = 0.0
 
     @property
@@ -69,23 +73,24 @@ def judge(observed: Observed, machine: Machine) -> Advice:
     )
     leaves = [Leaf("Is there reuse?", reuse, why, shares, "thermocline why --summary")]
     verdict = {"no": "no cache", "unknown": "unknown", "yes": "tiers"}[reuse]
-    paying: tuple[str, ...] = ()
+    paying: tuple[Offer, ...] = ()
     if reuse == "yes":
         gap = None if most is None else worth(most * mean) - worth(observed.engine_tokens / observed.requests)
         verdict, leaf = _lost(observed, None if gap is not None and gap <= asking and unsure else gap, asking)
         leaves.append(leaf)
     if verdict == "tiers" and most is not None:
-        each = {offer.tier: _per_use(offer, machine, most * mean, worth(most * mean)) for offer in machine.offers}
-        leaves += each.values()
-        paying = tuple(tier for tier, leaf in each.items() if leaf.answer != "no")
+        each = [_per_use(offer, machine, most * mean, worth(most * mean)) for offer in machine.offers]
+        leaves += each
+        paying = tuple(offer for offer, leaf in zip(machine.offers, each, strict=True) if leaf.answer != "no")
         verdict = "tiers" if paying else "engine"
+    lines = () if verdict == "unknown" else tuple(_lines(observed, machine, paying))
     notes = (f"read from {observed.source}", *machine.assumptions)
-    return Advice(verdict, _SO[verdict], paying, tuple(leaves), notes=notes)
+    return Advice(verdict, _SO[verdict], tuple(each.tier for each in paying), tuple(leaves), lines, notes=notes)
 
 
 _SO = SO | {
     "engine": "The engine's own prefix cache suffices, as far as counters tell.",
-    "tiers": f"Tiers pay for each use. How large they should be, counters do not tell: {RECORD}.",
+    "tiers": f"Tiers pay for each use. How large is best, counters do not tell: {RECORD}.",
     "unknown": f"Counters do not tell: {RECORD}.",
 }
 
@@ -125,3 +130,41 @@ def _per_use(offer: Offer, machine: Machine, tokens: float, gain: float) -> Leaf
         (Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", needed, "no" if yes else "yes"),),
         "thermocline bench tiers",
     )
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def _lines(observed: Observed, machine: Machine, paying: Sequence[Offer]) -> Iterator[Line]:
+    """What was offered, as far as it can be of use; where nothing was, the default."""
+    room = {offer.tier: offer for offer in paying}
+    if "host" in room:
+        yield _room_line("memory_bytes", room["host"], observed, machine)
+    elif paying:
+        yield size_line("memory_bytes", None, "host memory does not pay; loads and saves pass through it")
+    else:
+        yield size_line("memory_bytes", 0.0, "the least there is; vLLM needs no connector, as no tier pays")
+    if "disk" in room:
+        yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
+        yield _room_line("disk_bytes", room["disk"], observed, machine)
+    if "redis" in room:
+        yield Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
+        yield _room_line("redis_bytes", room["redis"], observed, machine)
+    if paying:
+        yield Line("ttl_seconds", "none", "room is bounded anyway, and when sessions come back counters do not tell")
+    if machine.instances > 1:
+        policy = str(DECLARED["policy"].default)
+        yield Line("policy", policy, "the default of `thermocline route`: counters do not tell which is soonest")
+
+
+def _room_line(setting: str, offer: Offer, observed: Observed, machine: Machine) -> Line:
+    """The size offered, or the default where none was; no more than all that was computed takes."""
+    useful = observed.computed_tokens * machine.token_bytes
+    bound = f"all that was computed so far takes {useful / 1e9:,.1f} GB"
+    given = offer.capacity_bytes
+    most = float(str(DECLARED[setting].default)) if given is None else given
+    if useful <= most:
+        return size_line(setting, useful, f"{bound}: more was of no use")
+    why = f"as large as was offered with --tier {offer.tier}" if given is not None else "the default"
+    more = "" if given is not None else f"; --tier {offer.tier}=SIZE says what there is"
+    return size_line(setting, given, f"{why}: {bound}, and how much of it comes back is not told{more}")

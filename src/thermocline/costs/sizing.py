@@ -400,15 +400,17 @@ class _Answer:
 
     # -- workload and money --------------------------------------------------------------------------------------------
 
-    def _served(self, room: Capacity) -> tuple[Workload | None, tuple[Bill, ...]]:
+    def _output_tokens(self) -> float:
         trace = self.asked.trace
         if self.asked.output_tokens is not None:
-            output = float(self.asked.output_tokens)
-        elif trace is not None:
-            output = float(trace.output_tokens.mean())
-        else:
-            output = float(OUTPUT_TOKENS)
-            self.notes.append(f"answers of {OUTPUT_TOKENS} tokens: assumed, see --output-tokens")
+            return float(self.asked.output_tokens)
+        if trace is not None and trace.output_tokens.any():
+            return float(trace.output_tokens.mean())
+        self.notes.append(f"answers of {OUTPUT_TOKENS} tokens: assumed, see --output-tokens")
+        return float(OUTPUT_TOKENS)
+
+    def _served(self, room: Capacity) -> tuple[Workload | None, tuple[Bill, ...]]:
+        trace, output = self.asked.trace, self._output_tokens()
         prompt = float(trace.input_tokens.mean()) if trace is not None else float(self.contexts[0])
         context = int(prompt + output / 2)
         batch = max(1, min(room.sessions(max(1, context)).steady, BATCH_MAX))
@@ -475,7 +477,7 @@ class _Answer:
             chosen = study.best(offers)
             cold = bill("without reuse", demand, study.cold, np.zeros(len(trace)), 0.0)
             warm = self._warm(study, chosen, demand)
-            found = self._workload(trace, reuse, study, chosen), (cold, warm)
+            found = self._workload(trace, reuse, study, chosen, demand.output_tokens), (cold, warm)
             if instances == (warm.instances or 1):
                 break
             instances = warm.instances or 1
@@ -514,7 +516,9 @@ class _Answer:
         tiers = " and ".join(offer.tier for offer, _ in chosen) or "the engine's own memory"
         return bill(f"with reuse, from {tiers}", demand, seconds, np.zeros(len(seconds)), used.hit)
 
-    def _workload(self, trace: Trace, reuse: Reuse, study: Study, chosen: Sequence[Sized]) -> Workload:
+    def _workload(
+        self, trace: Trace, reuse: Reuse, study: Study, chosen: Sequence[Sized], output_tokens: float
+    ) -> Workload:
         each = trace.tokens_per_block * self.stored_token_bytes
         sizes = np.unique(np.geomspace(1, max(1, reuse.distinct_blocks), CURVE_POINTS).astype(np.int64)).tolist()
         steps = [(part, reuse.blocks_for(part)) for part in STEPS]
@@ -527,7 +531,7 @@ class _Answer:
             arrivals_per_second=trace.arrivals_per_second,
             arrival_cv=trace.arrival_cv,
             prompt_tokens=float(trace.input_tokens.mean()),
-            output_tokens=float(trace.output_tokens.mean()),
+            output_tokens=output_tokens,
             instances=study.machine.instances,
             ideal=reuse.ideal,
             within=reuse.within,

@@ -123,14 +123,19 @@ def read(path: Path, mix: Mix | None = None) -> Trace:
     """
     try:
         with _OPEN.get(path.suffix, open)(path, "rb") as file:
-            rows = _read(file, mix or Mix())
+            return parse(file, str(path), mix)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise TraceError(
             f"the trace {path} cannot be read: {error}", hint="name a file of requests, or an .xz"
         ) from error
+
+
+def parse(file: IO[bytes], name: str, mix: Mix | None = None) -> Trace:
+    """The trace in an open file, which is at `name`. Raises as `read`, and as the file does."""
+    rows = _read(file, mix or Mix())
     if not rows.inputs:
-        raise TraceError(f"the trace {path} holds no request", hint=f"formats: {', '.join(_FORMATS)}")
-    return rows.trace(path.name.partition(".")[0])
+        raise TraceError(f"the trace {name} holds no request", hint=f"formats: {', '.join(_FORMATS)}")
+    return rows.trace(Path(name).name.partition(".")[0])
 
 
 _OPEN: dict[str, Callable[..., IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]  # read as bytes
@@ -186,6 +191,8 @@ class _Rows:
         if len(blocks) and (sessions < 0).all():
             sessions = _sessions(blocks, starts, distinct)
             notes.append("sessions are told apart by the first block that few requests share: the trace names none")
+        if not any(self.outputs):
+            notes.append("the trace does not tell how long the answers were")
         if self.skipped:
             notes.append(f"{self.skipped:,} lines or requests of the trace were passed over: they cannot be read")
         if self.full:

@@ -154,6 +154,7 @@ class _Api:
             ("GET", "/metrics"): self._metrics_text,
             ("GET", "/receipts"): self._receipts,
             ("GET", "/receipts/*"): self._receipt,
+            ("GET", "/trace"): self._trace,
         }
         guarded = {route: self._guarded(route[1], handler) for route, handler in table.items()}
         limits = limits or Limits(body_bytes_max=self._settings.body_bytes_max)
@@ -312,6 +313,11 @@ class _Api:
     async def _receipts(self, request: Request) -> Response:
         store, limit = self._engine.store, _limit(request.query)
         return Response(await asyncio.to_thread(lambda: _listed(store.receipts.latest(limit) if store else [])))
+
+    async def _trace(self, _: Request) -> Response:
+        store = self._engine.store
+        lines = await asyncio.to_thread(store.receipts.recent.lines) if store else b""
+        return Response(lines, content_type="application/jsonl")
 
     async def _receipt(self, request: Request) -> Response:
         store = self._engine.store

@@ -1,20 +1,22 @@
 """`thermocline advise`: from a model, a machine and a workload to the tree of `costs/advice.py`, and back to words.
 
-The workload is a trace, a running server's metrics, a description, or a use case's own description.
+The workload is a trace, the last requests or the metrics of a running server, a description, or a use case's own one.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from thermocline.clock import Clock
-from thermocline.costs import measured, trace, workload
+from thermocline.costs import measured, saved, trace, workload
 from thermocline.costs.advice import Advice, Leaf, Line, Number, advise
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import Accelerator, Price, accelerator
@@ -210,8 +212,7 @@ def of_trace(asked: Asked, path: Path, use_case: str | None = None) -> Advice:
     if not found.has_blocks:
         hint = "take one with block hashes, or describe the workload with --describe"
         raise TraceError(f"{path} tells lengths and arrivals only: nothing of shared prefixes", hint=hint)
-    reorderable = _case(use_case).like.reorderable if use_case else False
-    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=reorderable)
+    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=_reorderable(use_case))
 
 
 def of_description(asked: Asked, told: workload.Description) -> Advice:
@@ -240,16 +241,52 @@ def _case(name: str) -> workload.UseCase:
     return case
 
 
-def of_server(asked: Asked, url: str, api_key_file: Path | None, clock: Clock) -> Advice:
-    """Advice from what a running server has counted since it started. Raises SettingsError where that is nothing."""
-    (watched,) = observe.watch([observe.of_url(url, api_key_file)], 0, clock)
+def of_server(
+    asked: Asked, source: observe.Source, clock: Clock, use_case: str | None = None, keep: Path | None = None
+) -> Advice:
+    """Advice from what runs: from its last requests, where it keeps them as a trace, else from what it has counted.
+
+    The trace is kept as a file where one is named. Raises UnreachableError where nothing is told, SettingsError where
+    no request has come yet, or there is no trace to keep.
+    """
+    (watched,) = observe.watch([source], 0, clock)
     if not watched.scrapes:
         why = "; ".join(reason for _, reason in watched.untold)
-        raise UnreachableError(f"{url} tells no metrics: {why}", hint="is it vLLM's server, or ours?")
+        raise UnreachableError(f"{source.name} tells no metrics: {why}", hint="is it vLLM's server, or ours?")
+    lines, why_none = _trace_of(source, watched)
+    if lines:
+        if keep:
+            saved.put(keep, lines)
+        return of_requests(asked, trace.parse(io.BytesIO(lines), source.name), source.name, use_case)
+    if keep:
+        hint = "servers and nodes of ours keep one; they have none before the first request"
+        raise SettingsError(f"{source.name} has no trace of its requests", hint=hint)
     found = observed_of(watched)
     if not found.requests or not found.prompt_tokens:
-        raise SettingsError(f"{url} has answered no request yet", hint="ask again when it has, or use --describe")
-    return judge(found, machine_of(asked, int(found.prompt_tokens / found.requests)))
+        raise SettingsError(f"{source.name} has answered no request yet", hint="ask again when it has, or --describe")
+    advice = judge(found, machine_of(asked, int(found.prompt_tokens / found.requests)))
+    return msgspec.structs.replace(advice, notes=(f"from counters alone: {why_none}", *advice.notes))
+
+
+def _trace_of(source: observe.Source, watched: observe.Watched) -> tuple[bytes, str]:
+    """Its last requests, or why there are none."""
+    if watched.is_vllm or source.trace is None:
+        return b"", "vLLM keeps no trace of its requests"
+    try:
+        return source.trace(), "no request is remembered"
+    except UnreachableError as error:
+        return b"", error.message
+
+
+def of_requests(asked: Asked, found: trace.Trace, name: str, use_case: str | None) -> Advice:
+    """Advice for the last requests that a server remembers."""
+    note = f"read from the last {len(found):,} requests of {name}, which came within {found.seconds:,.0f} s"
+    found = replace(found, notes=(note, *found.notes))
+    return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=_reorderable(use_case))
+
+
+def _reorderable(use_case: str | None) -> bool:
+    return _case(use_case).like.reorderable if use_case else False
 
 
 def observed_of(watched: observe.Watched) -> Observed:
@@ -261,21 +298,26 @@ def observed_of(watched: observe.Watched) -> Observed:
         source = f"the last {told.requests:,} receipts of {watched.name}"
         own = tiers.pop("device", 0.0)
         unsure = float(sum(share.tokens for share in told.by_reason if share.reason is Reason.UNKNOWN))
-        return Observed(source, told.requests, told.prompt_tokens, own, tiers, lost, False, unsure)  # noqa: FBT003  # a value
+        computed = told.prompt_tokens - own - sum(tiers.values())
+        return Observed(
+            source, told.requests, told.prompt_tokens, own, tiers, lost,
+            never_full=False, computed_tokens=computed, unsure_tokens=unsure,
+        )  # fmt: skip
     source, value = f"what {watched.name} has counted", watched.counted
     if not watched.is_vllm:
         tiers = watched.counted_by("cached_tokens_total", "tier")
         routes = watched.counted_by("requests_total", "route")
         requests = sum(count for route, count in routes.items() if route.endswith("completions"))
-        own = tiers.pop("device", 0.0)
-        return Observed(source, requests, value("prompt_tokens_total"), own, tiers, None, never_full=False)
+        own, prompts = tiers.pop("device", 0.0), value("prompt_tokens_total")
+        computed = prompts - own - sum(tiers.values()) + value("generated_tokens_total")
+        return Observed(source, requests, prompts, own, tiers, None, never_full=False, computed_tokens=computed)
     room = sum(_room_told(dict(labels)) for labels, _ in watched.last.series.get("vllm:cache_config_info", ()))
     prompts, own = value("vllm:prompt_tokens_total"), value("vllm:prefix_cache_hits_total")
     other = value("vllm:external_prefix_cache_hits_total")
     computed = prompts - own - other + value("vllm:generation_tokens_total")
     tiers = {"external": other} if other else {}
     requests = value("vllm:request_success_total")
-    return Observed(source, requests, prompts, own, tiers, None, never_full=computed <= room)
+    return Observed(source, requests, prompts, own, tiers, None, never_full=computed <= room, computed_tokens=computed)
 
 
 def _room_told(labels: Mapping[str, str]) -> float:

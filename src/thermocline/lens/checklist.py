@@ -13,7 +13,9 @@ from enum import StrEnum
 
 from thermocline.costs.measured import Measured
 from thermocline.costs.model import SURE_OBSERVATIONS
+from thermocline.lens.doctor import ENOUGH
 from thermocline.lens.observe import Kind, Watched
+from thermocline.store.receipt import Reason
 
 LENGTHS_MIN = 3
 """Two lengths fit any line: the third is the first that can contradict it."""
@@ -150,12 +152,23 @@ def _benchmarked(seen: Seen) -> Answer:
 
 
 def _eviction(seen: Seen) -> Answer:
+    """Room is bounded, and what was used longest ago leaves it: an age limit is asked for where idle sessions fill it.
+
+    As `doctor` finds them, and as `advise` has it: where sessions come back later than that, a limit only loses hits.
+    """
     if not seen.ours:
         return _unknown("a node or server with tiers: vLLM's own cache drops what was used longest ago")
-    ttls = [each.gauge("ttl_seconds") for each in seen.ours]
-    if None in ttls:
-        return State.FAIL, "ttl_seconds is not set: sessions leave only when their room is needed"
-    return State.PASS, f"sessions expire {', '.join(f'{ttl:,.0f} s' for ttl in ttls if ttl)} after their last use"
+    ttls = [ttl for each in seen.ours if (ttl := each.gauge("ttl_seconds")) is not None]
+    if len(ttls) == len(seen.ours):
+        return State.PASS, f"sessions expire {', '.join(f'{ttl:,.0f} s' for ttl in ttls)} after their last use"
+    unlimited = [each for each in seen.ours if each.gauge("ttl_seconds") is None]
+    for each in unlimited:
+        for tier, idle in each.idle_tiers.items() if each.returns >= ENOUGH else ():
+            gap = each.gauge("reuse_gap_max_seconds") or 0.0
+            return State.FAIL, f"{tier} is full of what is idle for {idle:,.0f} s, and none came back after {gap:,.0f} s"
+    full = any(each.last.value("evicted_blocks_total", reason=Reason.EVICTED) for each in unlimited)
+    stays = "it was idle for no longer than sessions have paused" if full else "there was room for all so far"
+    return State.PASS, f"what was used longest ago leaves bounded room first; {stays}"
 
 
 def _first_tokens(seen: Seen) -> Answer:

@@ -125,18 +125,14 @@ def _leak(at: Watched, _: Sequence[Watched]) -> Said:
 
 def _idle(at: Watched, _: Sequence[Watched]) -> Said:
     """What would leave next is idle for longer than anything that came back, and the tier is full of such."""
-    longest, returns = at.gauge("reuse_gap_max_seconds"), sum(1 for each in at.receipts or () if each.loaded_tokens)
-    for tier, idle in at.last.by("tier_idle_seconds", "tier").items():
-        full = at.last.value("evicted_blocks_total", tier=tier, reason=Reason.EVICTED)
-        if full and longest is not None and idle > longest and returns >= ENOUGH:
-            used = at.gauge("tier_used_bytes", tier=tier) or 0.0
-            numbers = (
-                Number("idle, what leaves next", idle, "s"),
-                Number("longest gap after which any came back", longest, "s"),
-                Number("prompts that found something", returns),
-                Number("bytes used", used, "B"),
-            )
-            yield Finding(Condition.IDLE_SESSIONS, at.name, f"tier {tier}", numbers, 0.0, counted=False)
+    for tier, idle in at.idle_tiers.items() if at.returns >= ENOUGH else ():
+        numbers = (
+            Number("idle, what leaves next", idle, "s"),
+            Number("longest gap after which any came back", at.gauge("reuse_gap_max_seconds") or 0.0, "s"),
+            Number("prompts that found something", at.returns),
+            Number("bytes used", at.gauge("tier_used_bytes", tier=tier) or 0.0, "B"),
+        )
+        yield Finding(Condition.IDLE_SESSIONS, at.name, f"tier {tier}", numbers, 0.0, counted=False)
 
 
 def _saves(at: Watched, _: Sequence[Watched]) -> Said:

@@ -44,6 +44,11 @@ def receipts(url: str, last: int, api_key_file: Path | None = None) -> bytes:
     return _get(url, f"/receipts?limit={last}", api_key_file, "no receipts")
 
 
+def trace(url: str, api_key_file: Path | None = None) -> bytes:
+    """The server's last requests as a trace, in lines of JSON. Raises as `receipt`."""
+    return _get(url, "/trace", api_key_file, "no trace of its requests")
+
+
 def metrics(url: str, api_key_file: Path | None = None) -> bytes:
     """What the server counts, in the Prometheus text format. Raises as `receipt`."""
     return _get(url, "/metrics", api_key_file, "no metrics")

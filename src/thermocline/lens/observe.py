@@ -24,7 +24,7 @@ from thermocline.clock import Clock
 from thermocline.errors import ThermoclineError, UnreachableError
 from thermocline.lens import decision, fetch, ps, report
 from thermocline.metrics import PREFIX
-from thermocline.store.receipt import Receipt
+from thermocline.store.receipt import Reason, Receipt
 from thermocline.wire.events import AllBlocksCleared, BlockRemoved, BlockStored, Hash, read_batch, read_topic
 from thermocline.wire.messages import MessageError
 from thermocline.wire.status import NodeStatus
@@ -179,6 +179,19 @@ class Watched:
         """What a gauge says now."""
         return self.last.value(name, **labels)
 
+    @property
+    def returns(self) -> int:
+        """Prompts that found something, of those with a receipt."""
+        return sum(1 for each in self.receipts or () if each.loaded_tokens)
+
+    @property
+    def idle_tiers(self) -> dict[str, float]:
+        """Full tiers in which what leaves next is idle for longer than any that came back was, and for how long."""
+        longest = self.gauge("reuse_gap_max_seconds")
+        idle = self.last.by("tier_idle_seconds", "tier") if longest is not None else {}
+        full = {tier for tier in idle if self.last.value("evicted_blocks_total", tier=tier, reason=Reason.EVICTED)}
+        return {tier: seconds for tier, seconds in idle.items() if tier in full and seconds > (longest or 0.0)}
+
 
 def _grew(first: Scrape, last: Scrape, name: str) -> bool:
     return (last.value(name) or 0.0) > (first.value(name) or 0.0)
@@ -195,6 +208,7 @@ class Source:
     name: str
     metrics: Callable[[], bytes | str]
     receipts: Callable[[], tuple[Receipt, ...]] | None = None
+    trace: Callable[[], bytes] | None = None
 
 
 def of_url(url: str, api_key_file: Path | None = None) -> Source:
@@ -204,16 +218,17 @@ def of_url(url: str, api_key_file: Path | None = None) -> Source:
         url,
         lambda: fetch.metrics(url, api_key_file),
         lambda: report.read_list(fetch.receipts(url, RECEIPTS_READ, api_key_file)).data,
+        lambda: fetch.trace(url, api_key_file),
     )
 
 
-def of_node(path: Path, metrics: Callable[[Path], str], receipts: Callable[[Path, str, int], bytes]) -> Source:
+def of_node(path: Path, ask: NodeQuestions) -> Source:
     """A node, by the questions that a command may ask it."""
 
     def read() -> tuple[Receipt, ...]:
-        return msgspec.json.decode(receipts(path, "", RECEIPTS_READ), type=tuple[Receipt, ...])
+        return msgspec.json.decode(ask.receipts(path, "", RECEIPTS_READ), type=tuple[Receipt, ...])
 
-    return Source(Kind.NODE, str(path), lambda: metrics(path), read)
+    return Source(Kind.NODE, str(path), lambda: ask.metrics(path), read, lambda: ask.trace(path))
 
 
 def of_gateway(path: Path) -> Source:
@@ -387,6 +402,9 @@ class NodeQuestions(Protocol):
     def receipts(self, path: Path, request: str, count: int = 1) -> bytes:
         """JSON: its last receipts."""
 
+    def trace(self, path: Path) -> bytes:
+        """Lines of JSON: its last requests."""
+
 
 def answered(watched: Sequence[Watched]) -> None:
     """Raise UnreachableError where only servers were asked, and none told its metrics: then nothing is known."""
@@ -400,7 +418,7 @@ def named(
 ) -> list[Source]:
     """The sources that were named, and the instances of the gateways."""
     sources = [of_url(url, api_key_file) for url in urls]
-    sources += [of_node(Path(path), ask.metrics, ask.receipts) for path in nodes]
+    sources += [of_node(Path(path), ask) for path in nodes]
     for path in gateways:
         sources += [of_gateway(Path(path)), *_instances_of(ps.gateway(Path(path)), api_key_file)]
     return _once(sources)
@@ -409,7 +427,7 @@ def named(
 def found(sockets: Sequence[Path], api_key_file: Path | None, ask: NodeQuestions) -> list[Source]:
     """What answers at these sockets and at DEFAULT_URL. Raises UnreachableError where nothing does."""
     seen = ps.look(sockets, ask.status)
-    sources = [of_node(Path(node.socket), ask.metrics, ask.receipts) for node in seen.nodes]
+    sources = [of_node(Path(node.socket), ask) for node in seen.nodes]
     for gateway in seen.gateways:
         sources += [of_gateway(Path(gateway.socket)), *_instances_of(gateway, api_key_file)]
     with contextlib.suppress(ThermoclineError):

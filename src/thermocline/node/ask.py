@@ -26,6 +26,11 @@ def receipts(path: Path, request: str, count: int = 1) -> bytes:
     return _report(path, lambda number: say.Receipts(number, request, count))
 
 
+def trace(path: Path) -> bytes:
+    """The last requests of all the node's engines as a trace: see `store.recent`."""
+    return _report(path, say.Trace)
+
+
 def metrics(path: Path) -> str:
     """The node's counters in the Prometheus text format."""
     return _report(path, say.Metrics).decode()

@@ -98,6 +98,7 @@ class Session:
             say.Status: lambda asked: self._send(say.Report(asked.id, self._reports.status())),
             say.Metrics: lambda asked: self._send(say.Report(asked.id, self._reports.metrics())),
             say.Receipts: self._receipts,
+            say.Trace: lambda asked: self._send(say.Report(asked.id, self._store.receipts.recent.lines())),
         }
 
     @property

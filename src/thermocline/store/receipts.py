@@ -17,6 +17,7 @@ from thermocline.store.likeness import PROMPTS_KEPT, Likeness, Prompt, Resemblan
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
 from thermocline.store.receipts_file import ReceiptsFile
+from thermocline.store.recent import Recent
 
 RECEIPTS_KEPT = 1024
 
@@ -50,6 +51,8 @@ class Receipts:
     def __init__(self, kept: int = RECEIPTS_KEPT, *, clock: Clock | None = None) -> None:
         self._kept = kept
         self._clock = clock or SystemClock()
+        self.recent = Recent()
+        """Their prompts, as a trace."""
         self._file: ReceiptsFile | None = None
         self._ring: OrderedDict[str, Receipt] = OrderedDict()
         self._likeness = Likeness()
@@ -77,9 +80,10 @@ class Receipts:
 
     def keep(self, receipt: Receipt, tokens: NDArray[np.uint32], *, root: BlockKey | None = None) -> Receipt:
         """Keep a receipt that was made elsewhere; returns it with what is known here of prompts like this one."""
-        request = receipt.request
-        prompt = sampled(tokens, group=int.from_bytes((root or root_key())[:8], "little"))
+        request, group = receipt.request, int.from_bytes((root or root_key())[:8], "little")
+        prompt = sampled(tokens, group=group)
         with self._lock:
+            again = request in self._ring
             missing = self._diverged(request, receipt.missing, prompt, receipt.tokens_per_block)
             receipt = msgspec.structs.replace(receipt, missing=missing)
             self._likeness.note(request, prompt)
@@ -87,6 +91,8 @@ class Receipts:
             self._ring[request] = receipt
             while len(self._ring) > self._kept:
                 self._ring.popitem(last=False)
+        if not again:  # one that was preempted came once
+            self.recent.note(self._clock.wall(), tokens, group=group)
         if self._file is not None:
             self._file.append(receipt)
         return receipt

@@ -143,6 +143,10 @@ class Receipts(Numbered, frozen=True, tag="receipts"):
     count: int
 
 
+class Trace(Numbered, frozen=True, tag="trace"):
+    """The last requests as a trace, in lines of JSON: Report."""
+
+
 class Metrics(Numbered, frozen=True, tag="metrics"):
     """All counters, in the Prometheus text format: Report."""
 
@@ -241,7 +245,7 @@ class Failed(Numbered, frozen=True, tag="failed"):
     reason: str
 
 
-Question = Stage | Lend | Commit | Unsaved | Prefetch | Ping | Status | Receipts | Metrics
+Question = Stage | Lend | Commit | Unsaved | Prefetch | Ping | Status | Receipts | Trace | Metrics
 Order = Declare | Release | Damaged | GiveBack | Computed | Record
 FromClient = Hello | Question | Order
 Answer = Promoting | Staged | Lent | Committed | Count | Report | Failed
