@@ -76,6 +76,16 @@ def test_parts():
     assert [*found.weights()] == ["request", "token", "attended_token", "load_host_token"]
 
 
+@pytest.mark.parametrize(
+    ("name", "same"), [("m", True), ("org/M", True), ("/models/m/", True), ("m2", False), ("org/other", False)]
+)
+def test_another_model(name, same):
+    """Whose seconds these are is always said; that they are of another model, by its name, is said as well."""
+    note = sweep().note(name)
+    assert "measured of m on a laptop" in note
+    assert ("not " + name in note) is not same
+
+
 def test_what_the_engine_does_not_tell():
     """Where an engine does not say what it had cached, only prompts that share nothing say what computing takes."""
     rows = tuple(row(length, share, told=False) for length in LENGTHS for share in SHARES)

@@ -110,6 +110,14 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """The longest prompt that was measured. Predictions beyond it are extrapolated."""
         return max(row.prompt_tokens for row in self.rows)
 
+    def note(self, model: str) -> str:
+        """Where these prefills are from, for an answer about `model`; it says where that is another one by its name."""
+        told = self.conditions
+        note = f"prefills: measured of {told.model} on {told.machine}, {told.date}, up to {self.tokens_max:,} tokens"
+        if _last_name(told.model) == _last_name(model):
+            return note
+        return f"{note}; {told.model} is not {model} by its name, and of another model these seconds are wrong"
+
     @property
     def sources(self) -> tuple[str, ...]:
         """Where cached tokens came from, sorted."""
@@ -212,3 +220,8 @@ def read(path: Path) -> Measured:
 def write(path: Path, measured: Measured) -> None:
     """Replace the file in one step. Raises SettingsError where that cannot be done."""
     saved.put(path, msgspec.json.format(msgspec.json.encode(measured), indent=1) + b"\n")
+
+
+def _last_name(model: str) -> str:
+    """Of a folder, or behind an organisation: what servers and people call a model."""
+    return model.rstrip("/").rsplit("/", 1)[-1].lower()

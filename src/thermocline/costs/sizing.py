@@ -339,10 +339,7 @@ class _Answer:
         element_bytes(self.weights_dtype)
         self._decode(1, 1)  # decoding is never measured for all batches: it needs the parameters in any case
         if self.asked.profile is not None:
-            told = self.asked.profile.conditions
-            longest = self.asked.profile.tokens_max
-            where = f"of {told.model} on {told.machine}, {told.date}"
-            self.notes.append(f"prefills: measured {where}, up to {longest:,} tokens")
+            self.notes.append(self.asked.profile.note(self.geometry.name))
             return functools.cache(self.asked.profile.prefill_seconds)
         setup = Setup(self.geometry, self.device, self.asked.tp, self.weights_dtype, self.kv_dtype)
         self.notes.append(f"times: roofline; shares of the peaks: {setup.running.source}")

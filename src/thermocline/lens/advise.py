@@ -153,11 +153,7 @@ def _prefill(
     asked: Asked, profile: measured.Measured | None, geometry: Geometry, device: Accelerator | None
 ) -> tuple[Prefill, str]:
     if profile is not None:
-        told = profile.conditions
-        return (
-            profile.prefill_seconds,
-            f"prefills: measured of {told.model} at {told.url}, {told.date}, up to {profile.tokens_max:,} tokens",
-        )
+        return profile.prefill_seconds, profile.note(geometry.name)
     assert device is not None, "one of both was asked for"
     setup = Setup(geometry, device, asked.tp, geometry.weights_dtype, asked.kv_dtype or geometry.kv_dtype)
     return prefill_of(setup), f"prefills: roofline of {asked.tp} x {device.name}, {setup.running.source}"

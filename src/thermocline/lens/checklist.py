@@ -165,7 +165,10 @@ def _eviction(seen: Seen) -> Answer:
     for each in unlimited:
         for tier, idle in each.idle_tiers.items() if each.returns >= ENOUGH else ():
             gap = each.gauge("reuse_gap_max_seconds") or 0.0
-            return State.FAIL, f"{tier} is full of what is idle for {idle:,.0f} s, and none came back after {gap:,.0f} s"
+            return (
+                State.FAIL,
+                f"{tier} is full of what is idle for {idle:,.0f} s, and none came back after {gap:,.0f} s",
+            )
     full = any(each.last.value("evicted_blocks_total", reason=Reason.EVICTED) for each in unlimited)
     stays = "it was idle for no longer than sessions have paused" if full else "there was room for all so far"
     return State.PASS, f"what was used longest ago leaves bounded room first; {stays}"
