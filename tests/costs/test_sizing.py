@@ -18,7 +18,9 @@ from thermocline.costs.models import find, table
 from thermocline.costs.reuse import analyse
 from thermocline.costs.roofline import prefill_seconds
 from thermocline.costs.sizing import FITS, NO_CACHE, NO_ROOM, TOO_SLOW, UNTOLD, Asked, Sizing, size
+from thermocline.costs.study import Offer
 from thermocline.costs.trace import read
+from thermocline.costs.transfer import Link
 from thermocline.errors import ModelError
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
@@ -236,6 +238,23 @@ def test_a_trace(monkeypatch):
     assert warm.instances <= cold.instances
     assert found.wasted == pytest.approx(1 - warm.seconds / cold.seconds)
     assert [share for _, _, share in work.steps] == sorted(share for _, _, share in work.steps)
+
+
+def test_room_in_tiers_is_on_the_bill():
+    """Offered tiers are those that are weighed; what their room costs a month is on the bill with reuse, and said."""
+    turns = [(30, turn % 40, [turn % 40, *range(200)], 0) for turn in range(400)]
+    trace = replace(made(turns), tokens_per_block=512, input_tokens=made(turns).input_tokens * 128)
+    link = Link("host", "host", 32e9, 20e-6, "given", "the test")
+    free, priced = (size(asked(trace=trace, offers=(Offer("host", link, 4 << 40, usd),))) for usd in (0.0, 1e-5))
+    assert [each.name for each in priced.tiers] == ["host"]
+    (chosen,), bill = priced.workload.chosen, priced.bills[1]
+    assert bill.tiers_usd_per_month == pytest.approx(1e-5 * chosen.nbytes / 1e9 * 730 * bill.instances)
+    alone = bill.accelerators * priced.price.usd_per_hour * 730
+    assert bill.usd_per_month == pytest.approx(alone + bill.tiers_usd_per_month)
+    assert priced.bills[0].tiers_usd_per_month is None
+    assert free.bills[1].tiers_usd_per_month == 0
+    notes = [any("room in tiers costs nothing" in note for note in each.assumptions) for each in (free, priced)]
+    assert notes == [True, False]
 
 
 def test_a_trace_without_reuse():

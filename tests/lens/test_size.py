@@ -144,6 +144,17 @@ def test_measured(run, tmp_path):
     assert json.loads(out)[0]["contexts"][0]["prefill_seconds"] == pytest.approx(8.2, rel=0.05)
 
 
+def test_tiers_that_could_be_had(run):
+    """--tier says which tiers are weighed, with their speed; what is no tier is a mistake with a hint."""
+    words = (QWEN, "--gpu", "a100-80", "--context", "8k")
+    code, out, _ = run(*words, "--tier", "host=64GiB", "--tier", "redis@25gbe", "--json")
+    assert code == 0
+    assert [each["name"] for each in json.loads(out)[0]["tiers"]] == ["host", "25gbe"]
+    code, _, err = run(*words, "--tier", "tape")
+    assert code == 2
+    assert "hint:" in err
+
+
 def test_lengths():
     """Lengths are numbers between commas; a k is 1,024."""
     assert lengths(["4k,32k", "1000"]) == (4096, 32768, 1000)

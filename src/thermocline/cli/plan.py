@@ -302,6 +302,13 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     type=Figure(0),
     help="US dollars per accelerator and hour. By default the table's.",
 )
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    metavar="TIER",
+    help="A tier that could be had, as `advise` takes it: NAME[=SIZE][@SPEED][:USD per GB and hour].",
+)
 @click.option("--measured", metavar="FILE", help="What `profile --write` wrote: prefills as they were measured.")
 @click.option("--html", metavar="FILE", help="Write a page with charts.")
 @json_flag
@@ -321,6 +328,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     output_tokens: int | None,
     slo_seconds: float | None,
     price: float | None,
+    tiers: tuple[str, ...],
     measured: str | None,
     html: str | None,
     as_json: bool,
@@ -340,6 +348,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.lens import figures
     from thermocline.lens import html as page
     from thermocline.lens import size as lens
+    from thermocline.lens.offers import offered
 
     asked = [
         sizing.Asked(
@@ -356,6 +365,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             arrivals_per_second=arrivals,
             target_seconds=slo_seconds,
             hit=hit,
+            offers=offered(tiers, device, tp),
         )
         for geometry in map(find, models)
         for device in map(accelerator, gpus)

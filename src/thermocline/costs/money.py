@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -46,7 +47,8 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True):
     """One way to serve the workload. Seconds are those of one instance, per request: the mean.
 
     `instances` are the fewest that keep up, and keep `first_token_late_seconds` (exceeded by one first token in ten)
-    within the target if there is one; None: no number does, or it is not known how many requests come.
+    within the target if there is one; None: no number does, or it is not known how many requests come. What the room of
+    tiers costs is in `usd_per_month`, and in nothing else.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Bill(msgspec.Struct, frozen=True, kw_only=True):
     usd_per_thousand_requests: float | None
     instances: int | None = None
     accelerators: int | None = None
+    tiers_usd_per_month: float | None = None
     utilisation: float | None = None
     waiting_seconds: float | None = None
     first_token_late_seconds: float | None = None
@@ -178,6 +181,14 @@ def _replayed(at: Floats, service: Floats, servers: int) -> Floats:
         heapq.heapreplace(free, start + seconds)
         waited.append(start - now)
     return np.array(waited)
+
+
+def with_room(found: Bill, usd_per_hour: Callable[[int], float]) -> Bill:
+    """The bill with the room of its tiers, which costs so much an hour for this number of instances."""
+    if found.instances is None or found.usd_per_month is None:
+        return found
+    room = usd_per_hour(found.instances) * HOURS_PER_MONTH
+    return msgspec.structs.replace(found, tiers_usd_per_month=room, usd_per_month=found.usd_per_month + room)
 
 
 def wasted_share(without: Bill, with_reuse: Bill) -> float:

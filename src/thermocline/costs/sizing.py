@@ -19,7 +19,7 @@ from thermocline.costs.geometry import Attention, Geometry
 from thermocline.costs.hardware import Accelerator, element_bytes
 from thermocline.costs.measured import Measured
 from thermocline.costs.memory import Capacity, Taken, capacity, sequence_bytes, state_bytes, token_bytes, weights_bytes
-from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share
+from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share, with_room
 from thermocline.costs.pages import DTYPE_BYTES, layer_token_bytes
 from thermocline.costs.reuse import Reuse, analyse
 from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of, weights_read
@@ -360,7 +360,9 @@ class _Answer:
 
     @functools.cached_property
     def links(self) -> list[Link]:
-        """Ways to tiers. Every accelerator has its own to the host; the ranks share the others."""
+        """Ways to the tiers that are offered, or to usual ones. Every accelerator has its own to the host."""
+        if self.asked.offers:
+            return [each.link for each in self.asked.offers]
         try:
             host = host_link(self.device)
             ways = [replace(host, bytes_per_second=host.bytes_per_second * self.asked.tp)]
@@ -479,8 +481,9 @@ class _Answer:
                 break
             instances = warm.instances or 1
         assert found is not None, "the loop runs"
+        priced = any(offer.usd_per_gb_hour for offer in offers)
         self.notes += [
-            *trace.notes,
+            *(() if priced else ("room in tiers costs nothing; --tier NAME:USD gives a price per GB and hour",)),
             "hit rates: least recently used, sessions stay on their instance, no output cached",
         ]
         return found
@@ -511,7 +514,8 @@ class _Answer:
         mean = float(study.cold.mean()) - used.saved_seconds * study.hours / len(study.cold)
         seconds *= mean / max(1e-12, float(seconds.mean()))  # loads are in the mean; the spread is that of the prefills
         tiers = " and ".join(offer.tier for offer, _ in chosen) or "the engine's own memory"
-        return bill(f"with reuse, from {tiers}", demand, seconds, np.zeros(len(seconds)), used.hit)
+        found = bill(f"with reuse, from {tiers}", demand, seconds, np.zeros(len(seconds)), used.hit)
+        return with_room(found, functools.partial(study.room_usd_per_hour, chosen))
 
     def _workload(
         self, trace: Trace, reuse: Reuse, study: Study, chosen: Sequence[Sized], output_tokens: float

@@ -211,6 +211,13 @@ class Study:
         room = math.fsum(offer.usd_per_gb_hour * self.dollar_seconds((offer, blocks)) for offer, blocks in tiers)
         return self.overhead + room if tiers else 0.0
 
+    def room_usd_per_hour(self, tiers: Sequence[Sized], instances: int) -> float:
+        """What the room of these tiers costs where there are so many instances."""
+        return math.fsum(
+            offer.usd_per_gb_hour * self.tier_bytes(blocks) / 1e9 * (1 if offer.shared else instances)
+            for offer, blocks in tiers
+        )
+
     def dollar_seconds(self, sized: Sized) -> float:
         """What a tier costs at a dollar per GB and hour."""
         (offer, blocks), price = sized, self.machine.usd_per_hour

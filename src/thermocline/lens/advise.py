@@ -6,7 +6,6 @@ The workload is a trace, the last requests or the metrics of a running server, a
 from __future__ import annotations
 
 import io
-import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,21 +25,15 @@ from thermocline.costs.observed import Observed, judge
 from thermocline.costs.pages import layer_token_bytes
 from thermocline.costs.roofline import Prefill, Setup, prefill_of
 from thermocline.costs.study import Machine, Offer
-from thermocline.costs.transfer import LINKS, Link, host_link
+from thermocline.costs.transfer import host_link
 from thermocline.errors import SettingsError, TraceError, UnreachableError
 from thermocline.lens import observe
+from thermocline.lens.offers import named
 from thermocline.lens.spread import spread
 from thermocline.lens.summary import summarise
-from thermocline.settings import Kind, Setting
 from thermocline.store.receipt import Reason
 
 WIDTH = 100
-_SIZE = Setting("size", Kind.SIZE, 1, "", 1, 1 << 60, 1)
-TIERS = ("host", "disk", "redis")
-SHARED = {"redis"}
-_LINKS = {"disk": "nvme-gen4", "redis": "redis"}
-_TIER = re.compile(r"(?P<tier>\w+)(?:=(?P<size>[^@:]+))?(?:@(?P<speed>[^:]+))?(?::(?P<price>\d+(?:\.\d+)?(?:e-\d+)?))?")
-_TIER_HINT = "write NAME[=SIZE][@SPEED][:USD per GB and hour], such as host=512GiB or disk=4TB@14GB/s:0.0001; names: "
 LOST = {
     Reason.EVICTED,
     Reason.EXPIRED,
@@ -103,9 +96,7 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     price = device.price if device else None
     usd = asked.usd_per_hour if asked.usd_per_hour is not None else price.typical if price else None
     local = host_link(device) if device and device.host_bytes_per_second else None
-    offers = [_offer(text, local, asked.tp) for text in asked.tiers or (*(("host",) if local else ()), "disk")]
-    if len({each.tier for each in offers}) < len(offers):
-        raise SettingsError("a tier is named twice", hint="give each of host, disk and redis once")
+    offers = named(asked.tiers or (*(("host",) if local else ()), "disk"), local, asked.tp)
     if usd == 0 and any(each.usd_per_gb_hour for each in offers):
         raise SettingsError("no tier is worth money where time costs none", hint="give a --price above 0")
     return Machine(
@@ -113,7 +104,7 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
         token_bytes=asked.tp
         * sum(each.layers * layer_token_bytes(each, dtype, asked.tp) for each in geometry.attention),
         device_tokens=device_tokens,
-        offers=tuple(offers),
+        offers=offers,
         instances=asked.instances,
         usd_per_hour=usd * asked.tp if usd is not None else None,
         assumptions=(
@@ -171,32 +162,6 @@ def _price_note(given: float | None, price: Price | None) -> str:
     if price is None:
         return "price of an accelerator: unknown, so room counts as free; --price gives it"
     return f"price of an accelerator: {price}; room costs what --tier says, and else nothing"
-
-
-def _offer(text: str, local: Link | None, tp: int) -> Offer:
-    """A tier as --tier names it. Every accelerator has its own link to host memory; the others share one."""
-    parts = _TIER.fullmatch(text.strip())
-    tier = parts["tier"] if parts else ""
-    if parts is None or tier not in TIERS:
-        raise SettingsError(f"{text} is no tier", hint=_TIER_HINT + ", ".join(TIERS))
-    if tier == "host" and local is None and not parts["speed"]:
-        raise SettingsError("how fast the host's memory is read is not known", hint="name the GPU, or host@SPEED")
-    usual = LINKS[_LINKS[tier]] if tier in _LINKS else local or LINKS["nvme-gen4"]
-    link = replace(usual, bytes_per_second=usual.bytes_per_second * tp) if tier == "host" else usual
-    if parts["speed"] in LINKS:
-        link = LINKS[parts["speed"]]
-    elif parts["speed"]:
-        speed = _bytes(parts["speed"].removesuffix("/s"), text)
-        link = replace(usual, name=tier, bytes_per_second=float(speed), evidence="given", source="--tier")
-    size = _bytes(parts["size"], text) if parts["size"] else None
-    return Offer(tier, link, size, float(parts["price"] or 0), shared=tier in SHARED)
-
-
-def _bytes(text: str, whole: str) -> int:
-    try:
-        return int(str(_SIZE.parse(text)))
-    except ValueError as error:
-        raise SettingsError(f"--tier {whole}: {text} {error}", hint=_TIER_HINT + ", ".join(TIERS)) from None
 
 
 # -- the workload ------------------------------------------------------------------------------------------------------

@@ -278,6 +278,9 @@ def _bill_table(found: Sizing) -> Table:
             (late, *(_or_unknown(seconds, each.first_token_late_seconds) for each in bills)),
             ("USD per month", *(_or_unknown(dollars, each.usd_per_month) for each in bills)),
         ]
+        if any(each.tiers_usd_per_month for each in bills):
+            room = (each.usd_per_month and (each.tiers_usd_per_month or 0.0) for each in bills)
+            rows.append(("  of it room in tiers", *(_or_unknown(dollars, each) for each in room)))
     note = ""
     if found.wasted is not None:
         known = "could be" if found.workload is None else "was"
