@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
 from thermocline.costs.roofline import Setup
-from thermocline.costs.served import Load, corrected, measurements, served, terms
+from thermocline.costs.served import Load, corrected, loaded, measurements, served, terms
+from thermocline.errors import SettingsError
 
 LLAMA = find("Meta-Llama-3.1-70B")
 
@@ -49,6 +50,20 @@ def test_how_far_it_was_measured_is_said():
     far = served(replace(H200, accelerator=accelerator("A10"), weights_dtype="bf16"), "vllm", load)
     assert far.known == "formulas"
     assert any("assumed" in each for each in far.first_token.assumptions)
+
+
+def test_an_instance_under_load():
+    """Answers' tokens a second are what the users get together; an engine that nobody measured is refused by name."""
+    load = Load(16, 1024, 512, room=8.0)
+    found, seen = loaded(H200, "vllm", load), served(H200, "vllm", load)
+    first, between = seen.first_token.seconds, seen.between_tokens.seconds
+    assert (found.first_token_seconds, found.between_tokens_seconds, found.known) == (first, between, seen.known)
+    assert found.tokens_per_second * (first + 512 * between) == pytest.approx(16 * 512)
+    assert math.fsum(found.parts.values()) == pytest.approx(first)
+    assert found.running == 8
+    with pytest.raises(SettingsError) as refused:
+        loaded(H200, "another", load)
+    assert "vllm" in refused.value.hint
 
 
 @given(

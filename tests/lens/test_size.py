@@ -155,6 +155,23 @@ def test_tiers_that_could_be_had(run):
     assert "hint:" in err
 
 
+def test_under_load(run):
+    """--users has a row for each length and number of users; those beyond the memory wait, and it says how many run."""
+    words = (QWEN, "--gpu", "a100-80", "--context", "2k,8k", "--users", "1", "--users", "64")
+    _, out, _ = run(*words, "--json")
+    rows = json.loads(out)[0]["loads"]
+    assert [(each["prompt_tokens"], each["users"]) for each in rows] == [(2048, 1), (2048, 64), (8192, 1), (8192, 64)]
+    assert rows[3]["running"] < 64 < rows[3]["first_token_seconds"] / rows[2]["first_token_seconds"]
+    assert "waiting for memory" in rows[3]["parts"]
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "nothing: formulas" in out or "other models" in out
+    assert run(*words, "--engine", "none")[0] == 2
+    _, out, _ = run(*words, "--pp", "2", "--json")
+    assert not json.loads(out)[0]["loads"]
+    assert any("was not measured" in note for note in json.loads(out)[0]["assumptions"])
+
+
 def test_lengths():
     """Lengths are numbers between commas; a k is 1,024."""
     assert lengths(["4k,32k", "1000"]) == (4096, 32768, 1000)

@@ -291,6 +291,14 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--output-tokens", metavar="N", type=click.IntRange(1), help="Of an answer. By default the trace's, else 256."
 )
 @click.option(
+    "--users",
+    metavar="N",
+    type=click.IntRange(1, 1 << 20),
+    multiple=True,
+    help="Under load: so many at a time. Again: more.",
+)
+@click.option("--engine", metavar="NAME", default="vllm", show_default=True, help="Under load: vllm, sglang or trtllm.")
+@click.option(
     "--slo-seconds",
     metavar="SECONDS",
     type=Figure(0, min_open=True),
@@ -326,6 +334,8 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     hit: float | None,
     arrivals: float | None,
     output_tokens: int | None,
+    users: tuple[int, ...],
+    engine: str,
     slo_seconds: float | None,
     price: float | None,
     tiers: tuple[str, ...],
@@ -365,6 +375,8 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             arrivals_per_second=arrivals,
             target_seconds=slo_seconds,
             hit=hit,
+            users=users,
+            engine=engine,
             offers=offered(tiers, device, tp),
         )
         for geometry in map(find, models)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thermocline.costs.geometry import Geometry
-from thermocline.costs.pages import KEPT, VLLM, Engine, Paging, layer_token_bytes, paging, pattern, stages
+from thermocline.costs.pages import DTYPE_BYTES, KEPT, VLLM, Engine, Paging, layer_token_bytes, paging, pattern, stages
 from thermocline.errors import ModelError, SettingsError
 
 STATE_BYTES_EACH, CONV_BYTES_EACH = 4, 2
@@ -199,3 +199,25 @@ def capacity(
 def _activations(geometry: Geometry, engine: Engine, tp: int) -> int:
     width = 2 * engine.batched_tokens * geometry.hidden_size
     return width * (ACTIVATION_FIXED * tp + ACTIVATION_SHARDED) // tp
+
+
+def token_formula(geometry: Geometry, kv_dtype: str) -> str:
+    """Bytes per token with the numbers filled in; what does not grow with the sequence stands behind."""
+    terms, fixed = [], []
+    for each in geometry.attention:
+        b = DTYPE_BYTES[kv_dtype]
+        if each.latent_elements:
+            inner = f"{each.latent_elements} x {b}" + (f" + {each.index_bytes}" if each.index_bytes else "")
+            term = f"{each.layers} layers x ({inner}) B"
+        elif each.head_dim_k == each.head_dim_v:
+            term = f"2 x {each.layers} layers x {each.kv_heads} heads x {each.head_dim_k} x {b} B"
+        else:
+            term = f"{each.layers} layers x {each.kv_heads} heads x ({each.head_dim_k} + {each.head_dim_v}) x {b} B"
+        if each.window_tokens is None:
+            terms.append(term)
+        else:
+            fixed.append(f"{term} for the last {each.window_tokens:,} tokens")
+    state = state_bytes(geometry)
+    fixed += [f"{state:,} B of states per sequence"] if state else []
+    total = f" = {token_bytes(geometry, kv_dtype):,} B per token"
+    return (" + ".join(terms) or "nothing") + total + "".join(f"; and {each}" for each in fixed)

@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.costs.roofline import Efficiency, Estimate, Part, Setup, Work, efficiency_of, pass_seconds
+from thermocline.errors import SettingsError
 
 TABLE = Path(__file__).with_name("data") / "efficiency.json"
 
@@ -107,6 +108,23 @@ class Served:
     known: str
 
 
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance under `users` requests at a time, of which `running` run; typical seconds, answers' tokens a second.
+
+    `known` is as in `Served`, and `parts` say what a first token's time is made of.
+    """
+
+    users: int
+    running: float
+    prompt_tokens: int
+    output_tokens: int
+    first_token_seconds: float
+    between_tokens_seconds: float
+    tokens_per_second: float
+    known: str
+    parts: dict[str, float]
+
+
 @functools.cache
 def measurements() -> Measurements:
     """The table that is shipped."""
@@ -131,6 +149,25 @@ def served(setup: Setup, engine: str, load: Load, table: Measurements | None = N
         first = _corrected(first, corrected(found, found.first, at), found.rows)
         between = _corrected(between, corrected(found, found.between, at), found.rows)
     return Served(first, between, known)
+
+
+def loaded(setup: Setup, engine: str, load: Load) -> Loaded:
+    """What users of one instance see, by the table that is shipped. Raises SettingsError for an unknown engine."""
+    if engine not in (known := measurements().doors):
+        raise SettingsError(f"no engine {engine} was measured", hint=f"one of {', '.join(sorted(known))}")
+    found = served(setup, engine, load)
+    first, between = found.first_token.seconds, found.between_tokens.seconds
+    return Loaded(
+        users=load.users,
+        running=load.running,
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=load.output_tokens,
+        first_token_seconds=first,
+        between_tokens_seconds=between,
+        tokens_per_second=load.users * load.output_tokens / (first + load.output_tokens * between),
+        known=found.known,
+        parts={part.name: part.seconds for part in found.first_token.parts},
+    )
 
 
 def efficiency(table: Measurements, machine: Machine) -> Efficiency:

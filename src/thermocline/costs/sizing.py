@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,11 +18,21 @@ import numpy as np
 from thermocline.costs.geometry import Attention, Geometry
 from thermocline.costs.hardware import Accelerator, element_bytes
 from thermocline.costs.measured import Measured
-from thermocline.costs.memory import Capacity, Taken, capacity, sequence_bytes, state_bytes, token_bytes, weights_bytes
+from thermocline.costs.memory import (
+    Capacity,
+    Taken,
+    capacity,
+    sequence_bytes,
+    state_bytes,
+    token_bytes,
+    token_formula,
+    weights_bytes,
+)
 from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share, with_room
-from thermocline.costs.pages import DTYPE_BYTES, layer_token_bytes
+from thermocline.costs.pages import layer_token_bytes
 from thermocline.costs.reuse import Reuse, analyse
 from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of, weights_read
+from thermocline.costs.served import Load, Loaded, loaded, measurements
 from thermocline.costs.study import Machine, Offer, Sized, Study
 from thermocline.costs.trace import Trace
 from thermocline.costs.transfer import LINKS, TAIL_TOKENS, Link, breakeven_bytes_per_second, host_link, pays_from
@@ -56,6 +66,8 @@ class Asked:
     arrivals_per_second: float | None = None
     target_seconds: float | None = None
     hit: float | None = None
+    users: tuple[int, ...] = ()
+    engine: str = "vllm"
     offers: tuple[Offer, ...] = ()
     trace: Trace | None = None
     profile: Measured | None = None
@@ -173,6 +185,7 @@ class Sizing(msgspec.Struct, frozen=True, kw_only=True):
     ranks_that_fit: int | None = None
     ridge_flops_per_byte: float | None = None
     tiers: tuple[Tier, ...] = ()
+    loads: tuple[Loaded, ...] = ()
     workload: Workload | None = None
     bills: tuple[Bill, ...] = ()
     price: Price | None = None
@@ -230,7 +243,7 @@ class _Answer:
         token = Token(
             token_bytes(self.geometry, self.kv_dtype),
             sum(each.layers * layer_token_bytes(each, self.kv_dtype, self.asked.tp) for each in self._unbounded()),
-            _formula(self.geometry, self.kv_dtype),
+            token_formula(self.geometry, self.kv_dtype),
             state_bytes(self.geometry),
         )
         return Sizing(
@@ -245,6 +258,7 @@ class _Answer:
             ranks_that_fit=self.ranks if fits else self._ranks_that_fit(),
             ridge_flops_per_byte=self.device.ridge_flops_per_byte,
             tiers=tiers,
+            loads=tuple(self._loads(room)) if running and room else (),
             workload=workload,
             bills=bills,
             price=self.price,
@@ -373,6 +387,19 @@ class _Answer:
             if any(each.latent_elements for each in self.geometry.attention):
                 self.notes.append(f"latent vectors are kept, stored and loaded by each of {self.asked.tp} ranks")
         return [*ways, *(LINKS[name] for name in SHOWN_LINKS)]
+
+    def _loads(self, room: Capacity) -> Iterator[Loaded]:
+        """An instance under as many users at a time as were asked about, for prompts of each length, nothing known."""
+        if not self.asked.users or self.asked.pp > 1:
+            self.notes += ["pipeline stages: how users load them was not measured"] if self.asked.users else []
+            return
+        setup = Setup(self.geometry, self.device, self.asked.tp, self.weights_dtype, self.kv_dtype)
+        output = max(1, int(self._output_tokens()))
+        self.notes.append(f"under load: constants of {self.asked.engine}, fitted to {measurements().source}")
+        for tokens in self.contexts:
+            held = float(room.sessions(tokens + output).steady)
+            for users in self.asked.users:
+                yield loaded(setup, self.asked.engine, Load(users, tokens, output, held))
 
     def _tiers(self) -> Sequence[Tier]:
         assert self.prefill is not None, "asked for only where times are known"
@@ -562,25 +589,3 @@ class _Answer:
         if best.how:
             return best.instances is None
         return math.fsum((best.prefill_seconds, best.load_seconds)) > target
-
-
-def _formula(geometry: Geometry, kv_dtype: str) -> str:
-    """Bytes per token with the numbers filled in; what does not grow with the sequence stands behind."""
-    terms, fixed = [], []
-    for each in geometry.attention:
-        b = DTYPE_BYTES[kv_dtype]
-        if each.latent_elements:
-            inner = f"{each.latent_elements} x {b}" + (f" + {each.index_bytes}" if each.index_bytes else "")
-            term = f"{each.layers} layers x ({inner}) B"
-        elif each.head_dim_k == each.head_dim_v:
-            term = f"2 x {each.layers} layers x {each.kv_heads} heads x {each.head_dim_k} x {b} B"
-        else:
-            term = f"{each.layers} layers x {each.kv_heads} heads x ({each.head_dim_k} + {each.head_dim_v}) x {b} B"
-        if each.window_tokens is None:
-            terms.append(term)
-        else:
-            fixed.append(f"{term} for the last {each.window_tokens:,} tokens")
-    state = state_bytes(geometry)
-    fixed += [f"{state:,} B of states per sequence"] if state else []
-    total = f" = {token_bytes(geometry, kv_dtype):,} B per token"
-    return (" + ".join(terms) or "nothing") + total + "".join(f"; and {each}" for each in fixed)

@@ -162,16 +162,20 @@ def _eviction(seen: Seen) -> Answer:
     if len(ttls) == len(seen.ours):
         return State.PASS, f"sessions expire {', '.join(f'{ttl:,.0f} s' for ttl in ttls)} after their last use"
     unlimited = [each for each in seen.ours if each.gauge("ttl_seconds") is None]
-    for each in unlimited:
+    full = [each for each in unlimited if each.last.value("evicted_blocks_total", reason=Reason.EVICTED)]
+    for each in full:
         for tier, idle in each.idle_tiers.items() if each.returns >= ENOUGH else ():
             gap = each.gauge("reuse_gap_max_seconds") or 0.0
             return (
                 State.FAIL,
                 f"{tier} is full of what is idle for {idle:,.0f} s, and none came back after {gap:,.0f} s",
             )
-    full = any(each.last.value("evicted_blocks_total", reason=Reason.EVICTED) for each in unlimited)
-    stays = "it was idle for no longer than sessions have paused" if full else "there was room for all so far"
-    return State.PASS, f"what was used longest ago leaves bounded room first; {stays}"
+    stays = "nothing had to leave for it yet"
+    if full:
+        stays = "it was idle for no longer than sessions have paused"
+    if any(each.returns < ENOUGH or each.gauge("reuse_gap_max_seconds") is None for each in full):
+        stays = f"whether that is soon enough, {ENOUGH} receipts of prompts that found something would tell"
+    return State.PASS, f"room is bounded, and what was used longest ago leaves first; {stays}"
 
 
 def _first_tokens(seen: Seen) -> Answer:

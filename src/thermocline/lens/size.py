@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.money import HOURS_PER_MONTH, NODE_ACCELERATORS, Bill, hours_per_node_month
+from thermocline.costs.served import Loaded
 from thermocline.costs.sizing import NO_CACHE, NO_ROOM, TOO_SLOW, Context, Sizing, Tier
 from thermocline.errors import SettingsError
 from thermocline.lens.chart import Axis, Bar, Series, bar_chart, line_chart
@@ -131,6 +132,8 @@ def tables(found: Sizing) -> Iterator[Table]:
     timed = [each for each in found.contexts if each.prefill_seconds is not None]
     if timed:
         yield from (_prompt_table(timed), _decode_table(found, timed))
+    if found.loads:
+        yield _load_table(found.loads)
     if found.tiers:
         yield _tier_table(found.tiers)
     if found.workload is not None:
@@ -206,6 +209,27 @@ def _decode_table(found: Sizing, timed: Sequence[Context]) -> Table:
     return Table(
         "seconds per output token", head, rows, f"Ridge point: {ridge} operations per byte, compute / bandwidth."
     )
+
+
+def _load_table(loads: Sequence[Loaded]) -> Table:
+    rows = [
+        (
+            f"{each.prompt_tokens:,}",
+            f"{each.users:,}",
+            _whole(each.running),
+            seconds(each.first_token_seconds),
+            seconds(each.between_tokens_seconds),
+            significant(each.tokens_per_second),
+            _KNOWN[each.known],
+        )
+        for each in loads
+    ]
+    head = ("tokens", "users", "running", "first token", "between tokens", "tokens/s", "measured on")
+    note = f"One instance, answers of {loads[0].output_tokens:,} tokens, nothing reused; each user asks again at once."
+    return Table("under load", head, rows, note)
+
+
+_KNOWN = {"model": "this model", "machine": "other models", "formulas": "nothing: formulas"}
 
 
 def _tier_table(tiers: Sequence[Tier]) -> Table:
