@@ -81,9 +81,20 @@ def test_a_node_in_use(node):
     assert _states([node(None, load_seconds=0.0)])[4] is U
 
 
-@pytest.mark.parametrize(("pause_seconds", "returns", "state"), [(60.0, 60, F), (60.0, 5, P), (0.0, 60, P)])
-def test_idle_sessions_want_an_age_limit(pause_seconds, returns, state):
-    """Without a limit the item fails where memory is full of what nobody comes back to, as the doctor has it."""
+@pytest.mark.parametrize(
+    ("pause_seconds", "returns", "state", "words"),
+    [
+        (60.0, 60, F, "none came back after 0 s"),
+        (60.0, 30, P, "60 receipts of prompts that found something would tell"),
+        (60.0, 3, P, "nothing had to leave"),
+        (0.0, 60, P, "idle for no longer than sessions have paused"),
+    ],
+)
+def test_idle_sessions_want_an_age_limit(pause_seconds, returns, state, words):
+    """Without a limit the item fails where memory is full of what nobody comes back to, as the doctor has it.
+
+    Where too few came back to say so, it is not said that nothing is idle for too long.
+    """
     clock = ManualClock(1000.0)
     warm = MemoryTier(256 * BLOCK_BYTES, clock=clock)
     warm.wait_ready()
@@ -96,6 +107,7 @@ def test_idle_sessions_want_an_age_limit(pause_seconds, returns, state):
         scrape = parse(store.metrics.text())
         seen = Watched(kind=Kind.NODE, name="node", scrapes=(scrape,), receipts=tuple(receipts))
     assert _states([seen])[5] is state
+    assert words in check([seen])[5].why
     found = {each.condition for each in diagnose([seen]).findings}
     assert (Condition.IDLE_SESSIONS in found) == (state is F)
 

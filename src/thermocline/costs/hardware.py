@@ -111,8 +111,9 @@ def accelerator(name: str) -> Accelerator:
     if fits:
         return table[fits[0]]
     near = difflib.get_close_matches(wanted, table, n=3, cutoff=0.4)
-    names = ", ".join(table[each].name for each in near) or ", ".join(accelerators())
-    raise SettingsError(f"no accelerator {name} in the table", hint=f"did you mean {names}?")
+    meant = f"did you mean {', '.join(table[each].name for each in near)}?"
+    hint = meant if near else f"it has {', '.join(accelerators())}"
+    raise SettingsError(f"no accelerator {name} in the table", hint=hint)
 
 
 def _plain(name: str) -> str:
