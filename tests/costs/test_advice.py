@@ -411,8 +411,8 @@ def test_sorting_changes_the_order_only(requests, instances):
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 
-def observed(engine=0.0, lost=None, *, never_full=False, unsure=0.0, computed=50_000.0, **tiers):
-    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full, computed, unsure)
+def observed(engine=0.0, lost=None, *, never_full=False, unsure=0.0, fresh=50_000.0, **tiers):
+    return Observed("the test", 100, 100_000, engine, tiers, lost, never_full, fresh, unsure)
 
 
 @pytest.mark.parametrize(
@@ -455,21 +455,37 @@ LOST = {"EVICTED": 30_000.0}
 @pytest.mark.parametrize(
     ("seen", "capacity", "value", "words"),
     [
-        (observed(lost=LOST, computed=50_000.0), None, "1GiB", "--tier host=SIZE"),
-        (observed(lost=LOST, computed=50_000.0), 8 << 30, "8192MiB", "as large as was offered"),
-        (observed(lost=LOST, computed=50_000.0), 100_000_000_000, "47684MiB", "more was of no use"),
-        (observed(lost=LOST, computed=500.0), None, "477MiB", "more was of no use"),
-        (observed(engine=50_000.0, never_full=True), None, "1MiB", "no tier pays"),
+        (observed(lost=LOST, fresh=50_000.0), None, "1GiB", "--tier host=SIZE"),
+        (observed(lost=LOST, fresh=50_000.0), 8 << 30, "8192MiB", "as large as was offered"),
+        (observed(lost=LOST, fresh=50_000.0), 100_000_000_000, "47684MiB", "more was of no use"),
+        (observed(lost=LOST, fresh=500.0), None, "477MiB", "more was of no use"),
+        (observed(lost=LOST, fresh=None), None, "1GiB", "how much would be of use is not told"),
+        (observed(engine=50_000.0, never_full=True), None, "15259MiB", "for our own engine"),
+        (observed(engine=50_000.0, never_full=True, fresh=500.0), None, "477MiB", "for our own engine"),
         (observed(lost={}), None, "1MiB", "no tier pays"),
     ],
 )
 def test_counters_give_a_configuration(seen, capacity, value, words):
-    """A tier is as large as was offered, or as the default; and no larger than all that was computed, a MB a token."""
+    """A tier is as large as was offered, or as the default; and no larger than all that came to be, a MB a token.
+
+    Where none pays, our own engine is given what the engine's memory is, as it has no other.
+    """
     advice = judge(seen, machine(16_000, offer(capacity=capacity)))
     (line,) = [each for each in advice.lines if each.setting == "memory_bytes"]
     assert line.value == value
     assert words in line.reason
     assert ("ttl_seconds" in {each.setting for each in advice.lines}) == bool(advice.tiers)
+
+
+def test_one_of_many_does_not_bound_what_all_share():
+    """What one instance computed bounds its own memory; a tier that several share is of use to the others, too."""
+    room = {each: replace(offer(capacity=8 << 30), tier=each, shared=each == "redis") for each in ("host", "redis")}
+    seen = observed(lost=LOST, fresh=500.0)
+    several = replace(machine(16_000, *room.values()), instances=3)
+    lines = {each.setting: each.value for each in judge(seen, several).lines}
+    assert (lines["memory_bytes"], lines["redis_bytes"]) == ("477MiB", "8192MiB")
+    lines = {each.setting: each.value for each in judge(seen, replace(several, instances=1)).lines}
+    assert lines["redis_bytes"] == "477MiB"
 
 
 def test_what_is_unknown_has_no_configuration():

@@ -25,11 +25,11 @@ from thermocline.costs import measured, workload
 from thermocline.costs.measured import Conditions, Measured, Row
 from thermocline.costs.study import Study, oracle_hit
 from thermocline.costs.trace import read
-from thermocline.errors import ModelError, SettingsError, TraceError, UnreachableError
+from thermocline.errors import ModelError, NodeError, SettingsError, TraceError, UnreachableError
 from thermocline.lens import advise, observe
 from thermocline.lens.advise import LOST, Asked, machine_of
 from thermocline.settings import Settings
-from thermocline.store.receipt import Reason, Receipt
+from thermocline.store.receipt import Missing, Reason, Receipt
 from thermocline.store.store import Store
 from thermocline.tiers.memory import MemoryTier
 
@@ -203,6 +203,26 @@ def test_vllm_tells_by_its_metrics(name, never_full):
     assert 0 <= found.engine_tokens < found.prompt_tokens
     assert found.never_full == never_full
     assert (found.ideal is not None) == never_full
+
+
+def test_receipts_do_not_bound_what_is_of_use():
+    """What was computed since the start is told by counters: the last receipts may have loaded all that they used."""
+    receipt = Receipt(
+        request="a", prompt_tokens=1000, tokens_per_block=16, loaded_tokens=992, computed_tokens=8,
+        by_tier={"memory": 992}, missing=(Missing(62, 63, Reason.TAIL),), match_seconds=0.0, load_seconds=0.1,
+        prefill_seconds=0.1, planned_load_seconds=0.1, planned_recompute_seconds=0.5, planned_cold_seconds=0.6,
+    )  # fmt: skip
+    series = (
+        "thermocline_prompt_tokens_total 90000",
+        "thermocline_generated_tokens_total 10000",
+        'thermocline_cached_tokens_total{tier="memory"} 60000',
+    )
+    for lines, fresh in ((series, 100_000), ((), None)):
+        scrapes = (observe.parse("\n".join(lines)),)
+        watched = observe.Watched(kind=observe.Kind.SERVER, name="a", scrapes=scrapes, receipts=(receipt,))
+        found = advise.observed_of(watched)
+        assert found.tier_tokens == {"memory": 992}
+        assert found.fresh_tokens == fresh
 
 
 def test_a_running_vllm_is_asked():
@@ -401,6 +421,36 @@ def test_a_node_is_asked_for_its_requests(run, folder):
     code, out, err = run("size", MODEL, "--gpu", "h100", "--trace", str(kept), "--json")
     assert code in {0, NO_CACHE}, err
     assert json.loads(out)[0]["workload"]["requests"] == 120
+
+
+def test_what_is_told_of_requests_is_checked(folder):
+    """A trace that cannot be read is refused and not kept. A node that has none is advised for by its counters."""
+    kept = folder / "kept.jsonl"
+    page = 'thermocline_prompt_tokens_total 1000\nthermocline_requests_total{route="/v1/completions"} 10'
+
+    def no_node() -> bytes:
+        raise NodeError("the node could not answer", hint="its log says why")
+
+    def source(told) -> observe.Source:
+        return observe.Source(observe.Kind.NODE, "a", lambda: page, None, told)
+
+    for text in (b"[" * 100_000, b"\0" * 1000, b'{"hash_ids": 1}\n', bytes(range(256))):
+        with pytest.raises(TraceError):
+            advise.of_server(H100, source(lambda text=text: text), SystemClock(), keep=kept)
+        assert not kept.exists()
+    found = advise.of_server(replace(H100, instances=3), source(no_node), SystemClock())
+    assert "the node could not answer" in found.notes[0]
+    assert "all 3 instances" in found.notes[1]
+
+
+@pytest.mark.parametrize("url", ["http://me:s3cret@127.0.0.1:9", "http://s3cret@[::1", "https://:s3cret@a/v1"])
+@pytest.mark.parametrize("verb", [("doctor",), ("advise", MODEL, "--gpu", "h100"), ("profile",), ("why",)])
+def test_a_url_with_a_password_is_not_shown(run, verb, url):
+    """It is refused where it is given, by words that do not repeat it."""
+    code, out, err = run(*verb, "--url", url)
+    assert code == 2
+    assert "--api-key-file" in err
+    assert "s3cret" not in out + err
 
 
 def test_a_server_without_requests_has_no_trace(run, folder):

@@ -1,12 +1,13 @@
 """The same questions asked of counters: what a running server tells of its workload, and what that answers.
 
 Counters know how much was hit, and ours also why the rest was not. They know no distances: so which tier pays per use
-is answered, and of its size only how much was computed, beyond which no room was of use so far. What they cannot say is
+is answered, and of its size only how much came to be, beyond which no room was of use so far. What they cannot say is
 "unknown".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,9 @@ RECORD = "ask a node of ours beside it (--node), or give a trace (--trace) or a 
 class Observed:
     """Tokens counted so far. `lost` were known once and not used, by reason; None where the server does not tell.
 
-    `engine_tokens` were hit in the engine's own memory, `tier_tokens` in tiers. `never_full` is true where all that was
-    ever computed fits the engine's memory, so that nothing was pushed out of it. `unsure_tokens` may have been known.
-    `computed_tokens` are all whose KV came to be, of prompts and answers.
+    `engine_tokens` were hit in the engine's own memory, `tier_tokens` in tiers. `fresh_tokens` are all that came into
+    the former since the server began, computed or loaded, of prompts and answers; None where it is not told. They fit
+    it where `never_full`: then nothing was pushed out. `unsure_tokens` may have been known.
     """
 
     source: str
@@ -34,7 +35,7 @@ class Observed:
     tier_tokens: Mapping[str, float]
     lost: Mapping[str, float] | None
     never_full: bool
-    computed_tokens: float
+    fresh_tokens: float | None
     unsure_tokens: float = 0.0
 
     @property
@@ -83,7 +84,7 @@ def judge(observed: Observed, machine: Machine) -> Advice:
         leaves += each
         paying = tuple(offer for offer, leaf in zip(machine.offers, each, strict=True) if leaf.answer != "no")
         verdict = "tiers" if paying else "engine"
-    lines = () if verdict == "unknown" else tuple(_lines(observed, machine, paying))
+    lines = () if verdict == "unknown" else tuple(_lines(observed, machine, verdict, paying))
     notes = (f"read from {observed.source}", *machine.assumptions)
     return Advice(verdict, _SO[verdict], tuple(each.tier for each in paying), tuple(leaves), lines, notes=notes)
 
@@ -135,7 +136,7 @@ def _per_use(offer: Offer, machine: Machine, tokens: float, gain: float) -> Leaf
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(observed: Observed, machine: Machine, paying: Sequence[Offer]) -> Iterator[Line]:
+def _lines(observed: Observed, machine: Machine, verdict: str, paying: Sequence[Offer]) -> Iterator[Line]:
     """What was offered, as far as it can be of use; where nothing was, the default."""
     room = {offer.tier: offer for offer in paying}
     if "host" in room:
@@ -143,7 +144,7 @@ def _lines(observed: Observed, machine: Machine, paying: Sequence[Offer]) -> Ite
     elif paying:
         yield size_line("memory_bytes", None, "host memory does not pay; loads and saves pass through it")
     else:
-        yield size_line("memory_bytes", 0.0, "the least there is; vLLM needs no connector, as no tier pays")
+        yield _own_line(observed, machine, verdict)
     if "disk" in room:
         yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
         yield _room_line("disk_bytes", room["disk"], observed, machine)
@@ -157,14 +158,27 @@ def _lines(observed: Observed, machine: Machine, paying: Sequence[Offer]) -> Ite
         yield Line("policy", policy, "the default of `thermocline route`: counters do not tell which is soonest")
 
 
+def _own_line(observed: Observed, machine: Machine, verdict: str) -> Line:
+    """Where no tier pays: what the engine's memory is to our own engine, which has no other cache."""
+    if verdict == "no cache":
+        return size_line("memory_bytes", 0.0, "the least there is; vLLM needs no connector, as no tier pays")
+    tokens = min(machine.device_tokens, math.inf if observed.fresh_tokens is None else observed.fresh_tokens)
+    why = "the engine's memory, or all that came to be, for our own engine; vLLM needs no connector, as no tier pays"
+    return size_line("memory_bytes", tokens * machine.token_bytes, why)
+
+
 def _room_line(setting: str, offer: Offer, observed: Observed, machine: Machine) -> Line:
-    """The size offered, or the default where none was; no more than all that was computed takes."""
-    useful = observed.computed_tokens * machine.token_bytes
-    bound = f"all that was computed so far takes {useful / 1e9:,.1f} GB"
+    """The size offered, or the default where none was; no more than all takes that ever came into the engine's memory.
+
+    Of a tier that several instances share, one of them does not tell what is of use.
+    """
     given = offer.capacity_bytes
-    most = float(str(DECLARED[setting].default)) if given is None else given
-    if useful <= most:
-        return size_line(setting, useful, f"{bound}: more was of no use")
     why = f"as large as was offered with --tier {offer.tier}" if given is not None else "the default"
     more = "" if given is not None else f"; --tier {offer.tier}=SIZE says what there is"
+    if observed.fresh_tokens is None or (offer.shared and machine.instances > 1):
+        return size_line(setting, given, f"{why}: how much would be of use is not told{more}")
+    useful = observed.fresh_tokens * machine.token_bytes
+    bound = f"all that was computed or loaded since it started takes {useful / 1e9:,.1f} GB"
+    if useful <= (float(str(DECLARED[setting].default)) if given is None else given):
+        return size_line(setting, useful, f"{bound}: more was of no use")
     return size_line(setting, given, f"{why}: {bound}, and how much of it comes back is not told{more}")

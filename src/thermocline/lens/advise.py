@@ -26,7 +26,7 @@ from thermocline.costs.pages import layer_token_bytes
 from thermocline.costs.roofline import Prefill, Setup, prefill_of
 from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import host_link
-from thermocline.errors import SettingsError, TraceError, UnreachableError
+from thermocline.errors import SettingsError, ThermoclineError, TraceError, UnreachableError
 from thermocline.lens import observe
 from thermocline.lens.offers import named
 from thermocline.lens.spread import spread
@@ -216,17 +216,27 @@ def of_server(
         raise UnreachableError(f"{source.name} tells no metrics: {why}", hint="is it vLLM's server, or ours?")
     lines, why_none = _trace_of(source, watched)
     if lines:
+        found = trace.parse(io.BytesIO(lines), source.name)
         if keep:
             saved.put(keep, lines)
-        return of_requests(asked, trace.parse(io.BytesIO(lines), source.name), source.name, use_case)
+        return of_requests(asked, found, source, use_case)
     if keep:
         hint = "servers and nodes of ours keep one; they have none before the first request"
         raise SettingsError(f"{source.name} has no trace of its requests", hint=hint)
-    found = observed_of(watched)
-    if not found.requests or not found.prompt_tokens:
+    counted = observed_of(watched)
+    if not counted.requests or not counted.prompt_tokens:
         raise SettingsError(f"{source.name} has answered no request yet", hint="ask again when it has, or --describe")
-    advice = judge(found, machine_of(asked, int(found.prompt_tokens / found.requests)))
-    return msgspec.structs.replace(advice, notes=(f"from counters alone: {why_none}", *advice.notes))
+    advice = judge(counted, machine_of(asked, int(counted.prompt_tokens / counted.requests)))
+    return msgspec.structs.replace(
+        advice, notes=(f"from counters alone: {why_none}", *_taken_for_all(asked, source), *advice.notes)
+    )
+
+
+def _taken_for_all(asked: Asked, source: observe.Source) -> tuple[str, ...]:
+    """What several instances do is not told by one of them; the gateway before them sees it all."""
+    if asked.instances == 1 or source.kind is observe.Kind.GATEWAY:
+        return ()
+    return (f"what {source.name} has seen is taken for the work of all {asked.instances:,} instances",)
 
 
 def _trace_of(source: observe.Source, watched: observe.Watched) -> tuple[bytes, str]:
@@ -235,14 +245,14 @@ def _trace_of(source: observe.Source, watched: observe.Watched) -> tuple[bytes, 
         return b"", "vLLM keeps no trace of its requests"
     try:
         return source.trace(), "no request is remembered"
-    except UnreachableError as error:
+    except ThermoclineError as error:  # an older one does not know the question
         return b"", error.message
 
 
-def of_requests(asked: Asked, found: trace.Trace, name: str, use_case: str | None) -> Advice:
+def of_requests(asked: Asked, found: trace.Trace, source: observe.Source, use_case: str | None) -> Advice:
     """Advice for the last requests that a server remembers."""
-    note = f"read from the last {len(found):,} requests of {name}, which came within {found.seconds:,.0f} s"
-    found = replace(found, notes=(note, *found.notes))
+    note = f"read from the last {len(found):,} requests of {source.name}, which came within {found.seconds:,.0f} s"
+    found = replace(found, notes=(note, *_taken_for_all(asked, source), *found.notes))
     return advise(found, machine_of(asked, int(found.input_tokens.mean())), spread, reorderable=_reorderable(use_case))
 
 
@@ -252,6 +262,13 @@ def _reorderable(use_case: str | None) -> bool:
 
 def observed_of(watched: observe.Watched) -> Observed:
     """What a server tells: ours by its receipts, where it has some, and else by its metrics."""
+    if watched.is_vllm:
+        return _of_vllm(watched)
+    value, fresh = watched.counted, None
+    tiers = watched.counted_by("cached_tokens_total", "tier")
+    own, prompts = tiers.pop("device", 0.0), value("prompt_tokens_total")
+    if prompts:  # a node counts none
+        fresh = prompts - own + value("generated_tokens_total")
     if watched.receipts:
         told = summarise(watched.receipts)
         tiers = {tier: float(tokens) for tier, tokens in told.by_tier.items()}
@@ -259,26 +276,25 @@ def observed_of(watched: observe.Watched) -> Observed:
         source = f"the last {told.requests:,} receipts of {watched.name}"
         own = tiers.pop("device", 0.0)
         unsure = float(sum(share.tokens for share in told.by_reason if share.reason is Reason.UNKNOWN))
-        computed = told.prompt_tokens - own - sum(tiers.values())
         return Observed(
             source, told.requests, told.prompt_tokens, own, tiers, lost,
-            never_full=False, computed_tokens=computed, unsure_tokens=unsure,
+            never_full=False, fresh_tokens=fresh, unsure_tokens=unsure,
         )  # fmt: skip
-    source, value = f"what {watched.name} has counted", watched.counted
-    if not watched.is_vllm:
-        tiers = watched.counted_by("cached_tokens_total", "tier")
-        routes = watched.counted_by("requests_total", "route")
-        requests = sum(count for route, count in routes.items() if route.endswith("completions"))
-        own, prompts = tiers.pop("device", 0.0), value("prompt_tokens_total")
-        computed = prompts - own - sum(tiers.values()) + value("generated_tokens_total")
-        return Observed(source, requests, prompts, own, tiers, None, never_full=False, computed_tokens=computed)
+    routes = watched.counted_by("requests_total", "route")
+    requests = sum(count for route, count in routes.items() if route.endswith("completions"))
+    source = f"what {watched.name} has counted"
+    return Observed(source, requests, prompts, own, tiers, None, never_full=False, fresh_tokens=fresh)
+
+
+def _of_vllm(watched: observe.Watched) -> Observed:
+    value = watched.counted
     room = sum(_room_told(dict(labels)) for labels, _ in watched.last.series.get("vllm:cache_config_info", ()))
     prompts, own = value("vllm:prompt_tokens_total"), value("vllm:prefix_cache_hits_total")
     other = value("vllm:external_prefix_cache_hits_total")
-    computed = prompts - own - other + value("vllm:generation_tokens_total")
+    fresh = max(0.0, prompts - own) + value("vllm:generation_tokens_total")
     tiers = {"external": other} if other else {}
-    requests = value("vllm:request_success_total")
-    return Observed(source, requests, prompts, own, tiers, None, never_full=computed <= room, computed_tokens=computed)
+    requests, source = value("vllm:request_success_total"), f"what {watched.name} has counted"
+    return Observed(source, requests, prompts, own, tiers, None, never_full=fresh <= room, fresh_tokens=fresh)
 
 
 def _room_told(labels: Mapping[str, str]) -> float:

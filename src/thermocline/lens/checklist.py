@@ -93,16 +93,23 @@ def _tiers(seen: Seen) -> Answer:
     if not seen.engines:
         return _unknown("a server or node that tells its metrics")
     names = sorted({tier for each in seen.ours for tier in each.last.by("tier_capacity_bytes", "tier")})
-    used = math.fsum(each.last.value(EXTERNAL) or 0.0 for each in seen.engines)
+    used = _asked_elsewhere(seen)
     if names:
         return State.PASS, f"blocks are kept in {', '.join(names)}"
     return (State.PASS, f"vLLM asked its tiers for {used:,.0f} tokens") if used else (State.FAIL, "no tier was found")
 
 
+def _asked_elsewhere(seen: Seen) -> float:
+    """Tokens that vLLM asked some tier for, whosever it is."""
+    return math.fsum(each.last.value(EXTERNAL) or 0.0 for each in seen.engines)
+
+
 def _thresholds(seen: Seen) -> Answer:
     """What a tier is worth is decided from measured costs, and from how long sessions pause."""
     if not seen.ours:
-        return (State.FAIL, "no tier, so no threshold") if seen.engines else _unknown("a node or server with tiers")
+        if seen.engines and not _asked_elsewhere(seen):
+            return State.FAIL, "no tier, so no threshold"
+        return _unknown("a node or server with tiers of ours: of others no metric tells what they take")
     missing = [tier for tier, loads in _loads(seen).items() if loads < SURE_OBSERVATIONS]
     gap = max((each.gauge("reuse_gap_max_seconds") or 0.0 for each in seen.ours), default=0.0)
     if missing:

@@ -122,6 +122,7 @@ def connect(
     `carried` names what may not cross the network readable, over plain HTTP; empty where nothing is. Raises
     SettingsError for a URL that is none, or would send it so.
     """
+    refuse_password(url)
     parts, port = _parts(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname or port == -1:
         raise SettingsError(f"{url} is not the address of a server", hint="write it as http://127.0.0.1:8000")
@@ -134,6 +135,13 @@ def connect(
             hint="use https, or run this on the server's own machine",
         )
     return http.client.HTTPConnection(parts.hostname, port, timeout=timeout_seconds), path
+
+
+def refuse_password(url: str) -> None:
+    """Raise SettingsError for a URL with a user or password: it is shown with all that is told of its server."""
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        hint = "leave out what is before the @; a key is read from the file that --api-key-file names"
+        raise SettingsError("a URL with a user or password in it", hint=hint)
 
 
 def _refuse_failure(status: int, url: str, missing: str) -> None:

@@ -212,7 +212,8 @@ class Source:
 
 
 def of_url(url: str, api_key_file: Path | None = None) -> Source:
-    """A server: vLLM's or ours."""
+    """A server: vLLM's or ours. Raises SettingsError for a URL with a password, which would be shown."""
+    fetch.refuse_password(url)
     return Source(
         Kind.SERVER,
         url,
