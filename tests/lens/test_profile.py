@@ -20,6 +20,7 @@ from thermocline.costs import measured
 from thermocline.costs.measured import UNTOLD
 from thermocline.errors import SettingsError, UnreachableError
 from thermocline.lens import profile as lens
+from thermocline.lens.figures import seconds
 from thermocline.lens.profile import numbers, page, plan, profile, render
 from thermocline.lens.sweep import HELD_TOKENS, Answer, Endpoint, Plan, Prompts, Sample
 
@@ -134,6 +135,15 @@ def test_in_words(light):
         assert "first token of n computed tokens" in text
         assert text.count("50%") >= 6
     assert page(found).count("<svg") == 3
+
+
+def test_the_last_line_is_what_the_table_says(light):
+    """What reuse gave is told of two rows as they were measured, and not of one and the formula."""
+    found, _ = swept(light)
+    rows = [row for row in found.measured.rows if row.prompt_tokens == SMALL.contexts[-1] and row.concurrency == 1]
+    said = render(found).splitlines()[-1]
+    for row in (rows[0], rows[-1]):
+        assert seconds(row.first_token_seconds) in said
 
 
 def test_command(light, tmp_path, capsys):

@@ -307,7 +307,10 @@ def _concluded(found: Profile) -> list[str]:
     ]
     most = max(_alone(found.measured), key=lambda row: (row.cached, row.prompt_tokens))
     if most.cached:
-        cold = found.measured.prefill_seconds(most.prompt_tokens)
+        whole = (
+            each for each in _alone(found.measured) if each.prompt_tokens == most.prompt_tokens and not each.cached
+        )
+        cold = next((each.first_token_seconds for each in whole), found.measured.prefill_seconds(most.prompt_tokens))
         text = f"so: {most.prompt_tokens:,} tokens take {figures.seconds(cold)} to the first token, and"
         quicker = f"with {most.cached:,} of them cached, {cold / most.first_token_seconds:.1f} times as quick"
         lines.append(f"{text} {figures.seconds(most.first_token_seconds)} {quicker}")
