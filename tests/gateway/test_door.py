@@ -8,6 +8,7 @@ import logging
 import threading
 from array import array
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -226,3 +227,45 @@ def test_many_ids_are_read_aside(make):
         assert (await aside).instance in {0, 1}
 
     asyncio.run(main())
+
+
+def _traced(door):
+    return [json.loads(line) for line in door.recent.lines().splitlines()]
+
+
+def test_answered_requests_are_a_trace(make):
+    """Each answered request whose tokens are known is noted once: when it came, its length and its answer's."""
+    clock = ManualClock(1000.0)
+    door = make(clock=clock)
+    prompts = ([*range(200)], [*range(128), 7, 8], [*range(200)])
+    for number, prompt in enumerate(prompts):
+        decision = door.choose(_arrived(prompt=prompt, now=clock.now()))
+        clock.sleep(10.0)
+        door.finished(decision, clock.now(), Usage(len(prompt), 0, 5 + number))
+    rows = _traced(door)
+    assert [(row["input_length"], row["output_length"]) for row in rows] == [(200, 5), (130, 6), (200, 7)]
+    assert rows[0]["hash_ids"] == rows[2]["hash_ids"]
+    assert rows[0]["hash_ids"][:2] == rows[1]["hash_ids"][:2]
+    assert rows[0]["hash_ids"][2] != rows[1]["hash_ids"][2]
+    assert [row["timestamp"] for row in rows] == [rows[0]["timestamp"] + 10_000 * at for at in range(3)]
+
+
+def test_what_is_no_part_of_the_trace(make):
+    """Not noted: what failed, what no usage was told of, and text without a tokenizer, whose tokens nobody knows."""
+    door = make()
+    door.failed(door.choose(_arrived()), 2.0, Trouble.LOST)
+    door.finished(door.choose(_arrived()), 2.0, None)
+    door.finished(door.choose(_arrived(prompt="text " * 100)), 2.0, Usage(100, 0, 1))
+    assert _traced(door) == []
+    door.finished(door.choose(_arrived()), 2.0, Usage(3, 0, 1))
+    assert len(_traced(door)) == 1
+
+
+def test_the_trace_keeps_salts_apart(make):
+    """Equal prompts of two tenants share no number."""
+    door = make()
+    for salt in (b"one", b"two"):
+        asked = msgspec.structs.replace(_arrived(prompt=[*range(100)]), salt=salt)
+        door.finished(door.choose(asked), 2.0, Usage(100, 0, 1))
+    first, second = _traced(door)
+    assert not set(first["hash_ids"]) & set(second["hash_ids"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from itertools import pairwise
 
@@ -296,3 +297,14 @@ def test_what_an_engine_did_not_load_is_declined(make_store, loaded):
     receipt = store.receipts.record("request", prompt, plan, loaded, 0.1)
     first = loaded.blocks if loaded else 0
     assert reasons(receipt) == [(first, 6, "declined"), (6, 7, "tail")]
+
+
+def test_a_receipt_leaves_its_prompt(make_store):
+    """Each request that has a receipt is in the trace, once; one whose receipt is made again is not in it twice."""
+    store = make_store()
+    for request, seed in (("a", 1), ("b", 1), ("b", 1), ("c", 2)):
+        serve(store, request, text(seed, 200))
+    rows = [json.loads(line) for line in store.receipts.recent.lines().splitlines()]
+    assert [row["input_length"] for row in rows] == [200, 200, 200]
+    assert rows[0]["hash_ids"] == rows[1]["hash_ids"]
+    assert not set(rows[1]["hash_ids"]) & set(rows[2]["hash_ids"])

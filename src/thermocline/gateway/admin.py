@@ -5,6 +5,7 @@ It is `wire.http.Server` with routes of its own; the public door knows none of t
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def admin(gateway: Gateway) -> Server:
         ("GET", "/decisions"): doors.decisions,
         ("GET", "/decisions/*"): doors.decision,
         ("GET", "/metrics"): doors.metrics,
+        ("GET", "/trace"): doors.trace,
     }
     return Server(Routes(table), _refusal, limits=Limits(body_bytes_max=64 << 10, connections_max=16))
 
@@ -113,6 +115,11 @@ class _Doors:
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._gateway.metrics_text().encode(), content_type="text/plain; version=0.0.4")
+
+    async def trace(self, _: Request) -> Response:
+        recent = self._gateway.recent
+        lines = await asyncio.to_thread(recent.lines) if recent is not None else b""
+        return Response(lines, content_type="application/jsonl")
 
     def _named(self, request: Request) -> Standing:
         found = self._gateway.standings.named(request.rest)

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 from msgspec import Struct
 
+from thermocline.blocks.key import TOKENS_PER_KEY
 from thermocline.clock import Clock, SystemClock
 from thermocline.fleet.books import Booking, Fleet
 from thermocline.fleet.chains import Chain
@@ -28,6 +29,7 @@ from thermocline.metrics import Metrics
 from thermocline.tokens.chunks import PROMPT_CHUNK_BYTES, BytesPerToken
 from thermocline.tokens.prompt import Kind, Prompt, prompt_in
 from thermocline.tokens.reader import Reader
+from thermocline.tokens.recent import Recent
 
 LOG = logging.getLogger("thermocline.gateway")
 AT_ONCE_BYTES, IDS_AT_ONCE_BYTES = 4096, 64 << 10
@@ -52,7 +54,7 @@ class Door:
     """The gateway's `Chooser`: tokens, index and books joined. One event loop calls it; events come from their thread.
 
     `model` is what instances call the base model: requests for another name are for an adapter of it. `secret` keys
-    what is remembered of sessions and salts.
+    what is remembered of sessions and salts. Prompts that are known by their tokens are noted in `recent`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Door:
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
+        self.recent = Recent()
         self._index, self._fleet, self._policy = index, fleet, policy
         self._secret, self._model, self._reader = secret, model, reader
         self._clock, self._metrics = clock or SystemClock(), metrics or Metrics()
@@ -233,11 +236,19 @@ class Door:
         if usage is not None and usage.prompt_tokens:
             self._bytes_per_token.learn(sent.cost_bytes, usage.prompt_tokens)
             if sent.chain is not None:
+                self._learn(self._note, sent.booking, sent.chain, now, usage.output_tokens or 0)
                 told = (usage.prompt_tokens, cached, usage.output_tokens or 0)
                 self._learn(self._index.ended, sent.slot, sent.chain, *told)
         if cached is not None:
             self._index.told(sent.slot, decision.cached_tokens, cached)
         return outcome
+
+    def _note(self, booking: Booking, chain: Chain, now: float, output_tokens: int) -> None:
+        """One more request of the trace, at the time it came. One that is known by its bytes is no part of it."""
+        ids = b"" if chain.chunk_tokens else chain.ids(0, -(-chain.tokens // TOKENS_PER_KEY))
+        if ids:
+            at = self._clock.wall() - (now - booking.arrived)
+            self.recent.note(at, ids, group=chain.root, output_tokens=output_tokens)
 
     def failed(self, decision: Decision, now: float, trouble: Trouble) -> None:  # noqa: ARG002  # Chooser's signature
         """See `Chooser`."""

@@ -31,6 +31,7 @@ from thermocline.gateway.seam import Chooser
 from thermocline.gateway.standing import Standings, State
 from thermocline.metrics import Metrics
 from thermocline.settings import is_loopback
+from thermocline.tokens.recent import Recent
 from thermocline.wire.http import Limits
 
 LOG = logging.getLogger("thermocline.gateway")
@@ -69,6 +70,7 @@ class Gateway:
         for instance in instances:
             self.standings.add(instance, slowly=False)
         self.observer: Observer | None = None
+        self.recent: Recent | None = None
         self.stopping = False
         self.held_bytes = self.in_flight = 0
         self._local = is_loopback(host)

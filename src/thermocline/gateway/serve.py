@@ -91,7 +91,7 @@ async def _until_signal(
         )
         stack.callback(door.close)
         gateway = _gateway(settings, door, [each.instance for each in routed], metrics)
-        gateway.observer = observer = Observer(index)
+        gateway.recent, gateway.observer = door.recent, (observer := Observer(index))
         hears = _heard(settings, index, gateway, routed, stack)
         door_for_operators, admin_sock = admin(gateway), admin_socket(admin_path)
         stack.callback(admin_path.unlink, missing_ok=True)

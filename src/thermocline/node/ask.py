@@ -27,7 +27,7 @@ def receipts(path: Path, request: str, count: int = 1) -> bytes:
 
 
 def trace(path: Path) -> bytes:
-    """The last requests of all the node's engines as a trace: see `store.recent`."""
+    """The last requests of all the node's engines as a trace: see `tokens.recent`."""
     return _report(path, say.Trace)
 
 

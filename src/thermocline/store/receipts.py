@@ -17,7 +17,7 @@ from thermocline.store.likeness import PROMPTS_KEPT, Likeness, Prompt, Resemblan
 from thermocline.store.plan import Plan
 from thermocline.store.receipt import Missing, Reason, Receipt, merged
 from thermocline.store.receipts_file import ReceiptsFile
-from thermocline.store.recent import Recent
+from thermocline.tokens.recent import Recent
 
 RECEIPTS_KEPT = 1024
 
@@ -92,7 +92,7 @@ class Receipts:
             while len(self._ring) > self._kept:
                 self._ring.popitem(last=False)
         if not again:  # one that was preempted came once
-            self.recent.note(self._clock.wall(), tokens, group=group)
+            self.recent.note(self._clock.wall(), tokens.tobytes(), group=group)
         if self._file is not None:
             self._file.append(receipt)
         return receipt

@@ -9,10 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.store.test_receipts import serve, text
 from thermocline.costs import trace
-from thermocline.store import recent
-from thermocline.store.recent import BLOCK_BYTES, REQUEST_BYTES, TOKENS_PER_BLOCK, Recent
+from thermocline.tokens import recent
+from thermocline.tokens.recent import BLOCK_BYTES, REQUEST_BYTES, TOKENS_PER_BLOCK, Recent
 
 prompts = st.lists(st.lists(st.integers(0, 1), max_size=6), min_size=1, max_size=12)
 
@@ -24,7 +23,7 @@ def tokens_of(path, rest=0):
 
 def noted(kept, *prompts, group=0):
     for at, tokens in enumerate(prompts):
-        kept.note(1000.0 + at, tokens, group=group)
+        kept.note(1000.0 + at, tokens.tobytes(), group=group)
     return [json.loads(line) for line in kept.lines().splitlines()]
 
 
@@ -78,7 +77,7 @@ def test_it_is_bounded(lengths, bytes_kept, bytes_max):
     """No more is kept, and no more told, than was said: the newest requests, in their order."""
     kept = Recent(bytes_kept)
     for at, length in enumerate(lengths):
-        kept.note(float(at), tokens_of([at] * length))
+        kept.note(float(at), tokens_of([at] * length).tobytes())
     taken, fit = 0, 0
     for length in reversed(lengths):
         taken += REQUEST_BYTES + BLOCK_BYTES * length
@@ -94,16 +93,5 @@ def test_what_is_told_stays_readable():
     """Even where it is full, a trace is shorter than readers take."""
     kept = Recent()
     for at in range(30):
-        kept.note(1e9 + at, np.arange(at, at + 64 * 40_000, dtype=np.uint32))
+        kept.note(1e9 + at, np.arange(at, at + 64 * 40_000, dtype=np.uint32).tobytes())
     assert 1 << 20 < len(kept.lines()) <= recent.TEXT_BYTES_MAX
-
-
-def test_a_receipt_leaves_its_prompt(make_store):
-    """Each request that has a receipt is in the trace, once; one whose receipt is made again is not in it twice."""
-    store = make_store()
-    for request, seed in (("a", 1), ("b", 1), ("b", 1), ("c", 2)):
-        serve(store, request, text(seed, 200))
-    rows = [json.loads(line) for line in store.receipts.recent.lines().splitlines()]
-    assert [row["input_length"] for row in rows] == [200, 200, 200]
-    assert rows[0]["hash_ids"] == rows[1]["hash_ids"]
-    assert not set(rows[1]["hash_ids"]) & set(rows[2]["hash_ids"])
