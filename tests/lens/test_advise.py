@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.gateway.fleet import Light
+from tests.gateway.fleet import Light, Route
 from tests.lens.recordings import FOLDER, recorded
 from tests.node.making import Host, until
 from tests.store.making import BLOCK_BYTES, make_layout
@@ -453,6 +454,31 @@ def test_a_url_with_a_password_is_not_shown(run, verb, url):
     assert "s3cret" not in out + err
 
 
+def test_a_gateway_is_asked_for_all_requests(run, folder):
+    """A gateway has seen the work of all instances: each request once, and how long its answer was."""
+    kept = folder / "kept.jsonl"
+    with contextlib.ExitStack() as started:
+        lights = [started.enter_context(Light(folder, name, "tcp://127.0.0.1:9", 1000)) for name in "ab"]
+        route = started.enter_context(Route(folder, lights))
+        words = ("advise", MODEL, "--gpu", "h100", "--gateway", str(folder / "route.sock"))
+        code, _, err = run(*words)
+        assert code == 2
+        assert "--tokenizer-path" in err
+        for number in range(10):
+            prompt = [*range(640), 1000 + number]
+            body = json.dumps({"model": "light", "prompt": prompt, "max_tokens": 3})
+            link = http.client.HTTPConnection("127.0.0.1", route.port, timeout=10)
+            link.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            assert link.getresponse().read()
+            link.close()
+        code, out, err = run(*words, "--trace-out", str(kept), "--json")
+        assert code == 0, err
+    told = {each["name"]: each["value"] for each in json.loads(out)["advice"]["inputs"]}
+    assert (told["requests"], told["instances"]) == (10, 2)
+    assert told["distinct prefixes"] == pytest.approx(20 * 64)
+    assert read(kept).output_tokens.tolist() == [3] * 10
+
+
 def test_a_server_without_requests_has_no_trace(run, folder):
     """A node that nobody asked yet has nothing to advise from, and nothing to keep: both are errors with a hint."""
     with Host(folder) as host:
@@ -464,4 +490,4 @@ def test_a_server_without_requests_has_no_trace(run, folder):
             assert "hint:" in err
     code, _, err = run("advise", MODEL, "--gpu", "h100", "--use-case", "chat", "--trace-out", "kept")
     assert code == 2
-    assert "--url or --node" in err
+    assert "--gateway with --trace-out" in err

@@ -169,11 +169,15 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--tp", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Accelerators of an instance."
 )
 @click.option(
-    "--instances", metavar="N", type=click.IntRange(1, 1024), default=1, show_default=True, help="Engines side by side."
+    "--instances",
+    metavar="N",
+    type=click.IntRange(1, 1024),
+    help="Engines side by side. By default those of the gateway that is asked, else 1.",
 )
 @click.option("--trace", metavar="FILE", help="Read the workload from a trace of requests.")
 @click.option("--url", metavar="URL", help="Read it from a running server: its last requests, or what it has counted.")
 @click.option("--node", metavar="PATH", help="Read it from a node's last requests, by its socket.")
+@click.option("--gateway", metavar="PATH", help="Read it from a gateway's last requests, by its admin socket.")
 @click.option("--describe", metavar="FILE", help="Synthesise it from a description.")
 @click.option("--use-case", metavar="NAME", help="Compare with what is usual, and without other workload take its own.")
 @click.option(
@@ -191,16 +195,17 @@ def profile(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @click.option("--measured", metavar="FILE", help="Prefill times as `profile` wrote them.")
 @click.option("--api-key-file", metavar="FILE", help="The server's key, where it has one.")
 @click.option("--config-out", metavar="FILE", help="Write the configuration.")
-@click.option("--trace-out", metavar="FILE", help="Keep the requests that were read with --url or --node, as a trace.")
+@click.option("--trace-out", metavar="FILE", help="Keep the requests that were read from what runs, as a trace.")
 @json_flag
 def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     model: str | None,
     gpu: str | None,
     tp: int,
-    instances: int,
+    instances: int | None,
     trace: str | None,
     url: str | None,
     node: str | None,
+    gateway: str | None,
     describe: str | None,
     use_case: str | None,
     tiers: tuple[str, ...],
@@ -226,16 +231,18 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.lens import observe
     from thermocline.node import ask
 
-    given = sum(map(bool, (trace, url, node, describe)))
+    runs = url or node or gateway
+    given = sum(map(bool, (trace, url, node, gateway, describe)))
     if given > 1 or not (given or use_case):
-        raise MistakeError("one workload, please", "give one of --trace, --url, --node, --describe, or a --use-case")
-    if trace_out and not (url or node):
-        raise MistakeError("there are no requests to keep", "give --url or --node with --trace-out")
+        hint = "give one of --trace, --url, --node, --gateway, --describe, or a --use-case"
+        raise MistakeError("one workload, please", hint)
+    if trace_out and not runs:
+        raise MistakeError("there are no requests to keep", "give --url, --node or --gateway with --trace-out")
     asked = lens.Asked(
         model=model,
         gpu=gpu,
         tp=tp,
-        instances=instances,
+        instances=instances or (observe.instances_of(Path(gateway)) if gateway else 1),
         tiers=tiers,
         kv_dtype=kv_dtype,
         kv_tokens=kv_tokens,
@@ -245,9 +252,10 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     advice = None
     if trace:
         advice = lens.of_trace(asked, Path(trace), use_case)
-    elif url or node:
+    elif runs:
         key = Path(api_key_file) if api_key_file else None
-        source = observe.of_url(url, key) if url else observe.of_node(Path(node or ""), ask)
+        path = Path(runs)
+        source = observe.of_url(runs, key) if url else observe.of_node(path, ask) if node else observe.of_gateway(path)
         advice = lens.of_server(asked, source, SystemClock(), use_case, Path(trace_out) if trace_out else None)
     elif describe:
         advice = lens.of_description(asked, workload.read(Path(describe)))

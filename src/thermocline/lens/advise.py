@@ -220,9 +220,9 @@ def of_server(
         if keep:
             saved.put(keep, lines)
         return of_requests(asked, found, source, use_case)
-    if keep:
-        hint = "servers and nodes of ours keep one; they have none before the first request"
-        raise SettingsError(f"{source.name} has no trace of its requests", hint=hint)
+    if keep or source.kind is observe.Kind.GATEWAY:
+        hint = "servers and nodes of ours keep one, and gateways of prompts whose tokens they know (--tokenizer-path)"
+        raise SettingsError(f"{source.name} has no trace of any request", hint=hint)
     counted = observed_of(watched)
     if not counted.requests or not counted.prompt_tokens:
         raise SettingsError(f"{source.name} has answered no request yet", hint="ask again when it has, or --describe")

@@ -100,6 +100,14 @@ def ask(admin: Path, path: str) -> tuple[int, bytes]:
         link.close()
 
 
+def trace(admin: Path) -> bytes:
+    """A gateway's last requests in lines of JSON: those whose tokens it knew. Raises UnreachableError."""
+    status, body = ask(admin, "/trace")
+    if status != HTTPStatus.OK:
+        raise UnreachableError(f"the gateway at {admin} tells no trace", hint="is it a gateway of this version?")
+    return body
+
+
 def read(body: bytes) -> Decided:
     """A record from the JSON that a gateway sends. Raises UnreachableError if it is something else."""
     try:

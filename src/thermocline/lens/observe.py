@@ -234,7 +234,16 @@ def of_node(path: Path, ask: NodeQuestions) -> Source:
 
 def of_gateway(path: Path) -> Source:
     """A gateway, by its admin socket."""
-    return Source(Kind.GATEWAY, str(path), lambda: decision.ask(path, "/metrics")[1])
+    return Source(
+        Kind.GATEWAY, str(path), lambda: decision.ask(path, "/metrics")[1], trace=lambda: decision.trace(path)
+    )
+
+
+def instances_of(gateway: Path) -> int:
+    """How many instances a gateway has: at least 1. Raises UnreachableError where none answers."""
+    decision.ask(gateway, "/instances")
+    found = ps.gateway(gateway)
+    return max(1, len(found.instances)) if found else 1
 
 
 def watch(sources: Sequence[Source], seconds: float, clock: Clock) -> tuple[Watched, ...]:
