@@ -79,6 +79,17 @@ def test_a_finding_is_the_exit_code(runtime, capsys):
     assert out.splitlines()[-1].startswith("so: read its log")
 
 
+def test_json_says_what_the_text_says(runtime, capsys):
+    """Each finding has its meaning, its action and what would refute it, and the whole has its conclusion."""
+    node = ("--node", str(runtime / "node.sock"))
+    _, out, _ = _run(capsys, *node)
+    told = json.loads(_run(capsys, *node, "--json")[1])["diagnosis"]
+    (finding,) = told["findings"]
+    for words in (finding["meaning"], f"do: {finding['action']}", f"not so, if: {finding['refuted_by']}"):
+        assert words in out
+    assert out.splitlines()[-1] == f"so: {told['so']}"
+
+
 def test_well_is_said_plainly(runtime, capsys, started):
     """A system that is well ends with 0, and the last line says that nothing was found."""
     light = started.enter_context(Light(runtime, "a", f"ipc://{runtime / 'events'}", 64))

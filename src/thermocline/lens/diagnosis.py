@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -217,8 +217,8 @@ class Number:
 class Finding:
     """A condition at one place. `weight` is the share of what happens there that it costs, to put the worst first.
 
-    `counted` is True where the numbers are the condition itself, False where they make it likely. What would speak
-    against it is in ADVICE.
+    `counted` is True where the numbers are the condition itself, False where they make it likely. What it means, what
+    to do and what would speak against it follow from the condition: see ADVICE.
     """
 
     condition: Condition
@@ -227,16 +227,14 @@ class Finding:
     evidence: tuple[Number, ...]
     weight: float
     counted: bool = True
+    meaning: str = field(init=False)
+    action: str = field(init=False)
+    refuted_by: str = field(init=False)
 
-    @property
-    def action(self) -> str:
-        """The one next thing to do."""
-        return ADVICE[self.condition][1]
-
-    @property
-    def refuted_by(self) -> str:
-        """What would show that it is something else."""
-        return ADVICE[self.condition][2]
+    def __post_init__(self) -> None:
+        """What the condition means, the one next thing to do, and what would show that it is something else."""
+        for name, words in zip(("meaning", "action", "refuted_by"), ADVICE[self.condition], strict=True):
+            object.__setattr__(self, name, words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +271,20 @@ class Hits:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Findings, the gravest first; what is not known; how many tokens were reused; where the time goes."""
+    """Findings, the gravest first; what is not known; how many tokens were reused; where the time goes.
+
+    `so` is the one next action, or that there is none.
+    """
 
     findings: tuple[Finding, ...]
     unknown: tuple[Unknown, ...]
     hits: tuple[Hits, ...]
     times: tuple[Times, ...]
+    so: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The action of the gravest finding."""
+        object.__setattr__(self, "so", _concluded(self.findings, self.unknown))
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
@@ -298,13 +304,13 @@ def render(found: Diagnosis) -> str:
     if found.unknown:
         lines += [*_blank(lines), "unknown"]
         lines += [f"  {each.where}: {each.question}: needs {each.needs}" for each in found.unknown]
-    return "\n".join([*lines, *_blank(lines), f"so: {_concluded(found)}"])
+    return "\n".join([*lines, *_blank(lines), f"so: {found.so}"])
 
 
-def _concluded(found: Diagnosis) -> str:
-    if found.findings:
-        return found.findings[0].action
-    return PARTLY if any(each.question == NO_METRICS for each in found.unknown) else HEALTHY
+def _concluded(findings: Sequence[Finding], unknown: Iterable[Unknown]) -> str:
+    if findings:
+        return findings[0].action
+    return PARTLY if any(each.question == NO_METRICS for each in unknown) else HEALTHY
 
 
 def _blank(lines: Sequence[str]) -> list[str]:
@@ -316,7 +322,7 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
     width = max(len(each.name) for each in finding.evidence)
     return [
         f"{number}. {finding.condition.upper()}{sure} at {finding.where}",
-        f"   {ADVICE[finding.condition][0]}",
+        f"   {finding.meaning}",
         *([f"   {finding.what}"] if finding.what else []),
         *(f"     {each.name:{width}}  {shown(each)}" for each in finding.evidence),
         f"   do: {finding.action}",
