@@ -22,6 +22,7 @@ from thermocline.costs.study import Offer
 from thermocline.costs.trace import read
 from thermocline.costs.transfer import Link
 from thermocline.errors import ModelError
+from thermocline.lens.size import so
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 published = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
@@ -255,6 +256,7 @@ def test_room_in_tiers_is_on_the_bill():
     assert free.bills[1].tiers_usd_per_month == 0
     notes = [any("room in tiers costs nothing" in note for note in each.assumptions) for each in (free, priced)]
     assert notes == [True, False]
+    assert ["if room costs nothing" in so(each)[2] for each in (free, priced)] == [True, False]
 
 
 def test_a_trace_without_reuse():

@@ -133,6 +133,9 @@ def test_json_and_html(run, tmp_path):
     assert code == 0
     assert [answer["gpu"] for answer in answers] == ["A100-80-SXM", "H200-SXM"]
     assert [each["tokens"] for each in answers[0]["contexts"]] == [2048, 8192]
+    _, text, _ = run(QWEN, "--gpu", "a100-80", "--context", "2k,8k")
+    assert re.findall(r"^so: (.*)$", text, re.MULTILINE) == answers[0]["so"]
+    assert f"{answers[0]['wasted_hours_per_node_month']:,.0f} accelerator-hours" in text
     assert page.read_text().startswith("<!doctype html>")
 
 

@@ -356,8 +356,6 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     MODEL is a folder with config.json, a model in the hub's cache here, or a name of the table. Several models or GPUs
     are put side by side; the exit code is that of the best of them.
     """
-    import msgspec
-
     from thermocline.costs import measured as profiles
     from thermocline.costs import sizing
     from thermocline.costs import trace as traces
@@ -403,6 +401,6 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
         click.echo("\r\x1b[K", err=True, nl=False)
     if html:
         page.write(Path(html), lens.report(found))
-    click.echo(msgspec.json.encode(found).decode() if as_json else lens.render(found))
+    click.echo(lens.as_json(found).decode() if as_json else lens.render(found))
     codes = {sizing.NO_CACHE: NO_CACHE, sizing.TOO_SLOW: TOO_SLOW, sizing.NO_ROOM: NO_ROOM}
     return min((codes.get(each.verdict, OK) for each in found), key=(OK, NO_CACHE, TOO_SLOW, NO_ROOM).index)

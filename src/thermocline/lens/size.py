@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import msgspec
+
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.money import HOURS_PER_MONTH, NODE_ACCELERATORS, Bill, hours_per_node_month
 from thermocline.costs.served import Loaded
@@ -94,7 +96,9 @@ def _reuse(found: Sizing) -> str:
     if found.verdict == NO_CACHE or not work.chosen:
         return f"No cache beside the engine's is advised: {kept}, and no tier gains more than it costs."
     tiers = ", then ".join(f"{nbytes(each.nbytes)} of {each.tier} ({share(each.hit)})" for each in work.chosen)
-    return f"Of {work.name}, {kept}. What gains most per instance: {tiers}; room counts as free."
+    paid = any(each.tiers_usd_per_month for each in found.bills)
+    room = "less what its room costs" if paid else "if room costs nothing"
+    return f"Of {work.name}, {kept}. What gains most per instance, {room}: {tiers}."
 
 
 def _money(found: Sizing) -> str:
@@ -317,6 +321,16 @@ def _bill_table(found: Sizing) -> Table:
 
 
 # -- whole answers -----------------------------------------------------------------------------------------------------
+
+
+def as_json(answers: Sequence[Sizing]) -> bytes:
+    """All of each answer, with the sentences that follow from it."""
+    told = [
+        msgspec.to_builtins(each)
+        | {"wasted_hours_per_node_month": each.wasted and hours_per_node_month(each.wasted), "so": so(each)}
+        for each in answers
+    ]
+    return msgspec.json.encode(told)
 
 
 def render(answers: Sequence[Sizing]) -> str:
