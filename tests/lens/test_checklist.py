@@ -77,8 +77,15 @@ def test_a_node_in_use(node):
     """A node with a time to live, loads and prefills passes by its own figures; who monitors it is unknown."""
     assert _states([node(600.0)], _measured(1024, 4096, 16384)) == [P, P, P, U, P, P, P]
     assert _states([node(None)], _measured(1024)) == [F, P, P, U, P, P, P]
-    assert _states([node(None)], _measured())[0] is F
+    assert _states([node(None)], _measured())[0] is U
     assert _states([node(None, load_seconds=0.0)])[4] is U
+
+
+def test_a_profile_of_an_engine_that_tells_no_memory(node):
+    """Lengths at which nothing was told of KV memory are none that were profiled: unknown, and no pass."""
+    memory = tuple(Memory(context_tokens=each) for each in (512, 1024, 2048))
+    silent = Measured(version=1, conditions=CONDITIONS, rows=(ROW,), memory=memory)
+    assert _states([node(None)], silent)[0] is U
 
 
 @pytest.mark.parametrize(

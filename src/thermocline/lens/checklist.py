@@ -78,9 +78,10 @@ def _unknown(needs: str) -> Answer:
 def _memory_profiled(seen: Seen) -> Answer:
     if seen.measured is None:
         return _unknown(PROFILE)
-    lengths = sorted({each.context_tokens for each in seen.measured.memory})
+    told = (each for each in seen.measured.memory if (each.blocks, each.share, each.kv_bytes) != (None, None, None))
+    lengths = sorted({each.context_tokens for each in told})
     if not lengths:
-        return State.FAIL, "the profile has no KV memory: the engine that it asked tells none in its metrics"
+        return _unknown("a profile of an engine whose metrics tell KV memory, as vLLM's do: this one tells none")
     found = f"KV memory was measured at {', '.join(f'{each:,}' for each in lengths)} tokens"
     return (
         (State.PASS, found)
