@@ -216,6 +216,13 @@ CLAIMS = (
     ),
     Row(
         "demo",
+        '"expect a hit rate of 80 %"',
+        "thermocline demo",
+        _of_demo("advised"),
+        "A hit rate belongs to a size and a traffic. Both are read off what runs; a real store hits what was told.",
+    ),
+    Row(
+        "demo",
         '"why is my hit rate 30 %?"',
         "thermocline why --summary",
         _of_demo("summary"),

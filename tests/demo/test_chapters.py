@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from thermocline.clock import ManualClock, SystemClock
-from thermocline.demo import crash, damage, local_redis, near, sizing, story, vllm
+from thermocline.demo import advised, crash, damage, local_redis, near, sizing, story, vllm
 from thermocline.demo.screen import Screen
 from thermocline.errors import ModelError
 
@@ -51,6 +51,17 @@ def test_sizing(tmp_path, capsys):
     assert told.ok
     assert told.details["bytes_per_token"] == 262_144
     assert capsys.readouterr().err.count("2.50x") == 4
+
+
+def test_advised(tmp_path, capsys):
+    """A store of the advised size hits what was promised of it, within two points, and one of a quarter hits less."""
+    told = advised.play(_screen(), tmp_path)
+    assert told.ok
+    sizes = told.details["sizes"]
+    for each in sizes.values():
+        assert each["hit"] == pytest.approx(each["promised"], abs=0.02)
+    assert sizes["a quarter"]["hit"] < sizes["advised"]["hit"]
+    assert "memory_bytes" in capsys.readouterr().err
 
 
 def test_near(tmp_path, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from thermocline.clock import Clock, SystemClock
-from thermocline.demo import crash, damage, doctor, fleet, locality, near, sizing, vllm, vllm_running
+from thermocline.demo import advised, crash, damage, doctor, fleet, locality, near, sizing, vllm, vllm_running
 from thermocline.demo.chapter import Chapter
 from thermocline.demo.machine import machine
 from thermocline.demo.screen import Screen
@@ -25,6 +25,7 @@ TITLES = {
     "damage": ("A flipped bit on disk is refused", "A hit is exact, or it is a miss with a reason."),
     "crash": ("A kill in the middle of writing is recovered", "What was durable is there, and nothing is wrong."),
     "sizing": ("The KV of a 32B model, in bytes", "Every figure has its formula, with the numbers filled in."),
+    "advised": ("Memory sized by what came", "What is promised of a size is what a store of that size hits."),
     "locality": ("The same prefixes, sent where they are", "Round robin finds one in eight; we find nearly all."),
     "fleet": ("Two instances, and one is killed", "No request is lost, and conversations find their context again."),
     "doctor": ("The doctor names a planted fault", "Evidence, one action, and nothing found after it."),
@@ -52,6 +53,7 @@ def play(*, json_output: bool, engine_ready: Path | None) -> int:
             "damage": damage.play,
             "crash": crash.play,
             "sizing": sizing.play,
+            "advised": advised.play,
             "locality": locality.play,
             "fleet": fleet.play,
             "doctor": doctor.play,
