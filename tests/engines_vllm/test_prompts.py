@@ -57,6 +57,15 @@ def test_what_differs_has_other_keys():
     assert len({chain[-1] for chain in made.values()}) == len(made)
 
 
+def test_a_family_may_share_blocks():
+    """Prompts of one salt and adapter are a family, whatever they say and show; another of either is another one."""
+    forms = ({}, {"cache_salt": "a"}, {"lora_request": lora("a", "/a")}, {"lora_request": lora("b", "/a")})
+    families = {prompt_of(Request("r", TEXT, **fields), 32).family for fields in forms}
+    assert len(families) == len(forms)
+    shown = prompt_of(Request("r", TEXT[1:], mm_features=[image("i", 0, 40)]), 32)
+    assert shown.family == root_key()
+
+
 def test_an_image_matters_from_where_it_stands():
     """Blocks before an image are shared with prompts that have another one there, or none."""
     plain = keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 
 import pytest
@@ -163,6 +164,18 @@ def test_what_vllm_has_itself_waits_for_nobody(clients):
     assert engine.scheduler.finished("c")["by_tier"] == {"device": 96}
     engine.drain()
     engine.close()
+
+
+def test_a_request_leaves_its_times(clients, host):
+    """The node remembers when a request came, how long it was, and how long its answer."""
+    engine = MiniEngine(clients)
+    before = clients[0]._clock.wall()
+    run_alone(engine, Request("a", text(100, 1)), new_tokens=5)
+    engine.close()
+    until(host.store.receipts.recent.lines, "its receipt")
+    row = json.loads(host.store.receipts.recent.lines())
+    assert (row["input_length"], row["output_length"]) == (100, 5)
+    assert before - 1 <= row["timestamp"] / 1000 <= clients[0]._clock.wall()
 
 
 def test_a_request_of_one_token_has_its_receipt(clients):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import mmap
 import os
 import signal
@@ -19,12 +21,13 @@ from hypothesis import strategies as st
 from tests.node.making import CLOCK, GUARD_SECONDS, LAYOUT, PATIENT, Host, Raw, fetch, keep, process, tokens, until
 from tests.store.making import BLOCK_BYTES, chain, contents, make_layout
 from tests.wire.test_messages import CLIENT_MESSAGES
+from thermocline.clock import ManualClock
 from thermocline.errors import NodeError
 from thermocline.node import ask, keeper
 from thermocline.node import server as server_module
 from thermocline.node.client import NodeClient
 from thermocline.node.link import Link
-from thermocline.store.receipt import Reason
+from thermocline.store.receipt import Reason, Receipt
 from thermocline.wire import messages as say
 
 PATH = chain("a", 6)
@@ -203,6 +206,51 @@ def fuzzed(tmp_path_factory):
         client = host.client()
         keep(client, PATH)
         assert fetch(client, PATH)[0] == len(PATH)
+
+
+RECEIPT = Receipt(
+    request="a", prompt_tokens=128, tokens_per_block=16, loaded_tokens=0, computed_tokens=128, by_tier={}, missing=(),
+    match_seconds=0.0, load_seconds=0.0, prefill_seconds=0.1, planned_load_seconds=0.0, planned_recompute_seconds=0.0,
+    planned_cold_seconds=0.1,
+)  # fmt: skip
+
+
+def record(request, *since):
+    """A receipt of a prompt that is always the same."""
+    receipt = msgspec.msgpack.encode(msgspec.structs.replace(RECEIPT, request=request))
+    return say.Record(receipt, np.arange(128, dtype=np.uint32).tobytes(), bytes(32), *since)
+
+
+def remembered(host, clients):
+    """The node's last requests, as a trace, and the time that it is asked at."""
+    for client in clients:
+        client.ask(say.Ping(1))
+    now = 1000 * host.clock.wall()
+    return [json.loads(line) for line in ask.trace(host.socket).splitlines()], now
+
+
+def test_requests_are_remembered_as_they_came(folder):
+    """A request is in the trace at the time it came, not when its answer ended; what cannot be is taken for now."""
+    with Host(folder, clock=ManualClock(1000.0)) as host, Raw(host.socket) as raw:
+        since = [(60.0, 7), (math.nan, 1), (math.inf, 1), (-1.0, 1), (1e300, 1), (0.0, -1), (0.0, 1 << 60), ()]
+        raw.say(*(record(str(at), *each) for at, each in enumerate(since)))
+        rows, now = remembered(host, [raw])
+        assert [round(now - row["timestamp"]) for row in rows] == [60_000, *([0] * 7)]
+        assert [row["output_length"] for row in rows] == [7, *([0] * 7)]
+
+
+def test_other_models_share_no_prefix(folder):
+    """Equal prompts share blocks if they are for one model, whichever of its engines they came to, and else none."""
+    with Host(folder) as host, Raw(host.socket) as one, Raw(host.socket) as two, Raw(host.socket) as other:
+        one.declare()
+        two.declare(msgspec.structs.replace(LAYOUT, tp_rank=1, tp_size=2))
+        other.declare(msgspec.structs.replace(LAYOUT, model="another"))
+        for raw, request in ((one, "a"), (two, "b"), (other, "c")):
+            raw.say(record(request))
+            rows, _ = remembered(host, [raw])
+        first, second, third = (row["hash_ids"] for row in rows)
+        assert first == second
+        assert not set(first) & set(third)
 
 
 @pytest.mark.parametrize(

@@ -421,9 +421,18 @@ class NodeClient:
             link.ask(lambda number: say.Prefetch(number, numbers, b"".join(keys), seconds), arrived)
         return job
 
-    def record(self, receipt: Receipt, tokens: NDArray[np.uint32], root: BlockKey) -> None:
-        """Have the node keep a receipt, for `thermocline why --socket`."""
-        self._tell(say.Record(msgspec.msgpack.encode(receipt), tokens.tobytes(), root))
+    def record(
+        self,
+        receipt: Receipt,
+        tokens: NDArray[np.uint32],
+        root: BlockKey,
+        *,
+        age_seconds: float = 0.0,
+        output_tokens: int = 0,
+    ) -> None:
+        """Have the node keep a receipt, for `thermocline why --socket`, and the request for `thermocline advise`."""
+        told = msgspec.msgpack.encode(receipt), tokens.tobytes(), root
+        self._tell(say.Record(*told, age_seconds, output_tokens))
 
     def usage(self) -> dict[str, Usage]:
         """Nothing: the tiers are the node's, and `thermocline ps` shows them."""

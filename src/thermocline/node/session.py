@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import socket
 import threading
@@ -31,7 +32,7 @@ LEASES_MAX = 1 << 16
 MODEL_NAME_MAX = 64
 LAYOUT_BYTES_MAX = RECEIPT_BYTES_MAX = 1 << 16
 PREFETCH_SECONDS_MAX = 60.0
-COMPUTED_MAX = 1 << 40
+COMPUTED_MAX, TOKENS_MAX = 1 << 40, 1 << 32
 """More tokens, or seconds, than that nobody has computed."""
 LENT_SHARE = 16
 """No client is lent more than one in so many of the bytes of memory, but one slot of each layout."""
@@ -314,7 +315,15 @@ class Session:
         (root,) = split(said.root, KEY_BYTES)
         if len(said.tokens) % 4:
             raise MessageError("tokens are four bytes each")
-        self._store.receipts.keep(receipt, np.frombuffer(said.tokens, np.uint32), root=BlockKey(root))
+        tokens, root = np.frombuffer(said.tokens, np.uint32), self._family(root)
+        known = 0 <= said.age_seconds < COMPUTED_MAX and 0 <= said.output_tokens < TOKENS_MAX
+        since = (said.age_seconds, said.output_tokens) if known else (0.0, 0)
+        self._store.receipts.keep(receipt, tokens, root=root, age_seconds=since[0], output_tokens=since[1])
+
+    def _family(self, root: bytes) -> BlockKey:
+        """What prompts have in common that may share blocks: the root of their salt, and the model they are for."""
+        models = sorted({layout.model for layout in self._layouts.values()})
+        return BlockKey(hashlib.sha256("\0".join((root.hex(), *models)).encode()).digest())
 
     def _receipts(self, asked: say.Receipts) -> None:
         kept = self._store.receipts

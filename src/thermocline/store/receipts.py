@@ -76,10 +76,22 @@ class Receipts:
         loaded = loaded or NOTHING
         missing = account(plan, loaded)
         receipt = make_receipt(request, plan, loaded, prefill_seconds, missing, self._clock.wall())
-        return self.keep(receipt, tokens, root=root)
+        age = receipt.match_seconds + receipt.load_seconds + prefill_seconds
+        return self.keep(receipt, tokens, root=root, age_seconds=age)
 
-    def keep(self, receipt: Receipt, tokens: NDArray[np.uint32], *, root: BlockKey | None = None) -> Receipt:
-        """Keep a receipt that was made elsewhere; returns it with what is known here of prompts like this one."""
+    def keep(
+        self,
+        receipt: Receipt,
+        tokens: NDArray[np.uint32],
+        *,
+        root: BlockKey | None = None,
+        age_seconds: float = 0.0,
+        output_tokens: int = 0,
+    ) -> Receipt:
+        """Keep a receipt that was made elsewhere; returns it with what is known here of prompts like this one.
+
+        The request came `age_seconds` ago; `output_tokens` are 0 where its answer is not over.
+        """
         request, group = receipt.request, int.from_bytes((root or root_key())[:8], "little")
         prompt = sampled(tokens, group=group)
         with self._lock:
@@ -92,7 +104,8 @@ class Receipts:
             while len(self._ring) > self._kept:
                 self._ring.popitem(last=False)
         if not again:  # one that was preempted came once
-            self.recent.note(self._clock.wall(), tokens.tobytes(), group=group)
+            came = max(0.0, self._clock.wall() - age_seconds)
+            self.recent.note(came, tokens.tobytes(), group=group, output_tokens=output_tokens)
         if self._file is not None:
             self._file.append(receipt)
         return receipt

@@ -121,11 +121,16 @@ class Computed(Message, frozen=True, tag="computed"):
 
 
 class Record(Message, frozen=True, tag="record"):
-    """Keep the receipt of a request (as msgpack), to be compared with others of this root. No answer."""
+    """Keep the receipt of a request (as msgpack), to be compared with others of this root. No answer.
+
+    It came `age_seconds` ago, and was answered with so many tokens; 0 where that is not known.
+    """
 
     receipt: bytes
     tokens: bytes
     root: bytes
+    age_seconds: float = 0.0
+    output_tokens: int = 0
 
 
 class Ping(Numbered, frozen=True, tag="ping"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Prompt:
         self.keys: list[BlockKey] = []
         self._adapter = tuple(b"lora " + part.encode() for part in adapter)
         self._items = sorted(items, key=lambda item: item.start)
+
+    @property
+    def family(self) -> BlockKey:
+        """What prompts have in common that may share blocks: the root of their salt, and their adapter."""
+        return BlockKey(hashlib.sha256(b"".join((self.root, *self._adapter))).digest()) if self._adapter else self.root
 
     def grow(self, tokens: Sequence[int], blocks: int) -> Sequence[BlockKey]:
         """The keys of at least the first `blocks` blocks; `tokens` are all that the text has so far."""

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 from thermocline.blocks.frame import SUM_BYTES
-from thermocline.blocks.key import BlockKey
 from thermocline.blocks.layout import Layout
 from thermocline.clock import Clock, SystemClock
 from thermocline.engines.vllm.guard import guarded
@@ -127,7 +126,7 @@ class Scheduler:
             self.counts["hints_refused", ""] += 1
         hints = hints or Hints()
         may_load = hints.load and not request.skip_reading_prefix_cache
-        tracked = Tracked(request, prompt, hints, may_load, hints.save)
+        tracked = Tracked(request, prompt, hints, self._clock.now(), may_load, hints.save)
         self._tracked[tracked.id] = tracked
         if may_load and len(self._tracked) - len(self._running) <= STAGED_AHEAD_MAX:
             self._stage(tracked)
@@ -421,10 +420,10 @@ class Scheduler:
         return None if tracked.first is None else self._receipt(tracked, tracked.first)
 
     def _receipt(self, tracked: Tracked, plan: Plan) -> dict[str, object]:
-        loaded, request = tracked.loaded, tracked.request
+        loaded = tracked.loaded
         missing = account(plan, loaded)
         receipt = make_receipt(tracked.id, plan, loaded, tracked.prefill_seconds, missing, self._clock.wall())
-        self._later.append(partial(self._record, receipt, request, tracked.prompt.root))
+        self._later.append(partial(self._record, receipt, tracked))
         told: dict[str, object] = {
             "prompt_tokens": receipt.prompt_tokens,
             "loaded_tokens": sum(self._tokens(loaded).values()),
@@ -439,8 +438,15 @@ class Scheduler:
             told["session"] = tracked.hints.session
         return told
 
-    def _record(self, receipt: Receipt, request: Any, root: BlockKey) -> None:  # noqa: ANN401  # vLLM's Request
-        self._client.record(receipt, token_array(request.all_token_ids[: request.num_prompt_tokens]), root)
+    def _record(self, receipt: Receipt, tracked: Tracked) -> None:
+        ids, prompt = tracked.request.all_token_ids, tracked.request.num_prompt_tokens
+        self._client.record(
+            receipt,
+            token_array(ids[:prompt]),
+            tracked.prompt.family,
+            age_seconds=self._clock.now() - tracked.came,
+            output_tokens=len(ids) - prompt,
+        )
 
     def reset(self) -> None:
         """Nothing that was saved before is loaded by this engine any more: its weights may be others from now on.

@@ -53,7 +53,7 @@ class Saving:
 
 @dataclass(slots=True, eq=False)
 class Tracked:
-    """One request. `may_load` and `may_save` only ever go from True to False.
+    """One request, which `came` then. `may_load` and `may_save` only ever go from True to False.
 
     `first` is the plan that its receipt tells of, `staging` the question whose plan is loaded from, `asked` when it was
     put, until its answer was read. `local` counts the blocks that vLLM itself had when it last asked; `at_once` says if
@@ -64,6 +64,7 @@ class Tracked:
     request: Any
     prompt: Prompt
     hints: Hints
+    came: float
     may_load: bool
     may_save: bool
     saving: Saving = field(default_factory=Saving)
