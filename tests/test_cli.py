@@ -67,6 +67,7 @@ def test_every_verb_speaks_json(command):
         (["why", "--excerpt"], "hint: leave out --excerpt"),
         (["why", "--last", "3"], "hint: write `thermocline why --summary`"),
         (["why", "--summary", "--file", "missing.jsonl"], "hint: name the file that the server's receipts_path names"),
+        (["why", "--summary", "--gateway", "missing.sock"], "hint: ask its instances with --url"),
         (["why", "--summary", "--last", "0"], "hint: `thermocline why --help` shows what it takes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

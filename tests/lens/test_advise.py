@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.gateway.fleet import Light, Route
+from tests.gateway.fleet import Light, Route, free_port
 from tests.lens.recordings import FOLDER, recorded
 from tests.node.making import Host, until
 from tests.store.making import BLOCK_BYTES, make_layout
@@ -204,6 +204,20 @@ def test_vllm_tells_by_its_metrics(name, never_full):
     assert 0 <= found.engine_tokens < found.prompt_tokens
     assert found.never_full == never_full
     assert (found.ideal is not None) == never_full
+
+
+def test_a_gateway_counts_what_its_instances_hit():
+    """Asked like a server, a gateway tells the hits of all its instances, and the flag that has its last requests."""
+    text = (
+        "thermocline_prompt_tokens_total 1000\nthermocline_routed_cached_tokens_total 740\n"
+        'thermocline_requests_total{route="/v1/completions",status="200"} 4\n'
+    )
+    watched = observe.Watched(kind=observe.Kind.SERVER, name="a", scrapes=(observe.parse(text),))
+    found = advise.observed_of(watched)
+    assert (found.hit_tokens, found.prompt_tokens, found.requests) == (740, 1000, 4)
+    source = observe.Source(observe.Kind.SERVER, "a", lambda: text, trace=lambda: b"")
+    told = advise.of_server(H100, source, ManualClock(0.0))
+    assert any("--gateway" in note for note in told.notes)
 
 
 def test_receipts_do_not_bound_what_is_of_use():
@@ -396,6 +410,16 @@ def leave_receipts(client, prompts, clock):
         )  # fmt: skip
         client.record(receipt, np.asarray(tokens, np.uint32), root_key())
         clock.sleep(1.0)
+
+
+def test_nothing_answers(run, folder):
+    """What does not answer is said with the next step: for a node it is to look for its socket."""
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    for flag, where, step in (("--node", str(folder / "a.sock"), "thermocline ps"), ("--url", nowhere, "is it up")):
+        code, _, err = run("advise", MODEL, "--gpu", "h100", flag, where)
+        assert code == 1
+        assert where in err
+        assert step in err.partition("hint:")[2]
 
 
 def test_a_node_is_asked_for_its_requests(run, folder):

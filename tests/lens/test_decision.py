@@ -42,6 +42,13 @@ def test_what_came_of_it():
     assert "regret" not in _shown(), "a whole answer's first byte is no first token"
 
 
+def test_no_gateway(tmp_path):
+    """Where no gateway answers, the hint is how to find the path of one."""
+    with pytest.raises(UnreachableError, match="no gateway answers") as caught:
+        decision.ask(tmp_path / "gateway-8000.sock", "/trace")
+    assert "thermocline ps" in caught.value.hint
+
+
 def test_no_record():
     """What is no record is said to be none."""
     with pytest.raises(UnreachableError, match="no decision"):

@@ -86,6 +86,7 @@ def test_failures(server, status, words):
     with pytest.raises(UnreachableError, match=words) as caught:
         fetch.receipt(url, str(status))
     assert caught.value.hint
+    assert ("--socket" in caught.value.hint) == (status == 404)
     assert len(asked) == 1
 
 

@@ -16,6 +16,7 @@ from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
 from thermocline.costs.sizing import Asked, size
+from thermocline.costs.trace import read
 from thermocline.errors import SettingsError
 from thermocline.lens.figures import lengths
 from thermocline.lens.size import render, report, so, with_parameters
@@ -79,6 +80,14 @@ def test_what_is_not_known():
     said = so(size(Asked(geometry=unknown(), accelerator=accelerator("H100"))))
     assert "not known" in said[0]
     assert said[-1].startswith("Unknown: ")
+
+
+def test_one_instance_is_one(tmp_path):
+    """Where one instance keeps up with a trace, the text says one instance."""
+    path = tmp_path / "some.jsonl"
+    row = {"input_length": 2000, "output_length": 10, "hash_ids": [1, 2, 3, 4]}
+    path.write_text("".join(f"{json.dumps(row | {'timestamp': 100_000 * at})}\n" for at in range(20)))
+    assert "with 1 instance\n" in render([size(asked(trace=read(path)))])
 
 
 def test_side_by_side():

@@ -53,6 +53,8 @@ def why(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     from thermocline.lens import decision, fetch, report
 
     if gateway is not None:
+        if summary:
+            raise MistakeError("a gateway adds nothing up", "ask its instances with --url, or a node with --socket")
         record = decision.fetch(Path(gateway), request_id)
         click.echo(record.decode() if as_json else decision.render(decision.read(record)))
         return

@@ -34,6 +34,8 @@ from thermocline.lens.summary import summarise
 from thermocline.store.receipt import Reason
 
 WIDTH = 100
+ROUTED = "routed_cached_tokens_total"
+"""What a gateway counts of all its instances, whatever their tiers."""
 LOST = {
     Reason.EVICTED,
     Reason.EXPIRED,
@@ -213,7 +215,9 @@ def of_server(
     (watched,) = observe.watch([source], 0, clock)
     if not watched.scrapes:
         why = "; ".join(reason for _, reason in watched.untold)
-        raise UnreachableError(f"{source.name} tells no metrics: {why}", hint="is it vLLM's server, or ours?")
+        of_node = source.kind is observe.Kind.NODE
+        hint = "`thermocline ps` prints the sockets of nodes" if of_node else "is it up, and vLLM's server, or ours?"
+        raise UnreachableError(f"{source.name} tells no metrics: {why}", hint=hint)
     lines, why_none = _trace_of(source, watched)
     if lines:
         found = trace.parse(io.BytesIO(lines), source.name)
@@ -243,6 +247,11 @@ def _trace_of(source: observe.Source, watched: observe.Watched) -> tuple[bytes, 
     """Its last requests, or why there are none."""
     if watched.is_vllm or source.trace is None:
         return b"", "vLLM keeps no trace of its requests"
+    if watched.last.value(ROUTED) is not None and source.kind is observe.Kind.SERVER:
+        return (
+            b"",
+            "a gateway tells its last requests at its own socket: give --gateway PATH, as `thermocline ps` prints it",
+        )
     try:
         return source.trace(), "no request is remembered"
     except ThermoclineError as error:  # an older one does not know the question
@@ -266,6 +275,8 @@ def observed_of(watched: observe.Watched) -> Observed:
         return _of_vllm(watched)
     value, fresh = watched.counted, None
     tiers = watched.counted_by("cached_tokens_total", "tier")
+    if routed := value(ROUTED):
+        tiers["instances"] = routed
     own, prompts = tiers.pop("device", 0.0), value("prompt_tokens_total")
     if prompts:  # a node counts none
         fresh = prompts - own + value("generated_tokens_total")

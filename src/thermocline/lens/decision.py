@@ -94,7 +94,7 @@ def ask(admin: Path, path: str) -> tuple[int, bytes]:
         reply = link.getresponse()
         return reply.status, reply.read(BODY_BYTES_MAX)
     except (OSError, http.client.HTTPException) as error:
-        hint = "start one with `thermocline route`, which says where it is administered"
+        hint = "`thermocline ps` prints the paths of those that run, and `thermocline route` starts one"
         raise UnreachableError(f"no gateway answers at {admin}: {error}", hint=hint) from None
     finally:
         link.close()

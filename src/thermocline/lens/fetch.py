@@ -20,6 +20,10 @@ from thermocline.store.receipts_file import LINE_BYTES_MAX, older
 TIMEOUT_SECONDS = 5.0
 BODY_BYTES_MAX = 16 << 20
 _EXCERPT_HINT = "run `thermocline why --excerpt` where the server runs, which must listen on 127.0.0.1"
+_RECEIPT_HINT = (
+    "ids are in the answers, and `receipts_kept` says how many a server of ours remembers; a gateway has none: ask its "
+    "instances; and vLLM neither: ask its node with --socket"
+)
 _FILE_HINT = "name the file that the server's receipts_path names"
 
 
@@ -148,9 +152,8 @@ def _refuse_failure(status: int, url: str, missing: str) -> None:
     if status == HTTPStatus.OK:
         return
     if status == HTTPStatus.NOT_FOUND:
-        raise UnreachableError(
-            f"{url} has {missing}", hint="ids are in the answers; `receipts_kept` says how many it remembers"
-        )
+        hint = _RECEIPT_HINT if "receipt" in missing else "is it vLLM's server, or ours?"
+        raise UnreachableError(f"{url} has {missing}", hint=hint)
     if status == HTTPStatus.UNAUTHORIZED:
         raise UnreachableError(f"{url} wants an API key", hint="name its file with --api-key-file")
     if status == HTTPStatus.FORBIDDEN:

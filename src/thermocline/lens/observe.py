@@ -420,7 +420,7 @@ def answered(watched: Sequence[Watched]) -> None:
     """Raise UnreachableError where only servers were asked, and none told its metrics: then nothing is known."""
     if watched and all(each.kind is Kind.SERVER and not each.scrapes for each in watched):
         told = "; ".join(dict.fromkeys(why for each in watched for _, why in each.untold))
-        raise UnreachableError(f"nothing that was asked has metrics: {told}", hint="is it vLLM's server, or ours?")
+        raise UnreachableError(f"nothing that was asked has metrics: {told}", hint="is it up, and vLLM's or ours?")
 
 
 def named(

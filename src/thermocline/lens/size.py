@@ -270,7 +270,7 @@ def _workload_table(found: Sizing) -> Table:
         ("hits come after, median", seconds(work.waits["p50"])),
         ("  nine in ten within", seconds(work.waits["p90"])),
     ]
-    return Table(f"workload: {work.name}", ("", f"with {work.instances} instances"), rows)
+    return Table(f"workload: {work.name}", ("", f"with {work.instances} instance{'s' * (work.instances > 1)}"), rows)
 
 
 def _size_table(found: Sizing) -> Table:
