@@ -192,7 +192,8 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
     ),
     Condition.IDLE_SESSIONS: (
         "memory is full of sessions that nobody comes back to",
-        "set ttl_seconds a little above the longest gap, or give the memory to the engine",
+        "keep less: a smaller tier (`thermocline advise` says how large), or ttl_seconds a little above the longest gap; "
+        "vLLM's own idle blocks give way by themselves",
         "sessions come back after longer pauses than were seen so far",
     ),
     Condition.NO_REUSE: (
