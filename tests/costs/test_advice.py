@@ -121,6 +121,17 @@ def test_a_tiers_bandwidth_flips_its_answer(side, verdict):
     assert answer(CHAT, machine(16_000, offer(speed=flips * side))).verdict == verdict
 
 
+def test_numbers_that_people_can_use():
+    """A small tier has a size, no share flips above all of it, and what saves nothing does not flip where it stands."""
+    small = replace(machine(16_000, offer(), offer("disk", 7e9)), token_bytes=100)
+    advice = answer(CHAT, small)
+    assert leaf(advice, "Does host").answer == "yes: 0.0319 GB"
+    nothing = number(advice, "Does disk", "seconds saved")
+    assert (nothing.value, nothing.flips_at, nothing.flips_to) == (0, None, "")
+    reuse = number(answer(CHAT, replace(small, prefill=lambda tokens, _: tokens * 1e-9)), "Is there", "prefill")
+    assert (reuse.flips_at, reuse.flips_to) == (None, "yes")
+
+
 @pytest.mark.parametrize(("side", "verdict"), [(0.99, "tiers"), (1.01, "engine")])
 def test_the_price_of_room_flips_the_answer(side, verdict):
     """Room is bought while the seconds that it saves are worth more than it costs; a little above that, it is not."""

@@ -173,6 +173,11 @@ def _least(most: int, holds: Callable[[int], bool]) -> int | None:
     return high if holds(most) else None
 
 
+def gigabytes(nbytes: float) -> str:
+    """1,919.3 GB, 0.0229 GB; 10^9 bytes are a GB."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e9:.3g} GB"  # noqa: PLR2004  # a GB
+
+
 def _inputs(study: Study, reuse: Reuse) -> tuple[Number, ...]:
     trace, machine = study.trace, study.machine
     return (
@@ -198,7 +203,8 @@ def _reuse(study: Study, reuse: Reuse) -> tuple[bool, Leaf]:
         f"{everything:,.1f} s of prefill per hour; asking tiers may cost {overhead:,.1f} s."
     )
     share, least = 100 * saved / everything, 100 * overhead / everything
-    number = Number("prefill that reuse could save", share, "%", least, "no" if pays else "yes")
+    flips_at = least if least <= 100 else None  # noqa: PLR2004  # per cent: no share is above all
+    number = Number("prefill that reuse could save", share, "%", flips_at, "no" if pays else "yes")
     return pays, Leaf("Is there reuse?", "yes" if pays else "no", why, (number,), "thermocline why --summary")
 
 
@@ -247,9 +253,10 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
     with_it, without = study.use([*others, (offer, tried)]).hit, study.use(others).hit
     shortest, longest = _pays_from(study, offer), int(study.trace.input_tokens.max())
     never = "" if shortest else f" No prefix of up to {longest:,} tokens is loaded sooner than computed."
+    best = max(gains.values(), default=0.0)
     enough, quick = study.tier_bytes(most) / 1e9, flip(1e5, 1e14, lambda speed: gain(speed) > 0)
     numbers = [
-        Number("seconds saved per hour, less what it costs", max(gains.values(), default=0.0), "s", 0.0, flips_to),
+        Number("seconds saved per hour, less what it costs", best, "s", *((0.0, flips_to) if best else ())),
         Number("bandwidth for one instance", offer.link.bytes_per_second, "B/s", quick, flips_to),
         *([Number("prefix from which a load is quicker", shortest, "tokens")] if shortest else []),
         *([Number("room for nine tenths of those seconds", enough, "GB")] if size else []),
@@ -261,7 +268,7 @@ def _tier(study: Study, offer: Offer, tiers: Sequence[Sized]) -> Leaf:
         numbers.append(Number("price of room", offer.usd_per_gb_hour, "USD/GB/h", dear, flips_to))
     return Leaf(
         f"Does {offer.tier} pay?",
-        f"yes: {study.tier_bytes(size) / 1e9:,.1f} GB" if size else "no",
+        f"yes: {gigabytes(study.tier_bytes(size))}" if size else "no",
         f"With it {100 * with_it:.1f} % of the prompt tokens are not computed, without it {100 * without:.1f} %; over "
         f"{offer.link.name} ({offer.link.evidence}: {offer.link.source}).{never}",
         tuple(numbers),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from thermocline.costs.advice import SO, Advice, Leaf, Line, Number, flip, size_line
+from thermocline.costs.advice import SO, Advice, Leaf, Line, Number, flip, gigabytes, size_line
 from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import TAIL_TOKENS
 from thermocline.settings import DECLARED
@@ -178,7 +178,7 @@ def _room_line(setting: str, offer: Offer, observed: Observed, machine: Machine)
     if observed.fresh_tokens is None or (offer.shared and machine.instances > 1):
         return size_line(setting, given, f"{why}: how much would be of use is not told{more}")
     useful = observed.fresh_tokens * machine.token_bytes
-    bound = f"all that was computed or loaded since it started takes {useful / 1e9:,.1f} GB"
+    bound = f"all that was computed or loaded since it started takes {gigabytes(useful)}"
     if useful <= (float(str(DECLARED[setting].default)) if given is None else given):
         return size_line(setting, useful, f"{bound}: more was of no use")
     return size_line(setting, given, f"{why}: {bound}, and how much of it comes back is not told{more}")

@@ -28,6 +28,7 @@ from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import host_link
 from thermocline.errors import SettingsError, ThermoclineError, TraceError, UnreachableError
 from thermocline.lens import observe
+from thermocline.lens.figures import nbytes
 from thermocline.lens.offers import named
 from thermocline.lens.spread import spread
 from thermocline.lens.summary import summarise
@@ -155,7 +156,7 @@ def _prefill(
 def _room(offer: Offer) -> str:
     if offer.capacity_bytes is None:
         return f"as large as is useful, --tier {offer.tier}=SIZE bounds it"
-    return f"at most {offer.capacity_bytes / 1e9:,.0f} GB"
+    return f"at most {nbytes(offer.capacity_bytes)}"
 
 
 def _price_note(given: float | None, price: Price | None) -> str:
