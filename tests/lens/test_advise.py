@@ -422,6 +422,15 @@ def test_nothing_answers(run, folder):
         assert step in err.partition("hint:")[2]
 
 
+def test_a_node_without_requests(run, folder):
+    """A node that knows of no request says whose it would know, and where else those of our engines are."""
+    with Host(folder, clock=ManualClock(0.0)) as host:
+        for more in ((), ("--trace-out", str(folder / "kept.jsonl"))):
+            code, _, err = run("advise", MODEL, "--gpu", "h100", "--node", str(host.socket), *more)
+            assert code == 2
+            assert "--gateway" in err.partition("hint:")[2]
+
+
 def test_a_node_is_asked_for_its_requests(run, folder):
     """A node's last requests are a trace: it is answered as that one is, with sizes, and can be kept for `size`."""
     clock = ManualClock(0.0)

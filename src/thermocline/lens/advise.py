@@ -226,15 +226,22 @@ def of_server(
             saved.put(keep, lines)
         return of_requests(asked, found, source, use_case)
     if keep or source.kind is observe.Kind.GATEWAY:
-        hint = "servers and nodes of ours keep one, and gateways of prompts whose tokens they know (--tokenizer-path)"
-        raise SettingsError(f"{source.name} has no trace of any request", hint=hint)
+        raise SettingsError(f"{source.name} has no trace of any request", hint=_TRACES[source.kind])
     counted = observed_of(watched)
     if not counted.requests or not counted.prompt_tokens:
-        raise SettingsError(f"{source.name} has answered no request yet", hint="ask again when it has, or --describe")
+        hint = _TRACES[source.kind] if source.kind is observe.Kind.NODE else "ask again when it has, or --describe"
+        raise SettingsError(f"{source.name} has answered no request yet", hint=hint)
     advice = judge(counted, machine_of(asked, int(counted.prompt_tokens / counted.requests)))
     return msgspec.structs.replace(
         advice, notes=(f"from counters alone: {why_none}", *_taken_for_all(asked, source), *advice.notes)
     )
+
+
+_TRACES = {
+    observe.Kind.SERVER: "servers of ours keep one from the first request on; of vLLM's a node has it: --node",
+    observe.Kind.NODE: "a node knows vLLM's requests once they came; our own engines know theirs: --url, --gateway",
+    observe.Kind.GATEWAY: "a gateway keeps one of prompts whose tokens it knows: token ids, or with --tokenizer-path",
+}
 
 
 def _taken_for_all(asked: Asked, source: observe.Source) -> tuple[str, ...]:
