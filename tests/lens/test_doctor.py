@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import inspect
 import json
+import math
 import random
 import re
 import threading
@@ -28,7 +29,7 @@ from tests.store.test_planted import DISK_BYTES, OTHER, SLOW_DISK, TTL_SECONDS, 
 from tests.store.test_receipts import joined, keys_of, serve, text
 from thermocline.blocks.key import block_keys, root_key
 from thermocline.clock import ManualClock, SystemClock, until
-from thermocline.lens import doctor
+from thermocline.lens import checklist, doctor, observe
 from thermocline.lens.diagnosis import HEALTHY, Condition, Diagnosis, render
 from thermocline.lens.doctor import ENOUGH, diagnose
 from thermocline.lens.observe import Ear, Kind, Watched, named, parse, watch
@@ -689,6 +690,45 @@ def test_any_figures_are_diagnosed(kind, scrapes):
         events=(),
     )
     assert "so: " in render(diagnose([at, dataclasses.replace(at, kind=Kind.SERVER, name="http://a")]))
+
+
+COUNTS = st.one_of(st.integers(0, 40), st.sampled_from([-5, 1 << 41, 10**18, 10**40]))
+FIGURES = st.one_of(st.floats(0, 2), st.sampled_from([-1.0, 1e-300, 1e300, math.inf, math.nan]))
+RECEIPTS = st.lists(
+    st.builds(
+        Receipt,
+        request=st.just("a"),
+        prompt_tokens=COUNTS,
+        tokens_per_block=COUNTS,
+        loaded_tokens=COUNTS,
+        computed_tokens=COUNTS,
+        by_tier=st.dictionaries(st.sampled_from(["memory", "disk"]), COUNTS, max_size=2),
+        missing=st.lists(st.builds(Missing, COUNTS, COUNTS, st.sampled_from(Reason)), max_size=2).map(tuple),
+        **{
+            f"{name}_seconds": FIGURES
+            for name in ("match", "load", "prefill", "planned_load", "planned_recompute", "planned_cold")
+        },
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(RECEIPTS)
+def test_any_receipts_are_diagnosed(receipts):
+    """Receipts with figures that cannot be are passed over, and that is said; of all others something can be said."""
+    source = observe.Source(Kind.NODE, "node", lambda: "thermocline_matches_total 1", lambda: tuple(receipts))
+    (at,) = watch([source], 0, CLOCK)
+    assert (len(at.receipts) < len(receipts)) == any(what == "receipts" for what, _ in at.untold)
+    assert "so: " in render(diagnose([at]))
+    assert len(checklist.check([at])) == len(checklist.ITEMS)
+
+
+def test_loads_that_were_not_timed_are_not_called_slow():
+    """A load that took no time was not timed, as vLLM's are: nothing is said of it, whatever was planned."""
+    untimed = msgspec.structs.replace(SLOW, load_seconds=0.0, prefill_seconds=0.0, planned_recompute_seconds=0.5)
+    at = Watched(kind=Kind.NODE, name="node", receipts=(untimed,) * 3)
+    assert conditions(diagnose([at])) == set()
 
 
 def _line(name, values, value):

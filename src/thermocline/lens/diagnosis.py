@@ -192,8 +192,7 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
     ),
     Condition.IDLE_SESSIONS: (
         "memory is full of sessions that nobody comes back to",
-        "keep less: a smaller tier (`thermocline advise` says how large), or ttl_seconds a little above the longest gap; "
-        "vLLM's own idle blocks give way by themselves",
+        "keep less: a smaller tier (ask `thermocline advise`), or a ttl_seconds; vLLM's own idle blocks give way anyway",
         "sessions come back after longer pauses than were seen so far",
     ),
     Condition.NO_REUSE: (

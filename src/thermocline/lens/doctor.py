@@ -243,7 +243,7 @@ def _load_slower(at: Watched, _: Sequence[Watched]) -> Said:
     for tier, some in sorted(by_tier.items()):
         loading = math.fsum(each.load_seconds for each in some)
         saved = math.fsum(each.planned_cold_seconds - each.planned_recompute_seconds for each in some)
-        if len(some) >= FEW and loading > saved:
+        if len(some) >= FEW and loading > max(0.0, saved):
             numbers = (
                 Number("loading took", loading, "s"),
                 Number("computing the same would take", saved, "s"),
@@ -517,6 +517,8 @@ def _hits(at: Watched) -> Hits | None:
         return Hits(at.name, tokens, tuple(sources.items())) if tokens >= 1 else None
     if at.receipts:
         summary = summarise(_recent(at))
+        if not summary.prompt_tokens:
+            return None
         reasons = tuple((share.reason.name, float(share.tokens)) for share in summary.by_reason if share.tokens)
         sources = {tier: float(tokens) for tier, tokens in sorted(summary.by_tier.items())}
         return Hits(at.name, summary.prompt_tokens, tuple(sources.items()), reasons, summary.requests)

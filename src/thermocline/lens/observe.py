@@ -35,6 +35,8 @@ LOOKS = 8
 """How often gauges are read within the time: a queue is not told from a moment."""
 RECEIPTS_READ, DECISIONS_READ = 10_000, 1000
 HASHES_MAX = 1 << 20
+TOKENS_MAX, SECONDS_MAX = 1 << 40, 1e9
+"""What a receipt may say of one request."""
 _PROGRESS = ("prompt_tokens_total", "matches_total", "vllm:prompt_tokens_total")
 _LINE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?[ \t]+(\S+)")
 _LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
@@ -293,10 +295,23 @@ class _Seen:
         if self.source.receipts is None or not ours:
             return None
         try:
-            return self.source.receipts()
+            told = self.source.receipts()
         except (ThermoclineError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.untold["receipts", getattr(error, "message", str(error))] = None
             return None
+        sound = tuple(filter(_is_sound, told))
+        if len(sound) < len(told):
+            self.untold["receipts", f"{len(told) - len(sound):,} of them have figures that cannot be"] = None
+        return sound
+
+
+def _is_sound(told: Receipt) -> bool:
+    """Figures that can be: none below nothing, none beyond all bounds."""
+    counts = (told.prompt_tokens, told.loaded_tokens, told.computed_tokens, *told.by_tier.values())
+    planned = (told.planned_load_seconds, told.planned_recompute_seconds, told.planned_cold_seconds)
+    seconds = (told.match_seconds, told.load_seconds, told.prefill_seconds, *planned)
+    whole = 1 <= told.tokens_per_block <= TOKENS_MAX and all(0 <= each <= TOKENS_MAX for each in counts)
+    return whole and all(0 <= each <= SECONDS_MAX for each in seconds)
 
 
 def _routed(admin: Path) -> tuple[tuple[ps.Routed, ...], tuple[decision.Decided, ...]]:
