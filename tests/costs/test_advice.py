@@ -460,6 +460,12 @@ def test_a_link_pays_per_use_above_its_break_even(side, tiers):
     assert judge(seen, machine(16_000, offer(speed=flips * side))).tiers == tiers
 
 
+def test_what_is_told_to_be_run_can_be_run():
+    """Receipts are added up only where a server has some: of one that counts alone the doctor is asked."""
+    for lost, test in ((None, "thermocline doctor"), ({}, "thermocline why --summary")):
+        assert judge(observed(lost=lost), machine(16_000, offer())).leaves[0].test == test
+
+
 LOST = {"EVICTED": 30_000.0}
 
 

@@ -280,7 +280,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 @click.option(
     "--weights-dtype", default="", metavar="NAME", help="Of the weights: bf16, fp8, fp4. By default as above."
 )
-@click.option("--parameters", metavar="COUNT", help="Of the model, where they are not known: 27B, or 30B:3B active.")
+@click.option("--parameters", metavar="COUNT", help="Of the model, where not known: 27B; 30B:3B has 3B active.")
 @click.option("--utilisation", metavar="SHARE", type=Figure(0.1, 1), help="Of the memory; by default vLLM's.")
 @click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
 @click.option(

@@ -72,7 +72,8 @@ def judge(observed: Observed, machine: Machine) -> Advice:
         f"Of {observed.prompt_tokens:,.0f} prompt tokens {100 * least:.1f} % were not computed; asking tiers may "
         f"cost a request {1000 * asking:.1f} ms."
     )
-    leaves = [Leaf("Is there reuse?", reuse, why, shares, "thermocline why --summary")]
+    test = "thermocline doctor" if observed.lost is None else "thermocline why --summary"  # that one needs receipts
+    leaves = [Leaf("Is there reuse?", reuse, why, shares, test)]
     verdict = {"no": "no cache", "unknown": "unknown", "yes": "tiers"}[reuse]
     paying: tuple[Offer, ...] = ()
     if reuse == "yes":

@@ -35,16 +35,19 @@ def _whole(value: float) -> str:
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
+_COUNT_HINT = "write --parameters 27B, or 30B:3B where 3B of 30B are active"
+
+
 def with_parameters(geometry: Geometry, text: str | None) -> Geometry:
     """The model with so many parameters: TOTAL, or TOTAL:ACTIVE as 30B:3B. Raises SettingsError for other words."""
     if text is None:
         return geometry
     parts = [_PARAMETERS.fullmatch(part.strip()) for part in text.split(":")]
     if not 1 <= len(parts) <= 2 or not all(parts):  # noqa: PLR2004  # total and active
-        raise SettingsError(f"--parameters {text} is no number", hint="write --parameters 27B, or 30B:3B active")
+        raise SettingsError(f"--parameters {text} is no number", hint=_COUNT_HINT)
     total, *active = (int(float(part[1]) * _POWERS[part[2].upper()]) for part in parts if part)
     if not 0 < (active or [total])[0] <= total:
-        raise SettingsError(f"--parameters {text} cannot be", hint="write --parameters 27B, or 30B:3B active")
+        raise SettingsError(f"--parameters {text} cannot be", hint=_COUNT_HINT)
     return replace(geometry, parameters_total=total, parameters_active=(active or [total])[0], weights_bytes=None)
 
 
