@@ -192,7 +192,7 @@ ADVICE: dict[Condition, tuple[str, str, str]] = {
     ),
     Condition.IDLE_SESSIONS: (
         "memory is full of sessions that nobody comes back to",
-        "keep less: a smaller tier (ask `thermocline advise`), or a ttl_seconds; vLLM's own idle blocks give way anyway",
+        "keep less: a smaller tier (ask `thermocline advise`), or a ttl_seconds; vLLM's own idle blocks give way",
         "sessions come back after longer pauses than were seen so far",
     ),
     Condition.NO_REUSE: (
