@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 T = TypeVar("T")
-PROTOCOL = 1
+PROTOCOL = 2
 """Both sides must speak the same: a node refuses any other at the handshake, with the reason."""
 
 MESSAGE_BYTES_MAX = 32 << 20
