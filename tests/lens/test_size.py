@@ -205,3 +205,15 @@ def test_parameters():
     for bad in ("", "x", "1:2:3", "-1B", "0", "3B:30B"):
         with pytest.raises(SettingsError):
             given(bad)
+
+
+def test_how_memory_is_divided_is_asked(run):
+    """The size of a block and the tokens of a step are inputs: lengths are rounded to one, windows hold the other."""
+    words = ("google/gemma-3-27b-it", "--gpu", "h200", "--context", "8k", "--json")
+    usual, blocks, steps = (
+        json.loads(run(*words, *more)[1])[0] for more in ((), ("--block-tokens", "128"), ("--batched-tokens", "2048"))
+    )
+    assert [each["room"]["block_tokens"] for each in (usual, blocks, steps)] == [16, 128, 16]
+    assert steps["room"]["overhead_bytes"] < usual["room"]["overhead_bytes"]
+    assert steps["contexts"][0]["admitted"] > usual["contexts"][0]["admitted"]
+    assert run(*words, "--block-tokens", "0")[0] == 2

@@ -282,6 +282,15 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
 )
 @click.option("--parameters", metavar="COUNT", help="Of the model, where not known: 27B; 30B:3B has 3B active.")
 @click.option("--utilisation", metavar="SHARE", type=Figure(0.1, 1), help="Of the memory; by default vLLM's.")
+@click.option("--block-tokens", metavar="N", type=click.IntRange(1, 1 << 16), help="Of a KV block; by default vLLM's.")
+@click.option(
+    "--batched-tokens",
+    metavar="N",
+    type=click.IntRange(1, 1 << 20),
+    default=8192,
+    show_default=True,
+    help="Of a step: vLLM's --max-num-batched-tokens, which is 2,048 by default on an A100.",
+)
 @click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
 @click.option(
     "--hit",
@@ -338,6 +347,8 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     weights_dtype: str,
     parameters: str | None,
     utilisation: float | None,
+    block_tokens: int | None,
+    batched_tokens: int,
     trace: str | None,
     hit: float | None,
     arrivals: float | None,
@@ -383,6 +394,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             hit=hit,
             users=users,
             engine=engine,
+            paging=lens.paging_of(block_tokens, batched_tokens),
             offers=offered(tiers, device, tp),
         )
         for geometry in map(find, models)

@@ -29,7 +29,7 @@ from thermocline.costs.memory import (
     weights_bytes,
 )
 from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share, with_room
-from thermocline.costs.pages import layer_token_bytes
+from thermocline.costs.pages import VLLM, Engine, layer_token_bytes
 from thermocline.costs.reuse import Reuse, analyse
 from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of, weights_read
 from thermocline.costs.served import Load, Loaded, loaded, measurements
@@ -68,6 +68,7 @@ class Asked:
     hit: float | None = None
     users: tuple[int, ...] = ()
     engine: str = "vllm"
+    paging: Engine = VLLM
     offers: tuple[Offer, ...] = ()
     trace: Trace | None = None
     profile: Measured | None = None
@@ -279,7 +280,14 @@ class _Answer:
         taken = Taken(utilisation=asked.utilisation)
         memory = self.device.memory_bytes
         found = capacity(
-            self.geometry, memory, tp=tp, pp=asked.pp, kv_dtype=self.kv_dtype, weights=weights, taken=taken
+            self.geometry,
+            memory,
+            tp=tp,
+            pp=asked.pp,
+            kv_dtype=self.kv_dtype,
+            weights=weights,
+            taken=taken,
+            engine=asked.paging,
         )
         self.notes += [f"{self.device.name}: {self.device.evidence}, {self.device.source}", *found.assumed]
         return found

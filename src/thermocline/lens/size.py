@@ -10,6 +10,7 @@ import msgspec
 
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.money import HOURS_PER_MONTH, NODE_ACCELERATORS, Bill, hours_per_node_month
+from thermocline.costs.pages import VLLM, Engine
 from thermocline.costs.served import Loaded
 from thermocline.costs.sizing import NO_CACHE, NO_ROOM, TOO_SLOW, Context, Sizing, Tier
 from thermocline.errors import SettingsError
@@ -49,6 +50,12 @@ def with_parameters(geometry: Geometry, text: str | None) -> Geometry:
     if not 0 < (active or [total])[0] <= total:
         raise SettingsError(f"--parameters {text} cannot be", hint=_COUNT_HINT)
     return replace(geometry, parameters_total=total, parameters_active=(active or [total])[0], weights_bytes=None)
+
+
+def paging_of(block_tokens: int | None, batched_tokens: int) -> Engine:
+    """Memory as vLLM divides it, with steps of so many tokens, and with blocks of another size where one is named."""
+    found = replace(VLLM, batched_tokens=batched_tokens)
+    return replace(found, block_tokens=block_tokens, latent_block_tokens=block_tokens) if block_tokens else found
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
