@@ -48,6 +48,14 @@ def test_nothing_runs(runtime, capsys):
     assert "--url" in err
 
 
+def test_a_server_that_nobody_asked(tmp_path, capsys, started):
+    """Of a server that has answered nothing it is said that nothing is known of its reuse, beside what is not wrong."""
+    light = started.enter_context(Light(tmp_path, "a", f"ipc://{tmp_path / 'events'}", 64))
+    status, out, _ = _run(capsys, "--url", light.url)
+    assert status == 0
+    assert f"{light.url}: whether anything is reused: needs requests: none was answered so far" in out
+
+
 def test_what_runs_here_is_found(runtime, capsys, started):
     """Without flags, the node and the gateway of this user are looked at, and the gateway's instances."""
     node = started.enter_context(Node(runtime, memory_bytes=64 << 20))

@@ -327,6 +327,12 @@ def _not_wired(at: Watched, seen: Sequence[Watched]) -> Said:
         yield Finding(Condition.NOT_WIRED, at.name, f"node {nodes[0].name}", numbers, 1.0)
 
 
+def _never_asked(at: Watched, _: Sequence[Watched]) -> Said:
+    """Nothing is wrong with what nobody has asked anything, and nothing is known of it."""
+    if at.scrapes and not at.receipts and _hits(at) is None:
+        yield Unknown(at.name, "whether anything is reused", "requests: none was answered so far")
+
+
 def _vllm_misses(at: Watched, seen: Sequence[Watched]) -> Said:
     """An engine counts what it finds, and does not say why it does not find the rest."""
     asked, found = at.counted("vllm:prefix_cache_queries_total"), at.counted("vllm:prefix_cache_hits_total")
@@ -501,7 +507,7 @@ def _late(at: Watched, where: str, batches: int, late_seconds: float) -> Said:
 _OURS: tuple[Rule, ...] = (_corruption, _tier_down, _leak, _idle, _saves, _reasons, _load_slower)
 RULES: dict[Kind, tuple[Rule, ...]] = {
     Kind.NODE: (_silent, *_OURS),
-    Kind.SERVER: (*_OURS, _overload, _kv_memory, _prefix_cache_off, _residency, _not_wired, _vllm_misses),
+    Kind.SERVER: (*_OURS, _overload, _kv_memory, _prefix_cache_off, _residency, _not_wired, _vllm_misses, _never_asked),
     Kind.GATEWAY: (_silent, _instances, _listening, _routed_away, _imbalance, _fleet_reuse),
     Kind.EVENTS: (_events,),
 }
