@@ -137,6 +137,15 @@ def test_the_bound_is_one(model):
     assert all(0 < each.decode_bound_seconds <= each.decode_seconds for each in found.contexts)
 
 
+@pytest.mark.parametrize("given", [None, 12.0])
+def test_the_rate_is_told(given):
+    """At which rate a trace was replayed is said, and what stays at its own where that is another one."""
+    trace = made([(30, turn % 40, [turn % 40, *range(20)], 0) for turn in range(80)])
+    (note,) = [each for each in size(asked(trace=trace, arrivals_per_second=given)).assumptions if "replayed" in each]
+    assert f"at {given or trace.arrivals_per_second:,.3g} per second" in note
+    assert ("own rate" in note) == (given is not None)
+
+
 def test_prompts_of_nothing(tmp_path):
     """A trace whose prompts have no tokens hits nothing; no share of nothing is taken."""
     path = tmp_path / "some.jsonl"

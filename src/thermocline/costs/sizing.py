@@ -476,7 +476,8 @@ class _Answer:
         given = self.asked.arrivals_per_second
         if trace is not None and trace.arrivals_per_second:
             rate = given or trace.arrivals_per_second
-            self.notes.append("waiting: the requests of the trace are replayed, at the rate that is told")
+            other = "" if given is None else "; hit rates and the table of the workload are at the trace's own rate"
+            self.notes.append(f"waiting: the requests of the trace are replayed, at {rate:,.3g} per second{other}")
             return Arrivals(rate, trace.arrival_seconds * (trace.arrivals_per_second / rate))
         if given is not None:
             self.notes.append("waiting: arrivals are taken for Poisson; bursts wait longer, and a trace has them")
