@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thermocline.costs.geometry import Attention, Geometry, State, geometry_of
+from thermocline.costs.hardware import accelerator
 from thermocline.costs.memory import Taken, capacity, sequence_bytes, state_bytes, token_bytes, weights_bytes
 from thermocline.costs.models import find, table
-from thermocline.costs.pages import VLLM, VLLM_CPU, layer_token_bytes, paging, pattern, stages
+from thermocline.costs.pages import VLLM, VLLM_CPU, layer_token_bytes, paging, pattern, stages, vllm_on
 from thermocline.errors import ModelError, SettingsError
 
 GIB = 1 << 30
@@ -281,3 +282,12 @@ def test_read_and_shared():
     row = find("openai/gpt-oss-120b")
     assert paging(own).block_bytes == paging(row).block_bytes
     assert paging(own).worst_pages(8192) == paging(row).worst_pages(8192)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens"), [("a100-80", 2048), ("l40s", 2048), ("h100", 8192), ("h200", 8192), ("b200", 16_384)]
+)
+def test_steps_by_gpu(gpu, tokens):
+    """Steps are as large as vLLM 0.32 makes them on that GPU, and with them what activations take."""
+    device = accelerator(gpu)
+    assert vllm_on(device.memory_bytes, device.name).batched_tokens == tokens

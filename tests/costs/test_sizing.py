@@ -58,9 +58,9 @@ def test_the_parts_add_up(qwen):
 
 
 def test_with_more_of_the_memory():
-    """At 0.95 about a third less than the 29, 7 and 1 sessions that weights alone would leave."""
+    """At 0.95, and with what else takes memory, a quarter less than the 29 sessions that weights alone would leave."""
     found = size(asked(utilisation=0.95, contexts=(2048, 8192, 32768)))
-    assert [each.steady for each in found.contexts] == [21, 5, 1]
+    assert [each.steady for each in found.contexts] == [22, 5, 1]
 
 
 def test_longer_than_the_model():

@@ -287,9 +287,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     "--batched-tokens",
     metavar="N",
     type=click.IntRange(1, 1 << 20),
-    default=8192,
-    show_default=True,
-    help="Of a step: vLLM's --max-num-batched-tokens, which is 2,048 by default on an A100.",
+    help="Of a step: --max-num-batched-tokens; by default vLLM's on that GPU.",
 )
 @click.option("--trace", metavar="FILE", help="Requests as they came: hit rates by tier size follow from them.")
 @click.option(
@@ -348,7 +346,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     parameters: str | None,
     utilisation: float | None,
     block_tokens: int | None,
-    batched_tokens: int,
+    batched_tokens: int | None,
     trace: str | None,
     hit: float | None,
     arrivals: float | None,
@@ -394,7 +392,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             hit=hit,
             users=users,
             engine=engine,
-            paging=lens.paging_of(block_tokens, batched_tokens),
+            paging=lens.paging_of(device, block_tokens, batched_tokens),
             offers=offered(tiers, device, tp),
         )
         for geometry in map(find, models)

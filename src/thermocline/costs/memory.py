@@ -37,7 +37,7 @@ it calls in need of experiments. A seed, to be replaced by what an engine's log 
 
 ASSUMED = {
     "utilisation": "vLLM 0.32's default gpu_memory_utilization",
-    "activation_bytes": "2 * batched tokens * hidden size * (4 + 6 / tp), aiconfigurator 0.12's rule",
+    "activation_bytes": "2 * {tokens:,} tokens of a step * hidden size * (4 + 6 / tp), aiconfigurator 0.12's rule",
     "communication_bytes": "NCCL's buffers in aiconfigurator 0.12's system files",
     "other_bytes": "3.5 GiB, the reserve in aiconfigurator 0.12's system files",
 }
@@ -192,7 +192,9 @@ def capacity(
         kv_bytes=left,
         blocks=max(0, left // plan.block_bytes),
         paging=plan,
-        assumed=tuple(why for name, why in ASSUMED.items() if getattr(taken, name) is None),
+        assumed=tuple(
+            why.format(tokens=engine.batched_tokens) for name, why in ASSUMED.items() if getattr(taken, name) is None
+        ),
     )
 
 

@@ -40,7 +40,7 @@ class Engine:
     align_tokens: int = 16
     """Blocks that grow to hold a state stay multiples of this and of the block."""
     batched_tokens: int = 8192
-    """`max_num_batched_tokens`. 2,048 on smaller GPUs and the A100, 16,384 from 160 GiB on (arg_utils.py)."""
+    """`max_num_batched_tokens`: see `vllm_on` for those of other GPUs."""
     batches_in_flight: int = 2
     """Two with asynchronous scheduling, and no fewer than stages; each holds `batched_tokens` that are not settled."""
     prefix_caching: bool = True
@@ -53,8 +53,19 @@ class Engine:
 
 
 VLLM = Engine()
+SMALL_BELOW_BYTES, LARGE_FROM_BYTES = 70 << 30, 160 << 30
+
 VLLM_CPU = Engine(128, 16, 32, batched_tokens=2048, batches_in_flight=1, state_dtype="float32")
 """One without AMX: with it, latent attention has blocks of 128 as well."""
+
+
+def vllm_on(memory_bytes: int, name: str) -> Engine:
+    """What vLLM 0.32 does on a GPU, answering HTTP: small steps on small ones and the A100, large on the largest.
+
+    The rule is that of its `EngineArgs.get_batch_defaults` (vllm/engine/arg_utils.py).
+    """
+    small = memory_bytes < SMALL_BELOW_BYTES or "a100" in name.lower()
+    return replace(VLLM, batched_tokens=16_384 if memory_bytes >= LARGE_FROM_BYTES else 2048 if small else 8192)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from thermocline.costs.memory import (
     weights_bytes,
 )
 from thermocline.costs.money import Arrivals, Bill, Demand, Floats, Price, bill, wasted_share, with_room
-from thermocline.costs.pages import VLLM, Engine, layer_token_bytes
+from thermocline.costs.pages import Engine, layer_token_bytes, vllm_on
 from thermocline.costs.reuse import Reuse, analyse
 from thermocline.costs.roofline import Estimate, Prefill, Setup, decode_step_seconds, prefill_of, weights_read
 from thermocline.costs.served import Load, Loaded, loaded, measurements
@@ -68,7 +68,7 @@ class Asked:
     hit: float | None = None
     users: tuple[int, ...] = ()
     engine: str = "vllm"
-    paging: Engine = VLLM
+    paging: Engine | None = None
     offers: tuple[Offer, ...] = ()
     trace: Trace | None = None
     profile: Measured | None = None
@@ -287,7 +287,7 @@ class _Answer:
             kv_dtype=self.kv_dtype,
             weights=weights,
             taken=taken,
-            engine=asked.paging,
+            engine=asked.paging or vllm_on(memory, self.device.name),
         )
         self.notes += [f"{self.device.name}: {self.device.evidence}, {self.device.source}", *found.assumed]
         return found

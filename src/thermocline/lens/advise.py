@@ -22,7 +22,7 @@ from thermocline.costs.hardware import Accelerator, Price, accelerator
 from thermocline.costs.memory import capacity
 from thermocline.costs.models import find
 from thermocline.costs.observed import Observed, judge
-from thermocline.costs.pages import layer_token_bytes
+from thermocline.costs.pages import layer_token_bytes, vllm_on
 from thermocline.costs.roofline import Prefill, Setup, prefill_of
 from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import host_link
@@ -137,8 +137,11 @@ def _device_tokens(
         return asked.kv_tokens, "KV memory: given"
     if told and told.kv_blocks and told.block_tokens:
         return told.kv_blocks * told.block_tokens, "KV memory: as the engine told `profile`"
-    room = capacity(geometry, device.memory_bytes, tp=asked.tp, kv_dtype=asked.kv_dtype) if device else None
-    if room is None or not room.fits:
+    if device is None:
+        raise SettingsError("KV memory is not known", hint="name the GPU, or give --kv-tokens")
+    engine = vllm_on(device.memory_bytes, device.name)
+    room = capacity(geometry, device.memory_bytes, tp=asked.tp, kv_dtype=asked.kv_dtype, engine=engine)
+    if not room.fits:
         raise SettingsError(f"{geometry.name} leaves no KV memory there", hint="raise --tp, or give --kv-tokens")
     return room.tokens(max(1, prompt_tokens)), f"KV memory: estimated ({'; '.join(room.assumed)})"
 

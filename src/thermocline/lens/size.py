@@ -9,8 +9,9 @@ from dataclasses import replace
 import msgspec
 
 from thermocline.costs.geometry import Geometry
+from thermocline.costs.hardware import Accelerator
 from thermocline.costs.money import HOURS_PER_MONTH, NODE_ACCELERATORS, Bill, hours_per_node_month
-from thermocline.costs.pages import VLLM, Engine
+from thermocline.costs.pages import Engine, vllm_on
 from thermocline.costs.served import Loaded
 from thermocline.costs.sizing import NO_CACHE, NO_ROOM, TOO_SLOW, Context, Sizing, Tier
 from thermocline.errors import SettingsError
@@ -52,9 +53,10 @@ def with_parameters(geometry: Geometry, text: str | None) -> Geometry:
     return replace(geometry, parameters_total=total, parameters_active=(active or [total])[0], weights_bytes=None)
 
 
-def paging_of(block_tokens: int | None, batched_tokens: int) -> Engine:
-    """Memory as vLLM divides it, with steps of so many tokens, and with blocks of another size where one is named."""
-    found = replace(VLLM, batched_tokens=batched_tokens)
+def paging_of(device: Accelerator, block_tokens: int | None, batched_tokens: int | None) -> Engine:
+    """Memory as vLLM divides it there; with blocks and steps of other sizes where they are named."""
+    found = vllm_on(device.memory_bytes, device.name)
+    found = replace(found, batched_tokens=batched_tokens or found.batched_tokens)
     return replace(found, block_tokens=block_tokens, latent_block_tokens=block_tokens) if block_tokens else found
 
 
