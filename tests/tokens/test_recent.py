@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from hypothesis import given, settings
@@ -95,3 +97,23 @@ def test_what_is_told_stays_readable():
     for at in range(30):
         kept.note(1e9 + at, np.arange(at, at + 64 * 40_000, dtype=np.uint32).tobytes())
     assert 1 << 20 < len(kept.lines()) <= recent.TEXT_BYTES_MAX
+
+
+def test_many_who_ask_at_once_take_turns():
+    """Telling it takes memory many times its size: for one who asks at a time, however many do."""
+    kept = Recent(1 << 19)
+    for at in range(60):
+        kept.note(1e9 + at, np.arange(at, at + 64 * 1000, dtype=np.uint32).tobytes())
+
+    def peak_bytes(times):
+        tracemalloc.start()
+        try:
+            with ThreadPoolExecutor(times) as threads:
+                told = {*threads.map(lambda _: kept.lines(), range(times))}
+            return tracemalloc.get_traced_memory()[1], told
+        finally:
+            tracemalloc.stop()
+
+    (alone, told), (together, same) = peak_bytes(1), peak_bytes(4)
+    assert told == same
+    assert together < 2 * alone
