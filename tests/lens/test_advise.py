@@ -27,7 +27,7 @@ from thermocline.costs.measured import Conditions, Measured, Row
 from thermocline.costs.study import Study, oracle_hit
 from thermocline.costs.trace import read
 from thermocline.errors import ModelError, NodeError, SettingsError, TraceError, UnreachableError
-from thermocline.lens import advise, observe
+from thermocline.lens import advise, decision, observe
 from thermocline.lens.advise import LOST, Asked, machine_of
 from thermocline.settings import Settings
 from thermocline.store.receipt import Missing, Reason, Receipt
@@ -504,6 +504,7 @@ def test_a_gateway_is_asked_for_all_requests(run, folder):
             link.request("POST", "/v1/completions", body, {"content-type": "application/json"})
             assert link.getresponse().read()
             link.close()
+        until(lambda: decision.trace(folder / "route.sock").count(b"\n") == 10, "the last answer's end")
         code, out, err = run(*words, "--trace-out", str(kept), "--json")
         assert code == 0, err
     told = {each["name"]: each["value"] for each in json.loads(out)["advice"]["inputs"]}
