@@ -22,7 +22,7 @@ from thermocline.costs.study import Offer
 from thermocline.costs.trace import read
 from thermocline.costs.transfer import Link
 from thermocline.errors import ModelError
-from thermocline.lens.size import so
+from thermocline.lens.size import render, so
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 published = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
@@ -252,9 +252,7 @@ def test_a_trace(monkeypatch):
 
 def test_room_in_tiers_is_on_the_bill():
     """Offered tiers are those that are weighed; what their room costs a month is on the bill with reuse, and said."""
-    turns = [(30, turn % 40, [turn % 40, *range(200)], 0) for turn in range(400)]
-    trace = replace(made(turns), tokens_per_block=512, input_tokens=made(turns).input_tokens * 128)
-    link = Link("host", "host", 32e9, 20e-6, "given", "the test")
+    trace, link = _returning(), Link("host", "host", 32e9, 20e-6, "given", "the test")
     free, priced = (size(asked(trace=trace, offers=(Offer("host", link, 4 << 40, usd),))) for usd in (0.0, 1e-5))
     assert [each.name for each in priced.tiers] == ["host"]
     (chosen,), bill = priced.workload.chosen, priced.bills[1]
@@ -263,9 +261,59 @@ def test_room_in_tiers_is_on_the_bill():
     assert bill.usd_per_month == pytest.approx(alone + bill.tiers_usd_per_month)
     assert priced.bills[0].tiers_usd_per_month is None
     assert free.bills[1].tiers_usd_per_month == 0
-    notes = [any("room in tiers costs nothing" in note for note in each.assumptions) for each in (free, priced)]
+    notes = [any("room in tiers counts as free" in note for note in each.assumptions) for each in (free, priced)]
     assert notes == [True, False]
     assert ["if room costs nothing" in so(each)[2] for each in (free, priced)] == [True, False]
+
+
+def _returning(gap=30):
+    """Sessions that come back when the engine's memory has others."""
+    turns = [(gap, turn % 40, [turn % 40, *range(200)], 0) for turn in range(400)]
+    return replace(made(turns), tokens_per_block=512, input_tokens=made(turns).input_tokens * 128)
+
+
+@pytest.mark.parametrize(
+    ("gap", "price", "usd", "priced"),
+    [(30, None, (0, 9.0), True), (0, None, (1e-5, 0), True), (30, None, (0, 0), False), (30, 0.0, (0, 0), False)],
+)
+def test_what_room_was_taken_to_cost_is_said(gap, price, usd, priced):
+    """As tiers were chosen: where any has a price, also where a free one is chosen, or no bill of a month is known."""
+    links = Link("host", "host", 32e9, 20e-6, "given", "the test"), Link("disk", "disk", 7e9, 1e-4, "given", "the test")
+    offers = tuple(Offer(link.name, link, 4 << 40, each) for link, each in zip(links, usd, strict=True))
+    found = size(asked(trace=_returning(gap), offers=offers, usd_per_hour=price))
+    assert [each.tier for each in found.workload.chosen] == ["host"]
+    (said,) = [line for line in so(found) if "What gains most" in line]
+    assert ("less what its room costs" in said, "if room costs nothing" in said) == (priced, not priced)
+    assert any("counts as free" in note for note in found.assumptions) != priced
+
+
+def test_room_that_all_share():
+    """What all instances share is said to be for all, and counted once."""
+    link = Link("redis", "network", 32e9, 20e-6, "given", "the test")
+    found = size(asked(trace=_returning(1), offers=(Offer("redis", link, 4 << 40, 1e-5, shared=True),)))
+    (chosen,), bill = found.workload.chosen, found.bills[1]
+    assert found.workload.instances > 1
+    assert chosen.shared
+    assert bill.tiers_usd_per_month == pytest.approx(1e-5 * chosen.nbytes / 1e9 * 730)
+    assert any("of redis for all (" in line for line in so(found))
+    text = render([found])
+    assert "advised: redis, for all" in text
+    assert "redis, each instance" not in text
+
+
+def test_load_of_what_does_not_fit():
+    """A length of which memory holds none has no row under load: nobody is served."""
+    found = size(asked("meta-llama/Meta-Llama-3.1-8B", "a10", contexts=(2048, 131_072), users=(1, 8)))
+    assert found.contexts[1].steady == 0
+    assert [(each.prompt_tokens, each.users) for each in found.loads] == [(2048, 1), (2048, 8)]
+    assert any("no room for a prompt of 131,072 tokens" in note for note in found.assumptions)
+
+
+def test_own_links_are_said_of_offered_tiers_too():
+    """That each accelerator loads over a link of its own is an assumption, whether tiers are named or not."""
+    link = Link("host", "host", 32e9, 20e-6, "given", "the test")
+    for offers in ((), (Offer("host", link),)):
+        assert any("over its own link" in note for note in size(asked(tp=2, offers=offers)).assumptions)
 
 
 def test_a_trace_without_reuse():

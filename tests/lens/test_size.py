@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,9 +163,18 @@ def test_tiers_that_could_be_had(run):
     code, out, _ = run(*words, "--tier", "host=64GiB", "--tier", "redis@25gbe", "--json")
     assert code == 0
     assert [each["name"] for each in json.loads(out)[0]["tiers"]] == ["host", "25gbe"]
-    code, _, err = run(*words, "--tier", "tape")
-    assert code == 2
-    assert "hint:" in err
+    for wrong in (("--tier", "tape"), ("--tier", "host:0.1", "--price", "0")):
+        code, _, err = run(*words, *wrong)
+        assert code == 2
+        assert "hint:" in err
+
+
+def test_each_tier_beside_itself():
+    """Of several answers, of which one knows no link to host memory, a row has the same tier in all columns."""
+    linkless = replace(accelerator("a100-80"), pcie_bytes_per_second=None, cpu_bytes_per_second=None)
+    answers = [size(asked(contexts=(8192,))), size(Asked(geometry=find(QWEN), accelerator=linkless, contexts=(8192,)))]
+    row = next(line for line in render(answers).splitlines() if line.strip().startswith("host pays from"))
+    assert row.split()[-1] in {"unknown", "-"}
 
 
 def test_under_load(run):

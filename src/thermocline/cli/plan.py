@@ -393,7 +393,7 @@ def size(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
             users=users,
             engine=engine,
             paging=lens.paging_of(device, block_tokens, batched_tokens),
-            offers=offered(tiers, device, tp),
+            offers=offered(tiers, device, tp, price),
         )
         for geometry in map(find, models)
         for device in map(accelerator, gpus)

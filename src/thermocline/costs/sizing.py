@@ -129,11 +129,12 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """A tier of an advised size, and the share of prompt tokens that need not be computed with it and those before."""
+    """A tier of an advised size (each instance has one, or all share it), and what is hit with it and those before."""
 
     tier: str
     nbytes: float
     hit: float
+    shared: bool = False
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -148,7 +149,8 @@ class Window(msgspec.Struct, frozen=True):
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """What a trace says. Shares are of prompt tokens; the curve is (bytes, share hit) under least recently used.
 
-    `steps` are (share of the ideal, bytes, share hit) of one cache for all requests; `chosen` are tiers per instance.
+    `steps` are (share of the ideal, bytes, share hit) of one cache for all requests; `chosen` are the tiers that gain
+    most: less what their room costs where that `room_is_priced`, else as if it cost nothing.
     """
 
     name: str
@@ -170,6 +172,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[Window, ...]
     waits: dict[str, float]
     chosen: tuple[Chosen, ...]
+    room_is_priced: bool
 
 
 class Sizing(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,16 +281,10 @@ class _Answer:
         asked = self.asked
         weights = weights_bytes(self.geometry, asked.weights_dtype)
         taken = Taken(utilisation=asked.utilisation)
-        memory = self.device.memory_bytes
+        memory, dtype = self.device.memory_bytes, self.kv_dtype
+        engine = asked.paging or vllm_on(memory, self.device.name)
         found = capacity(
-            self.geometry,
-            memory,
-            tp=tp,
-            pp=asked.pp,
-            kv_dtype=self.kv_dtype,
-            weights=weights,
-            taken=taken,
-            engine=asked.paging or vllm_on(memory, self.device.name),
+            self.geometry, memory, tp=tp, pp=asked.pp, kv_dtype=dtype, weights=weights, taken=taken, engine=engine
         )
         self.notes += [f"{self.device.name}: {self.device.evidence}, {self.device.source}", *found.assumed]
         return found
@@ -370,19 +367,16 @@ class _Answer:
         return functools.cache(prefill_of(setup))
 
     def _decode(self, batch: int, tokens: int) -> Estimate:
-        return decode_step_seconds(
-            self.geometry,
-            self.device,
-            batch,
-            tokens,
-            tp=self.asked.tp,
-            weights_dtype=self.weights_dtype,
-            kv_dtype=self.kv_dtype,
-        )
+        tp, weights, kv = self.asked.tp, self.weights_dtype, self.kv_dtype
+        return decode_step_seconds(self.geometry, self.device, batch, tokens, tp=tp, weights_dtype=weights, kv_dtype=kv)
 
     @functools.cached_property
     def links(self) -> list[Link]:
         """Ways to the tiers that are offered, or to usual ones. Every accelerator has its own to the host."""
+        if self.asked.tp > 1:
+            self.notes.append("every accelerator loads over its own link; the host's memory is taken to be as quick")
+            if any(each.latent_elements for each in self.geometry.attention):
+                self.notes.append(f"latent vectors are kept, stored and loaded by each of {self.asked.tp} ranks")
         if self.asked.offers:
             return [each.link for each in self.asked.offers]
         try:
@@ -390,10 +384,6 @@ class _Answer:
             ways = [replace(host, bytes_per_second=host.bytes_per_second * self.asked.tp)]
         except SettingsError:
             ways = []
-        if self.asked.tp > 1:
-            self.notes.append("every accelerator loads over its own link; the host's memory is taken to be as quick")
-            if any(each.latent_elements for each in self.geometry.attention):
-                self.notes.append(f"latent vectors are kept, stored and loaded by each of {self.asked.tp} ranks")
         return [*ways, *(LINKS[name] for name in SHOWN_LINKS)]
 
     def _loads(self, room: Capacity) -> Iterator[Loaded]:
@@ -403,11 +393,16 @@ class _Answer:
             return
         setup = Setup(self.geometry, self.device, self.asked.tp, self.weights_dtype, self.kv_dtype)
         output = max(1, int(self._output_tokens()))
-        self.notes.append(f"under load: constants of {self.asked.engine}, fitted to {measurements().source}")
+        self.notes += [
+            f"under load: constants of {self.asked.engine}, fitted to {measurements().source}",
+            "under load: as many run at once as memory holds, where the engine's own limit (max_num_seqs) is no lower",
+        ]
         for tokens in self.contexts:
-            held = float(room.sessions(tokens + output).steady)
-            for users in self.asked.users:
-                yield loaded(setup, self.asked.engine, Load(users, tokens, output, held))
+            held = room.sessions(tokens + output).steady
+            if not held:
+                self.notes.append(f"under load: no room for a prompt of {tokens:,} tokens and its answer of {output:,}")
+            for users in self.asked.users if held else ():
+                yield loaded(setup, self.asked.engine, Load(users, tokens, output, float(held)))
 
     def _tiers(self) -> Sequence[Tier]:
         assert self.prefill is not None, "asked for only where times are known"
@@ -517,9 +512,10 @@ class _Answer:
                 break
             instances = warm.instances or 1
         assert found is not None, "the loop runs"
-        priced = any(offer.usd_per_gb_hour for offer in offers)
+        if not found[0].room_is_priced:
+            lacks = "a price per GB and hour" if self.price is not None else "one, and --price that of an accelerator"
+            self.notes.append(f"room in tiers counts as free; --tier NAME:USD gives {lacks}")
         self.notes += [
-            *(() if priced else ("room in tiers costs nothing; --tier NAME:USD gives a price per GB and hour",)),
             "hit rates: least recently used, sessions stay on their instance, no output cached",
         ]
         return found
@@ -584,9 +580,10 @@ class _Answer:
             ),
             waits={f"p{share}": reuse.wait(share / 100) for share in (50, 90, 99)},
             chosen=tuple(
-                Chosen(offer.tier, study.tier_bytes(blocks), hit)
+                Chosen(offer.tier, study.tier_bytes(blocks), hit, offer.shared)
                 for (offer, blocks), hit in zip(ordered, hits, strict=True)
             ),
+            room_is_priced=self.price is not None and any(each.usd_per_gb_hour for each in study.machine.offers),
         )
 
     def _late(self, bills: Sequence[Bill]) -> bool:

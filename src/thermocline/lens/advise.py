@@ -99,9 +99,7 @@ def machine_of(asked: Asked, prompt_tokens: int) -> Machine:
     price = device.price if device else None
     usd = asked.usd_per_hour if asked.usd_per_hour is not None else price.typical if price else None
     local = host_link(device) if device and device.host_bytes_per_second else None
-    offers = named(asked.tiers or (*(("host",) if local else ()), "disk"), local, asked.tp)
-    if usd == 0 and any(each.usd_per_gb_hour for each in offers):
-        raise SettingsError("no tier is worth money where time costs none", hint="give a --price above 0")
+    offers = named(asked.tiers or (*(("host",) if local else ()), "disk"), local, asked.tp, usd)
     return Machine(
         prefill=prefill,
         token_bytes=asked.tp

@@ -20,20 +20,23 @@ _TIER = re.compile(r"(?P<tier>\w+)(?:=(?P<size>[^@:]+))?(?:@(?P<speed>[^:]+))?(?
 _TIER_HINT = "write NAME[=SIZE][@SPEED][:USD per GB and hour], such as host=512GiB or disk=4TB@14GB/s:0.0001; names: "
 
 
-def named(texts: Sequence[str], local: Link | None, tp: int) -> tuple[Offer, ...]:
+def named(texts: Sequence[str], local: Link | None, tp: int, usd_per_hour: float | None) -> tuple[Offer, ...]:
     """Tiers as --tier names them; `local` is one accelerator's link to host memory, where it is known.
 
-    Raises SettingsError for what is no tier, one without a known speed, or two of a name.
+    `usd_per_hour` is an accelerator's price, None where it is not known. Raises SettingsError for what is no tier, one
+    without a known speed, two of a name, or a price of room where time has none.
     """
     offers = tuple(_offer(text, local, tp) for text in texts)
     if len({each.tier for each in offers}) < len(offers):
         raise SettingsError("a tier is named twice", hint="give each of host, disk and redis once")
+    if usd_per_hour == 0 and any(each.usd_per_gb_hour for each in offers):
+        raise SettingsError("no tier is worth money where time costs none", hint="give a --price above 0")
     return offers
 
 
-def offered(texts: Sequence[str], accelerator: Accelerator, tp: int) -> tuple[Offer, ...]:
+def offered(texts: Sequence[str], accelerator: Accelerator, tp: int, usd_per_hour: float | None) -> tuple[Offer, ...]:
     """The same for an accelerator, whose link to host memory is known or not. Raises as `named`."""
-    return named(texts, host_link(accelerator) if accelerator.host_bytes_per_second else None, tp)
+    return named(texts, host_link(accelerator) if accelerator.host_bytes_per_second else None, tp, usd_per_hour)
 
 
 def _offer(text: str, local: Link | None, tp: int) -> Offer:

@@ -12,7 +12,7 @@ from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import Accelerator
 from thermocline.costs.money import HOURS_PER_MONTH, NODE_ACCELERATORS, Bill, hours_per_node_month
 from thermocline.costs.pages import Engine, vllm_on
-from thermocline.costs.served import Loaded
+from thermocline.costs.served import BEYOND, Loaded
 from thermocline.costs.sizing import NO_CACHE, NO_ROOM, TOO_SLOW, Context, Sizing, Tier
 from thermocline.errors import SettingsError
 from thermocline.lens.chart import Axis, Bar, Series, bar_chart, line_chart
@@ -107,9 +107,10 @@ def _reuse(found: Sizing) -> str:
     kept = f"the engine's own memory has {own} of all prompt tokens, an endless cache {ideal}"
     if found.verdict == NO_CACHE or not work.chosen:
         return f"No cache beside the engine's is advised: {kept}, and no tier gains more than it costs."
-    tiers = ", then ".join(f"{nbytes(each.nbytes)} of {each.tier} ({share(each.hit)})" for each in work.chosen)
-    paid = any(each.tiers_usd_per_month for each in found.bills)
-    room = "less what its room costs" if paid else "if room costs nothing"
+    tiers = ", then ".join(
+        f"{nbytes(each.nbytes)} of {each.tier}{' for all' * each.shared} ({share(each.hit)})" for each in work.chosen
+    )
+    room = "less what its room costs" if work.room_is_priced else "if room costs nothing"
     return f"Of {work.name}, {kept}. What gains most per instance, {room}: {tiers}."
 
 
@@ -241,11 +242,12 @@ def _load_table(loads: Sequence[Loaded]) -> Table:
         for each in loads
     ]
     head = ("tokens", "users", "running", "first token", "between tokens", "tokens/s", "measured on")
-    note = f"One instance, answers of {loads[0].output_tokens:,} tokens, nothing reused; each user asks again at once."
+    note = f"One instance, answers of {loads[0].output_tokens:,} tokens, nothing reused; each user asks again at once. "
+    note += "Fitted to load tests; the tables above have shares of peaks."
     return Table("under load", head, rows, note)
 
 
-_KNOWN = {"model": "this model", "machine": "other models", "formulas": "nothing: formulas"}
+_KNOWN = {"model": "this model", "machine": "other models", "formulas": "nothing: formulas", BEYOND: "shorter prompts"}
 
 
 def _tier_table(tiers: Sequence[Tier]) -> Table:
@@ -289,8 +291,13 @@ def _size_table(found: Sizing) -> Table:
     work = found.workload
     assert work is not None, "asked for where there is one"
     rows = [(f"{percent(part)} of what is possible", nbytes(size), share(hit)) for part, size, hit in work.steps]
-    rows += [(f"advised: {each.tier}, each instance", nbytes(each.nbytes), share(each.hit)) for each in work.chosen]
-    note = "One cache for all requests, least recently used; advised sizes count what sessions of one instance find."
+    rows += [
+        (f"advised: {each.tier}, {'for all' if each.shared else 'each instance'}", nbytes(each.nbytes), share(each.hit))
+        for each in work.chosen
+    ]
+    note = (
+        "One cache for all requests, least recently used; advised sizes for each instance count what its sessions find."
+    )
     return Table("hit rate by tier size", ("", "bytes", "hit rate"), rows, note)
 
 
@@ -377,8 +384,9 @@ def side_by_side(answers: Sequence[Sizing]) -> Table:
     first = lengths[0]
     add(f"output token behind {tokens(first)}", [_of(each, first, "decode_seconds", seconds) for each in answers])
     add("break-even", [f"{nbytes(each.tiers[0].breakeven_first)}/s" if each.tiers else None for each in answers])
-    for at, name in enumerate(tier.name for tier in max((each.tiers for each in answers), key=len)):
-        add(f"{name} pays from", [_pays(each.tiers[at]) if len(each.tiers) > at else None for each in answers])
+    for name in dict.fromkeys(tier.name for each in answers for tier in each.tiers):
+        told = [next((tier for tier in each.tiers if tier.name == name), None) for each in answers]
+        add(f"{name} pays from", [None if tier is None else _pays(tier) for tier in told])
     works = [each.workload for each in answers]
     add("hit, engine's memory", [None if work is None else share(work.device_hit) for work in works])
     add("hit, advised tiers", [share(work.chosen[-1].hit) if work and work.chosen else None for work in works])
@@ -449,8 +457,9 @@ def charts(found: Sizing) -> Iterator[str]:
         yield line_chart("Seconds to the first token", lines, x, Axis("", seconds, log=True))
     if found.workload is not None:
         work = found.workload
-        sizes = [("all engines", work.device_bytes), *((f"all {each.tier}", each.nbytes) for each in work.chosen)]
-        marks = [(name, size * work.instances) for name, size in sizes]
+        marks = [("all engines", work.device_bytes * work.instances)]
+        many = work.instances
+        marks += [(f"all {each.tier}", each.nbytes * (1 if each.shared else many)) for each in work.chosen]
         x, y = Axis("size of one cache for all", nbytes, log=True), Axis("hit rate", percent)
         yield line_chart("Hit rate by tier size", [Series(work.name, work.curve)], x, y, marks)
 
