@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
 from thermocline.costs.roofline import Setup
-from thermocline.costs.served import Load, corrected, loaded, measurements, served, terms
+from thermocline.costs.served import BEYOND, Load, corrected, loaded, measurements, served, terms
 from thermocline.errors import SettingsError
 
 LLAMA = find("Meta-Llama-3.1-70B")
@@ -61,6 +61,7 @@ def test_an_instance_under_load():
     assert found.tokens_per_second * (first + 512 * between) == pytest.approx(16 * 512)
     assert math.fsum(found.parts.values()) == pytest.approx(first)
     assert found.running == 8
+    assert loaded(H200, "vllm", Load(1, 15_001, 512)).known == BEYOND
     with pytest.raises(SettingsError) as refused:
         loaded(H200, "another", load)
     assert "vllm" in refused.value.hint

@@ -27,6 +27,7 @@ import msgspec
 from thermocline.costs.roofline import Efficiency, Estimate, Part, Setup, Work, efficiency_of, pass_seconds
 from thermocline.errors import SettingsError
 
+BEYOND = "beyond"
 TABLE = Path(__file__).with_name("data") / "efficiency.json"
 
 
@@ -111,7 +112,8 @@ class Served:
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """One instance under `users` requests at a time, of which `running` run; typical seconds, answers' tokens a second.
 
-    `known` is as in `Served`, and `parts` say what a first token's time is made of.
+    `known` is as in `Served`, or BEYOND for prompts longer than any that was measured. `parts` say what a first token's
+    time is made of.
     """
 
     users: int
@@ -151,6 +153,12 @@ def served(setup: Setup, engine: str, load: Load, table: Measurements | None = N
     return Served(first, between, known)
 
 
+@functools.cache
+def prompt_tokens_max() -> int:
+    """The longest prompt of the measured rows."""
+    return round(2048 * math.exp(max(each.high[2] for each in measurements().calibrations.values())))
+
+
 def loaded(setup: Setup, engine: str, load: Load) -> Loaded:
     """What users of one instance see, by the table that is shipped. Raises SettingsError for an unknown engine."""
     if engine not in (known := measurements().doors):
@@ -165,7 +173,7 @@ def loaded(setup: Setup, engine: str, load: Load) -> Loaded:
         first_token_seconds=first,
         between_tokens_seconds=between,
         tokens_per_second=load.users * load.output_tokens / (first + load.output_tokens * between),
-        known=found.known,
+        known=found.known if load.prompt_tokens <= prompt_tokens_max() else BEYOND,
         parts={part.name: part.seconds for part in found.first_token.parts},
     )
 
