@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.costs.test_reuse import made
@@ -144,6 +145,13 @@ def test_the_rate_is_told(given):
     (note,) = [each for each in size(asked(trace=trace, arrivals_per_second=given)).assumptions if "replayed" in each]
     assert f"at {given or trace.arrivals_per_second:,.3g} per second" in note
     assert ("own rate" in note) == (given is not None)
+
+
+def test_answers_of_which_some_have_a_length():
+    """The mean answer is that of those whose length is known: 0 stands for an answer that was not told."""
+    trace = made([(30, turn % 40, [turn % 40, *range(20)], 0) for turn in range(80)])
+    told = replace(trace, output_tokens=np.arange(80) % 2 * 300)
+    assert size(asked(trace=told)).workload.output_tokens == 300
 
 
 def test_prompts_of_nothing(tmp_path):

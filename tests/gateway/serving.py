@@ -201,7 +201,8 @@ class Good:
         self.requests.append(request)
         body = json.loads(request.body)
         if body.get("stream"):
-            return Response(self._events(body.get("events", 3)), content_type="text/event-stream")
+            events = self._events(body.get("events", 3), USAGE if body.get("usage", True) else b'"choices":[]')
+            return Response(events, content_type="text/event-stream")
         if "status" in body:
             return Response(b'{"error":{}}', body["status"])
         if "wait_seconds" in body:
@@ -209,12 +210,12 @@ class Good:
         digest = hashlib.sha256(request.body).hexdigest().encode()
         return Response(b'{"sha256":"%b","pad":"%b",%b}' % (digest, b"x" * body.get("pad", 0), USAGE))
 
-    async def _events(self, count: int) -> AsyncGenerator[bytes]:
+    async def _events(self, count: int, last: bytes) -> AsyncGenerator[bytes]:
         try:
             for at in range(count):
                 yield b'data: {"at":%d}\n\n' % at
                 await asyncio.sleep(0.005)
-            yield b"data: {%b}\n\n" % USAGE
+            yield b"data: {%b}\n\n" % last
             await asyncio.sleep(0.005)
             yield b"data: [DONE]\n\n"
             await asyncio.sleep(0.005)

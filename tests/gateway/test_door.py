@@ -251,7 +251,7 @@ def test_answered_requests_are_a_trace(make):
 
 
 def test_what_is_no_part_of_the_trace(make):
-    """Not noted: what failed, what no usage was told of, and text without a tokenizer, whose tokens nobody knows."""
+    """Not noted: what failed or was no success, and text without a tokenizer, whose tokens nobody knows."""
     door = make()
     door.failed(door.choose(_arrived()), 2.0, Trouble.LOST)
     door.finished(door.choose(_arrived()), 2.0, None)
@@ -259,6 +259,13 @@ def test_what_is_no_part_of_the_trace(make):
     assert _traced(door) == []
     door.finished(door.choose(_arrived()), 2.0, Usage(3, 0, 1))
     assert len(_traced(door)) == 1
+
+
+def test_streams_that_tell_no_usage_are_part_of_the_trace(make):
+    """Most clients do not ask for it: their prompts are noted, with answers of a length that is not known."""
+    door = make()
+    door.finished(door.choose(_arrived(prompt=[*range(100)])), 2.0, Usage(None, None, None))
+    assert [(row["input_length"], row["output_length"]) for row in _traced(door)] == [(100, 0)]
 
 
 def test_the_trace_keeps_salts_apart(make):

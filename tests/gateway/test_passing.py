@@ -58,6 +58,16 @@ def test_stream():
         assert door.counted("predicted_cached_tokens_total") == {"": 48}
 
 
+def test_a_stream_without_usage():
+    """A success that does not say what it used is told from one that was none."""
+    with served() as (door, _):
+        assert door.ask(b'{"stream":true,"usage":false}').whole
+        assert until(lambda: ("finished", Usage(None, None, None)) in door.chooser.heard)
+        assert door.ask(b'{"status":400}').status == 400
+        assert until(lambda: ("finished", None) in door.chooser.heard)
+        assert door.counted("routed_cached_tokens_total") in ({}, {"": 0})
+
+
 def test_connections_are_kept():
     """Many requests of one client, whole or streamed in any order, use one connection to the instance."""
     with served() as (door, (instance,)), door.connect() as line:

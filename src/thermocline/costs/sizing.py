@@ -433,8 +433,8 @@ class _Answer:
         trace = self.asked.trace
         if self.asked.output_tokens is not None:
             return float(self.asked.output_tokens)
-        if trace is not None and trace.output_tokens.any():
-            return float(trace.output_tokens.mean())
+        if trace is not None and (told := trace.output_tokens[trace.output_tokens > 0]).size:  # 0: not known
+            return float(told.mean())
         self.notes.append(f"answers of {OUTPUT_TOKENS} tokens: assumed, see --output-tokens")
         return float(OUTPUT_TOKENS)
 

@@ -233,10 +233,11 @@ class Door:
             return None
         cached = usage.cached_tokens if usage is not None else None
         outcome = self._fleet.finished(sent.booking, now, cached)
+        if usage is not None and sent.chain is not None:
+            self._learn(self._note, sent.booking, sent.chain, now, usage.output_tokens or 0)
         if usage is not None and usage.prompt_tokens:
             self._bytes_per_token.learn(sent.cost_bytes, usage.prompt_tokens)
             if sent.chain is not None:
-                self._learn(self._note, sent.booking, sent.chain, now, usage.output_tokens or 0)
                 told = (usage.prompt_tokens, cached, usage.output_tokens or 0)
                 self._learn(self._index.ended, sent.slot, sent.chain, *told)
         if cached is not None:

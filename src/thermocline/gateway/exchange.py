@@ -33,6 +33,8 @@ BUSY = frozenset({429, 502, 503, 504})
 OK, BROKEN = 200, 500
 JOINED_BYTES_MAX = 16 << 10
 """Shorter bodies are copied behind their heads: one piece costs less to send than two."""
+UNTOLD = Usage(None, None, None)
+"""Of a success that does not say what it used, as streams that are not asked with `include_usage`."""
 END_BYTES = 64
 """`[DONE]` and the end of the last chunk may come in pieces of their own, behind the one that tells of usage."""
 MODEL_CHARACTERS_MAX = 128
@@ -243,7 +245,8 @@ class Exchange:
         usage = self._usage
         if usage is None and self._status == OK:
             usage = read_usage(self._before, self._last)
-        outcome = self._tell(gateway.chooser.finished, now, usage)
+        told = UNTOLD if usage is None and self._status == OK else usage
+        outcome = self._tell(gateway.chooser.finished, now, told)
         self._standing.in_flight -= 1
         self._standing.routed += 1
         if self._status in BUSY or self._status >= BROKEN:

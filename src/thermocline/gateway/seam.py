@@ -94,7 +94,7 @@ class Chooser(Protocol):
         """The first byte of the answer's body came."""
 
     def finished(self, decision: Decision, now: float, usage: Usage | None) -> Outcome | None:
-        """The answer is complete. `usage` is None where the instance did not tell, or it was no success.
+        """The answer is complete. `usage` is None where it was no success; its fields, where the instance did not tell.
 
         Returns how right the decision was, where that is known.
         """
