@@ -204,8 +204,8 @@ def fuzzed(tmp_path_factory):
     with Host(tmp_path_factory.mktemp("fuzzed"), blocks=64, disk=True) as host:
         yield host
         client = host.client()
-        keep(client, PATH)
-        assert fetch(client, PATH)[0] == len(PATH)
+        # A strange client may have committed other bytes under these keys: each such block is a miss, once.
+        assert any(keep(client, PATH) and fetch(client, PATH)[0] == len(PATH) for _ in (*PATH, "and then all of it"))
 
 
 RECEIPT = Receipt(
