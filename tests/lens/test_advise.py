@@ -525,3 +525,7 @@ def test_a_server_without_requests_has_no_trace(run, folder):
     code, _, err = run("advise", MODEL, "--gpu", "h100", "--use-case", "chat", "--trace-out", "kept")
     assert code == 2
     assert "--gateway with --trace-out" in err
+    code, _, err = run("advise", MODEL, "--gpu", "h100", "--gateway", str(folder / "nobody.sock"))
+    assert code == 1
+    assert "no gateway answers" in err
+    assert "thermocline ps" in err

@@ -16,6 +16,7 @@ from thermocline.costs import measured
 from thermocline.costs.geometry import Geometry
 from thermocline.costs.hardware import accelerator
 from thermocline.costs.models import find
+from thermocline.costs.served import measurements
 from thermocline.costs.sizing import Asked, size
 from thermocline.costs.trace import read
 from thermocline.errors import SettingsError
@@ -188,7 +189,9 @@ def test_under_load(run):
     code, out, _ = run(*words)
     assert code == 0
     assert "nothing: formulas" in out or "other models" in out
-    assert run(*words, "--engine", "none")[0] == 2
+    for engine in measurements().doors:
+        assert run(*words, "--engine", engine)[0] == 0
+    assert run(QWEN, "--gpu", "a100-80", "--engine", "none")[0] == 2
     _, out, _ = run(*words, "--pp", "2", "--json")
     assert not json.loads(out)[0]["loads"]
     assert any("was not measured" in note for note in json.loads(out)[0]["assumptions"])

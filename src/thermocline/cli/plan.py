@@ -253,8 +253,7 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     if trace:
         advice = lens.of_trace(asked, Path(trace), use_case)
     elif runs:
-        key = Path(api_key_file) if api_key_file else None
-        path = Path(runs)
+        key, path = Path(api_key_file) if api_key_file else None, Path(runs)
         source = observe.of_url(runs, key) if url else observe.of_node(path, ask) if node else observe.of_gateway(path)
         advice = lens.of_server(asked, source, SystemClock(), use_case, Path(trace_out) if trace_out else None)
     elif describe:
@@ -312,7 +311,13 @@ def advise(  # noqa: PLR0913, PLR0917  # click passes every flag by its name
     multiple=True,
     help="Under load: so many at a time. Again: more.",
 )
-@click.option("--engine", metavar="NAME", default="vllm", show_default=True, help="Under load: vllm, sglang or trtllm.")
+@click.option(
+    "--engine",
+    type=click.Choice(("vllm", "sglang", "trtllm")),
+    default="vllm",
+    show_default=True,
+    help="Under load: whose constants are taken.",
+)
 @click.option(
     "--slo-seconds",
     metavar="SECONDS",

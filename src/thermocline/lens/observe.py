@@ -243,9 +243,11 @@ def of_gateway(path: Path) -> Source:
 
 def instances_of(gateway: Path) -> int:
     """How many instances a gateway has: at least 1. Raises UnreachableError where none answers."""
-    decision.ask(gateway, "/instances")
     found = ps.gateway(gateway)
-    return max(1, len(found.instances)) if found else 1
+    if found is None:
+        hint = "`thermocline ps` prints where gateways are administered"
+        raise UnreachableError(f"no gateway answers at {gateway}", hint=hint)
+    return max(1, len(found.instances))
 
 
 def watch(sources: Sequence[Source], seconds: float, clock: Clock) -> tuple[Watched, ...]:
