@@ -366,11 +366,11 @@ def _lines(study: Study, reuse: Reuse, tiers: Sequence[Sized], policy: str | Non
     each = f", for each of {study.machine.instances} instances" if study.machine.instances > 1 else ""
     yield _memory_line(room, each, study.tier_bytes(needed))
     if "disk" in room:
-        yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
+        yield DISK_PATH
         yield size_line("disk_bytes", room["disk"], f"the size at which disk gained most{each}")
     if "redis" in room:
         longest = max(16, int(study.held(math.inf, shared=True).max(initial=0)))
-        yield Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
+        yield REDIS_URL
         yield size_line("redis_bytes", room["redis"], "the size at which a shared tier gained most")
         yield Line("redis_ttl_seconds", math.ceil(max(1.0, reuse.wait(1.0))), "no prompt came back later than this")
         yield Line("redis_prefix_tokens", longest, "the longest prefix that comes back")
@@ -392,7 +392,7 @@ def _memory_line(room: dict[str, float], each: str, needed_bytes: float) -> Line
         return size_line(name, needed_bytes, f"{why}; vLLM needs no connector, as no tier pays{each}")
     if "host" in room:
         return size_line(name, room["host"], f"the size at which host memory gained most{each}")
-    return size_line(name, None, "host memory does not pay; loads and saves pass through it")
+    return PASSED_THROUGH
 
 
 def size_line(setting: str, nbytes: float | None, reason: str) -> Line:
@@ -401,3 +401,9 @@ def size_line(setting: str, nbytes: float | None, reason: str) -> Line:
     if nbytes is None:
         return Line(setting, declared.show(declared.default), reason)
     return Line(setting, f"{math.ceil(max(declared.least, nbytes) / (1 << 20))}MiB", reason)
+
+
+DISK_PATH = Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
+REDIS_URL = Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
+PASSED_THROUGH = size_line("memory_bytes", None, "host memory does not pay; loads and saves pass through it")
+"""Lines that are the same whatever tells the workload."""

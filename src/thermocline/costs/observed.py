@@ -11,7 +11,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from thermocline.costs.advice import SO, Advice, Leaf, Line, Number, flip, gigabytes, size_line
+from thermocline.costs.advice import (
+    DISK_PATH,
+    PASSED_THROUGH,
+    REDIS_URL,
+    SO,
+    Advice,
+    Leaf,
+    Line,
+    Number,
+    flip,
+    gigabytes,
+    size_line,
+)
 from thermocline.costs.study import Machine, Offer
 from thermocline.costs.transfer import TAIL_TOKENS
 from thermocline.settings import DECLARED
@@ -143,14 +155,14 @@ def _lines(observed: Observed, machine: Machine, verdict: str, paying: Sequence[
     if "host" in room:
         yield _room_line("memory_bytes", room["host"], observed, machine)
     elif paying:
-        yield size_line("memory_bytes", None, "host memory does not pay; loads and saves pass through it")
+        yield PASSED_THROUGH
     else:
         yield _own_line(observed, machine, verdict)
     if "disk" in room:
-        yield Line("disk_path", "~/.cache/thermocline/disk", "a folder on the disk whose bandwidth was assumed")
+        yield DISK_PATH
         yield _room_line("disk_bytes", room["disk"], observed, machine)
     if "redis" in room:
-        yield Line("redis_url", "redis://127.0.0.1:6379/0", "name yours")
+        yield REDIS_URL
         yield _room_line("redis_bytes", room["redis"], observed, machine)
     if paying:
         yield Line("ttl_seconds", "none", "room is bounded anyway, and when sessions come back counters do not tell")
