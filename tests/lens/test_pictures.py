@@ -36,7 +36,7 @@ each.getBoundingClientRect())).map(text=>text.textContent))}}))}</script>
 def laid_out(tmp_path_factory):
     """Of each page and width: how wide it became, and what of its charts is cut off."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     folder = tmp_path_factory.mktemp("pictures")
     with Light(folder, "a", f"tcp://127.0.0.1:{free_port()}", 4096) as light:
         found, _ = swept(light.url)
